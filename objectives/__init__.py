@@ -1,0 +1,1 @@
+"""What a candidate costs: sites, calibration, groups, scales, quantization, losses, folding."""

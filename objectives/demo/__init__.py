@@ -1,0 +1,1 @@
+"""Small models trained on data that ships with Python packages, for the embedded demo."""

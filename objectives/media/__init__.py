@@ -1,0 +1,1 @@
+"""One interface for text, images, audio, video and in-memory batches."""

@@ -1,0 +1,1 @@
+"""Sites: which operators read which tensor, and what can absorb a scale."""

@@ -1,0 +1,97 @@
+"""What discovery finds, as plain frozen records. No tracing here, no arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+OperatorKind = Literal["linear", "conv"]
+SiteMode = Literal["fold", "explicit", "left"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """One linear or convolution of the model, found by the identity of its weight.
+
+    Attributes:
+        name: Dotted module path that owns the weight, e.g. ``model.layers.0.self_attn.q_proj``.
+        weight: Full parameter name of the weight.
+        bias: Full parameter name of the bias, or None.
+        kind: ``linear`` (X (T, C), W (O, C)) or ``conv`` (X patches (T, C*kernel), W (O, C/groups*kernel)).
+        transposed: True when the parameter is stored (in, out), as GPT-2's Conv1D does.
+        raw: True when the weight is used by a functional call rather than by its own module's forward (stacked experts,
+            ``nn.MultiheadAttention``): its scale can be folded, its input cannot be quantized or multiplied.
+        in_channels: Number of input channels C.
+        out_channels: Number of output channels O.
+        kernel: Kernel size, () for linear.
+        groups: Convolution groups, 1 for linear.
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    kind: OperatorKind
+    transposed: bool
+    raw: bool
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterEdit:
+    """How one parameter absorbs a site's scales s: ``p' = (p + offset) * s[channel]**power - offset``.
+
+    Attributes:
+        parameter: Full name of the parameter or buffer.
+        channel: (broadcastable to the parameter) int64; the site channel of every element, -1 where it is not touched.
+        power: +1 for consumers (weights grow with s, formula fA3), -1 for producers (outputs shrink, formula fA2).
+        offset: 1.0 for norms that multiply by (1 + w), else 0.0.
+    """
+
+    parameter: str
+    channel: torch.Tensor
+    power: int
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One activation tensor and the operators that read it. Source: claim A-1, architecture.md section 2.
+
+    Attributes:
+        name: Name of the first operator, in forward order, that reads the tensor; unique among sites.
+        operators: All operators that read it, in forward order.
+        channels: C.
+        mode: ``fold`` (s goes into the producers), ``explicit`` (the quantizer of the input divides by s at run time),
+            ``left`` (s = 1).
+        reason: Why it is not ``fold``; empty when it is. Shown to the user.
+        ties: (C,) int64; channels with the same value must share one scale (grouped-query attention). arange(C) when free.
+        edits: Parameter edits of consumers and producers; for ``explicit`` sites only those of the consumers.
+        producers: Names of the modules that absorb 1/s; empty unless ``fold``.
+    """
+
+    name: str
+    operators: tuple[Operator, ...]
+    channels: int
+    mode: SiteMode
+    reason: str
+    ties: torch.Tensor
+    edits: tuple[ParameterEdit, ...]
+    producers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discovery:
+    """All sites of a model and everything that was left out, with reasons.
+
+    Attributes:
+        sites: In forward order of their first operator. Every non-raw operator is in exactly one site.
+        skipped: (name, reason) of weights that cannot be quantized at all (raw operators, embeddings used as heads).
+    """
+
+    sites: tuple[Site, ...]
+    skipped: tuple[tuple[str, str], ...]

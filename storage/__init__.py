@@ -1,0 +1,1 @@
+"""What is kept: run, site and trial records, artifacts, migrations, output folders."""
