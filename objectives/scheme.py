@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,3 +59,24 @@ class Scheme:
         granularity = f"g{self.group_size}" if self.weight_granularity == "group" else self.weight_granularity
         tail = "" if self.activations == "none" else f"-{self.activation_granularity}"
         return f"w{bits[self.weights]}a{bits[self.activations]}-{granularity}{tail}"
+
+    @classmethod
+    def parse(cls, name: str) -> Scheme:
+        """The scheme with this ``name``, e.g. ``w8a8-channel-static``, ``w4a8-g64-token``, ``w4a16-g128``.
+
+        Raises:
+            InputError: No scheme has this name.
+        """
+        match = re.fullmatch(r"w(8|4|fp8)a(8|16|fp8)-(tensor|channel|g(\d+))(?:-(static|token))?", name)
+        if match is None or (match.group(2) == "16") != (match.group(5) is None):
+            raise InputError("scheme", f"no scheme is named {name!r}", "write it like w8a8-channel-static or w4a16-g128")
+        weights: dict[str, WeightFormat] = {"8": "int8", "4": "int4", "fp8": "fp8"}
+        activations: dict[str, ActivationFormat] = {"8": "int8", "16": "none", "fp8": "fp8"}
+        granularities: dict[str, WeightGranularity] = {"tensor": "tensor", "channel": "channel"}
+        return cls(
+            weights=weights[match.group(1)],
+            weight_granularity=granularities.get(match.group(3), "group"),
+            group_size=int(match.group(4)) if match.group(4) else None,
+            activations=activations[match.group(2)],
+            activation_granularity="token" if match.group(5) == "token" else "static",
+        )
