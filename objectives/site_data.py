@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -54,3 +54,14 @@ class SiteData:
     activation_absmax: torch.Tensor
     weight_absmax: torch.Tensor
     ties: torch.Tensor
+
+
+def to_device(data: SiteData, device: torch.device | str) -> SiteData:
+    """The same data with every tensor on ``device``."""
+
+    def move(record: SiteData | SitePart) -> dict[str, torch.Tensor]:
+        values = {f.name: getattr(record, f.name) for f in fields(record)}
+        return {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    parts = tuple(replace(part, **move(part)) for part in data.parts)  # type: ignore[arg-type]
+    return replace(data, parts=parts, **move(data))  # type: ignore[arg-type]

@@ -1,0 +1,231 @@
+"""Groups of channels by magnitude: claims A-6, A-8, A-10. Deterministic, on the CPU in float64.
+
+Whatever the method, groups are disjoint, cover every channel, are never empty, stand in ascending order of magnitude, and keep
+equal magnitudes and tied channels together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.smoothing import tie_index, tied_extreme
+
+GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_difference"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """Channels split into K groups, ascending in magnitude.
+
+    Attributes:
+        labels: (C,) int64, 0..K-1.
+        values: (K,) float64, the mean magnitude of each group's channels (of each tie its largest), ascending.
+        method: How the groups were made.
+        outliers: K flags, True for groups the method calls outliers.
+        requested_k: Groups asked for; larger than K when the magnitudes do not support as many.
+    """
+
+    labels: Tensor
+    values: Tensor
+    method: GroupMethod
+    outliers: tuple[bool, ...]
+    requested_k: int
+
+    @property
+    def k(self) -> int:
+        """Number of groups K."""
+        return len(self.outliers)
+
+
+def group_channels(
+    values: Tensor,
+    *,
+    method: GroupMethod,
+    k: int,
+    bins: int = 10,
+    ties: Tensor | None = None,
+    log: bool = False,
+    deviations: float = 3.0,
+) -> Grouping:
+    """Split channels into at most ``k`` groups by magnitude. Source: claims A-6, A-8, A-10, formula fA8, traps T4 and T7.
+
+    Methods:
+        - ``range``: ``bins`` equal-width bins over [min, max], right-closed, the first closed on both sides; empty bins dropped.
+        - ``kmeans``: optimal one-dimensional k-means on log magnitude (exact, by dynamic programming).
+        - ``outlier``: normal = the most populated bin (ties: the lowest) and all below it; everything above is one group.
+        - ``multi_outlier``: the same, every occupied bin above being a group of its own.
+        - ``mean_difference``: outlier = above the mean by more than ``deviations`` standard deviations (fA8). Channels far
+          *below* the mean stay normal: they cannot widen a quantization range. Misses nested outliers (trap T4).
+
+    Bins beyond ``k`` are merged: again and again the two neighbours whose mean magnitudes are closest (ties: the lowest). The
+    normal group counts towards ``k`` and never merges with outliers unless ``k`` is 1.
+
+    Args:
+        values: (C,) magnitudes >= 0.
+        method: See above.
+        k: Largest number of groups, at least 1.
+        bins: Number of bins of the binned methods, at least 1.
+        ties: (C,) int64; channels with the same value stay in one group, placed by the largest of them. None: all free.
+        log: Bins of equal width in log magnitude, for values that span decades. Zeros count as the smallest positive value.
+        deviations: Threshold of ``mean_difference`` [standard deviations].
+
+    Returns:
+        The grouping; ``requested_k`` tells when there are fewer groups than asked for.
+
+    Raises:
+        InputError: A magnitude is NaN, infinite or negative, or an argument is out of range.
+    """
+    _check(values, method, k, bins, deviations)
+    magnitudes = values.detach().to("cpu", torch.float64)
+    if ties is not None:
+        magnitudes = tied_extreme(magnitudes, tie_index(ties.cpu(), magnitudes.shape[0]), "amax")
+    levels, inverse, counts = np.unique(magnitudes.numpy(), return_inverse=True, return_counts=True)
+    axis = _log_axis(levels) if log or method == "kmeans" else levels
+    normals = 0
+    if k == 1:
+        level_labels = np.zeros(levels.shape[0], dtype=np.int64)
+    elif method == "kmeans":
+        level_labels = _optimal_partition(axis, np.where(levels > 0, counts, 0).astype(np.float64), k)
+    elif method == "range":
+        level_labels = _merge(_bin(axis, bins), axis, counts, k)
+    else:
+        outlying = _outlying(method, levels, axis, counts, bins, deviations)
+        normals = int(np.count_nonzero(~outlying))
+        level_labels = np.zeros(levels.shape[0], dtype=np.int64)
+        if normals < levels.shape[0]:
+            above = (
+                _bin(axis, bins)[normals:] if method == "multi_outlier" else np.zeros(outlying.sum(), dtype=np.int64)
+            )
+            level_labels[normals:] = 1 + _merge(above, axis[normals:], counts[normals:], k - 1)
+    groups = int(level_labels.max()) + 1
+    sums = np.bincount(level_labels, weights=levels * counts, minlength=groups)
+    outliers = tuple(normals > 0 and group > 0 for group in range(groups))
+    return Grouping(
+        labels=torch.from_numpy(level_labels[inverse.reshape(-1)]).to(values.device),
+        values=torch.from_numpy(sums / np.bincount(level_labels, weights=counts, minlength=groups)),
+        method=method,
+        outliers=outliers,
+        requested_k=k,
+    )
+
+
+def _log_axis(levels: Floats) -> Floats:
+    """Log magnitude; a zero stands where the smallest positive magnitude does, so dead channels join the lowest group."""
+    positive = levels[levels > 0]
+    return np.log(np.maximum(levels, positive[0] if positive.size else 1.0))
+
+
+def _bin(axis: Floats, bins: int) -> Ints:
+    """Bin of every ascending level: right-closed, equal width over [first, last]."""
+    edges = np.linspace(axis[0], axis[-1], bins + 1)[1:-1]
+    return np.searchsorted(edges, axis, side="left").astype(np.int64)
+
+
+def _outlying(
+    method: GroupMethod, levels: Floats, axis: Floats, counts: Ints, bins: int, deviations: float
+) -> NDArray[np.bool_]:
+    """Which ascending levels are outliers; always a tail."""
+    if method == "mean_difference":
+        mean = np.average(levels, weights=counts)
+        spread = np.sqrt(np.average((levels - mean) ** 2, weights=counts))
+        return np.asarray(levels - mean > deviations * spread)
+    bin_of = _bin(axis, bins)
+    # Empty bins have count 0 and argmax takes the first of equals: the lowest of the most populated bins.
+    return np.asarray(bin_of > np.argmax(np.bincount(bin_of, weights=counts)))
+
+
+def _merge(bin_of: Ints, axis: Floats, counts: Ints, k: int) -> Ints:
+    """Number the occupied bins 0, 1, ..., merging neighbours with the closest means until at most ``k`` remain."""
+    labels = np.unique(bin_of, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    while labels[-1] + 1 > k:
+        means = np.bincount(labels, weights=axis * counts) / np.bincount(labels, weights=counts)
+        labels[labels > np.argmin(np.diff(means))] -= 1
+    return labels
+
+
+def _optimal_partition(axis: Floats, weights: Floats, k: int) -> Ints:
+    """Optimal 1-D k-means of ascending weighted points: each cluster is an interval, found by dynamic programming.
+
+    ``cost[j]`` is the least within-cluster sum of squares of the first j points; the best last cut is monotone in j, so each
+    layer is solved for all middles of a binary subdivision at once, O(n log n) per cluster. Source: Wang and Song 2011
+    (Ckmeans.1d.dp) with the divide-and-conquer recursion.
+    """
+    live = np.flatnonzero(weights)
+    labels = np.zeros(axis.shape[0], dtype=np.int64)
+    if live.size == 0:
+        return labels
+    points, mass = axis[live] - np.average(axis[live], weights=weights[live]), weights[live]
+    n = points.shape[0]
+    sums = [np.concatenate(([0.0], np.cumsum(mass * points**power))) for power in range(3)]
+
+    def spread(start: Ints, stop: Ints) -> Floats:
+        """Sum of squares about their mean of the points start..stop-1, start < stop."""
+        zeroth, first, second = (s[stop] - s[start] for s in sums)
+        return np.asarray(np.maximum(second - first**2 / zeroth, 0.0))
+
+    ends = np.arange(1, n + 1)
+    cost = np.concatenate(([0.0], spread(np.zeros(n, dtype=np.int64), ends)))
+    cuts: list[Ints] = []
+    for clusters in range(2, min(k, n) + 1):
+        cost, cut = _next_layer(cost, clusters, spread)
+        cuts.append(cut)
+    stop = n
+    for cluster in range(len(cuts), 0, -1):
+        start = int(cuts[cluster - 1][stop])
+        labels[live[start:stop]] = cluster
+        stop = start
+    return labels
+
+
+def _next_layer(cost: Floats, clusters: int, spread: Callable[[Ints, Ints], Floats]) -> tuple[Floats, Ints]:
+    """Least cost of the first j points in exactly ``clusters`` clusters, and the start of the last one, for every j."""
+    n = cost.shape[0] - 1
+    best, cut = np.full(n + 1, np.inf), np.zeros(n + 1, dtype=np.int64)
+    first, last = np.array([clusters]), np.array([n])
+    low, high = np.array([clusters - 1]), np.array([n - 1])
+    while first.size:
+        middle = (first + last) // 2
+        lengths = np.minimum(high, middle - 1) - low + 1
+        begins = np.cumsum(lengths) - lengths
+        segment = np.repeat(np.arange(lengths.size), lengths)
+        start = np.arange(segment.size) - begins[segment] + low[segment]
+        total = cost[start] + spread(start, middle[segment])
+        best[middle] = np.minimum.reduceat(total, begins)
+        hits = np.flatnonzero(total == best[middle][segment])
+        cut[middle] = start[hits[np.unique(segment[hits], return_index=True)[1]]]
+        first, last = np.concatenate((first, middle + 1)), np.concatenate((middle - 1, last))
+        low, high = np.concatenate((low, cut[middle])), np.concatenate((cut[middle], high))
+        open_ = first <= last
+        first, last, low, high = first[open_], last[open_], low[open_], high[open_]
+    return best, cut
+
+
+def _check(values: Tensor, method: str, k: int, bins: int, deviations: float) -> None:
+    if values.dim() != 1 or values.numel() == 0:
+        raise InputError("values", f"has shape {tuple(values.shape)}", "give one magnitude per channel")
+    bad = torch.nonzero(~torch.isfinite(values) | (values < 0)).reshape(-1)
+    if bad.numel():
+        channel = int(bad[0])
+        raise InputError(
+            "values",
+            f"channel {channel} is {float(values[channel])} ({bad.numel()} such channels)",
+            "calibrate on finite data and give magnitudes, which are never negative",
+        )
+    if method not in get_args(GroupMethod):
+        raise InputError("groups.method", f"{method!r} is unknown", f"use one of {', '.join(get_args(GroupMethod))}")
+    for field, number in (("groups.k", k), ("groups.bins", bins)):
+        if number < 1:
+            raise InputError(field, f"{number} is below 1", "use a positive number")
+    if not 0 < deviations < float("inf"):
+        raise InputError("groups.deviations", f"{deviations} is not positive and finite", "use 2 or 3")

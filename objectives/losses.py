@@ -1,0 +1,115 @@
+"""Losses between two outputs on identical data: formula fA5 and its relative and divergence forms.
+
+Sums are accumulated in float64. A loss is a finite number or an error, never a sentinel. Source: claims A-2, A-4, formula fA5.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from alphasmith.objectives.errors import InputError, NonFiniteError
+
+# Elements turned into float64 at a time: bounds the temporaries of vocabulary-sized logits to some tens of MiB.
+_CHUNK = 1 << 20
+
+
+def relative_squared_error(out: Tensor, ref: Tensor) -> float:
+    """``sum (out - ref)^2 / sum ref^2``, dimensionless. Source: formula fA5, relative form.
+
+    Args:
+        out: Output of the quantized model, any shape.
+        ref: Output of the float model, the same shape.
+
+    Raises:
+        InputError: Shapes differ or are empty.
+        NonFiniteError: An output is not finite, or ``ref`` is all zero while ``out`` is not.
+    """
+    _check_pair(out, ref)
+    return relative_loss(squared_sum(out.to(torch.float32) - ref.to(torch.float32)), squared_sum(ref))
+
+
+def mean_squared_error(out: Tensor, ref: Tensor) -> float:
+    """``mean (out - ref)^2`` in squared units of the output. Source: formula fA5.
+
+    Args:
+        out: Output of the quantized model, any shape.
+        ref: Output of the float model, the same shape.
+
+    Raises:
+        InputError: Shapes differ or are empty.
+        NonFiniteError: An output is not finite.
+    """
+    _check_pair(out, ref)
+    return _finite(squared_sum(out.to(torch.float32) - ref.to(torch.float32)) / out.numel(), "mean squared error")
+
+
+def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) -> float:
+    """Mean over rows of ``KL(softmax(ref_logits) || softmax(logits))`` in nats. Source: formula fA5, on probabilities.
+
+    Logits of minus infinity (forbidden classes) are allowed where the reference forbids the class too.
+
+    Args:
+        logits: (..., V) of the quantized model.
+        ref_logits: (..., V) of the float model.
+        mask: (...) bool, True for rows that count; None: all rows.
+
+    Raises:
+        InputError: Shapes differ, are empty, or no row counts.
+        NonFiniteError: A logit is NaN or plus infinity, or the divergence is infinite.
+    """
+    _check_pair(logits, ref_logits)
+    if logits.dim() < 1:
+        raise InputError("logits", "is a single number", "give logits (..., classes)")
+    rows, ref_rows = logits.reshape(-1, logits.shape[-1]), ref_logits.reshape(-1, logits.shape[-1])
+    if mask is not None:
+        if mask.shape != logits.shape[:-1]:
+            raise InputError("mask", f"has shape {tuple(mask.shape)}", f"give {tuple(logits.shape[:-1])}, one per row")
+        keep = mask.reshape(-1).to(torch.bool)
+        rows, ref_rows = rows[keep], ref_rows[keep]
+    if rows.shape[0] == 0:
+        raise InputError("mask", "leaves no row", "mark at least one position as real")
+    total = 0.0
+    step = max(1, _CHUNK // rows.shape[1])
+    for log_q, log_p in (
+        (part.to(torch.float64).log_softmax(-1), ref.to(torch.float64).log_softmax(-1))
+        for part, ref in zip(torch.split(rows, step), torch.split(ref_rows, step), strict=True)
+    ):
+        probability = log_p.exp()
+        # p * (log p - log q) tends to 0 with p; written out, it would be 0 * NaN for forbidden classes.
+        total += float(torch.where(probability == 0, 0.0, probability * (log_p - log_q)).sum())
+    # Rounding can leave a divergence of equal distributions a few 1e-17 below zero.
+    return max(0.0, _finite(total / rows.shape[0], "divergence"))
+
+
+def squared_sum(values: Tensor) -> float:
+    """Sum of squares, accumulated in float64 without a float64 copy."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2 if values.numel() else 0.0
+
+
+def relative_loss(error: float, energy: float) -> float:
+    """``error / energy`` of two sums of squares; 0 when both are 0.
+
+    Raises:
+        NonFiniteError: A sum is not finite, or ``energy`` is 0 and ``error`` is not.
+    """
+    if _finite(error, "squared error") == 0.0:
+        return 0.0
+    if _finite(energy, "reference energy") == 0.0:
+        raise NonFiniteError("the reference output is all zero, so a relative error against it is infinite")
+    return _finite(error / energy, "relative error")
+
+
+def _finite(value: float, what: str) -> float:
+    if not math.isfinite(value):
+        raise NonFiniteError(f"the {what} is {value}")
+    return value
+
+
+def _check_pair(out: Tensor, ref: Tensor) -> None:
+    if out.shape != ref.shape or out.numel() == 0:
+        raise InputError(
+            "out", f"shape {tuple(out.shape)} against reference {tuple(ref.shape)}", "compare equal, non-empty shapes"
+        )

@@ -1,0 +1,119 @@
+"""Smoothing scales from channel statistics and alphas: formula fA1, its one home.
+
+``s_j = a_j^alpha / w_j^(1 - alpha)``; activations become ``X / s`` (fA2), weights ``W * s`` (fA3), and the product stays.
+Larger alpha means larger s only where ``a_j * w_j > 1`` (trap T1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alphasmith.objectives.errors import InputError, NonFiniteError
+
+#: Bounds of a scale; recorded in every manifest, because an alpha means nothing without them.
+SCALE_MIN = 1e-5
+SCALE_MAX = 1e5
+CLAMP = (SCALE_MIN, SCALE_MAX)
+
+#: What happens to channels the formula is undefined for (trap T7), in words for the manifest.
+DEAD_CHANNEL_RULE = "scale 1 where the activation or the weight statistic is 0"
+
+
+def smoothing_scales(activation: Tensor, weight: Tensor, alpha: float | Tensor, ties: Tensor | None = None) -> Tensor:
+    """Scale of every channel; differentiable in ``alpha``. Source: claims A-5, A-11, formula fA1, traps T1 and T7.
+
+    Computed in float64 logarithms, then clamped to ``CLAMP``. Channels whose statistic is 0 follow ``DEAD_CHANNEL_RULE``.
+
+    Args:
+        activation: (C,) a_j >= 0, the magnitude of each activation channel.
+        weight: (C,) w_j >= 0, the abs-max of each weight column over all consumers.
+        alpha: Migration strength, one for all channels or (C,); normally in [0, 1].
+        ties: (C,) int64; channels with the same value get the same scale: their statistics are replaced by the largest
+            in the tie. None: all free.
+
+    Returns:
+        (C,) float32 scales.
+
+    Raises:
+        InputError: Shapes differ, a statistic is negative, or ``alpha`` differs within a tie.
+        NonFiniteError: A statistic or an alpha is NaN or infinite.
+    """
+    _check_statistic("activation", activation, activation.shape)
+    _check_statistic("weight", weight, activation.shape)
+    strength = torch.as_tensor(alpha, device=activation.device).to(torch.float64)
+    if strength.dim() and strength.shape != activation.shape:
+        raise InputError(
+            "alpha", f"has shape {tuple(strength.shape)}", f"give one number or {activation.shape[0]} alphas"
+        )
+    if not bool(torch.isfinite(strength).all()):
+        raise NonFiniteError("alpha holds NaN or infinity")
+    if ties is None:
+        return _scales(activation, weight, strength)
+    index = tie_index(ties, activation.shape[0])
+    if strength.dim():
+        low, high = (tied_extreme(strength.detach(), index, extreme) for extreme in ("amin", "amax"))
+        if not torch.equal(low, high):
+            raise InputError("alpha", "differs among tied channels", "put tied channels into one group")
+    return _scales(tied_extreme(activation, index, "amax"), tied_extreme(weight, index, "amax"), strength)
+
+
+def expand_alphas(alphas: Tensor, labels: Tensor) -> Tensor:
+    """One alpha per channel from one per group.
+
+    Args:
+        alphas: (K,) alphas.
+        labels: (C,) int64 group of each channel, 0..K-1.
+
+    Returns:
+        (C,) alphas, differentiable in ``alphas``.
+
+    Raises:
+        InputError: A label has no alpha, or the shapes are not (K,) and (C,).
+    """
+    if alphas.dim() != 1 or labels.dim() != 1:
+        raise InputError(
+            "alphas", f"{tuple(alphas.shape)} and labels {tuple(labels.shape)} are not vectors", "flatten them"
+        )
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= alphas.shape[0]):
+        raise InputError("labels", f"names a group beyond the {alphas.shape[0]} alphas", "give one alpha per group")
+    return alphas[labels.to(torch.int64)]
+
+
+def tie_index(ties: Tensor, channels: int) -> Tensor:
+    """Consecutive tie numbers (C,) int64 from arbitrary tie values.
+
+    Raises:
+        InputError: ``ties`` is not (C,).
+    """
+    if tuple(ties.shape) != (channels,):
+        raise InputError(
+            "ties", f"has shape {tuple(ties.shape)}", f"give one tie value for each of {channels} channels"
+        )
+    index: Tensor = torch.unique(ties, return_inverse=True)[1]
+    return index
+
+
+def tied_extreme(values: Tensor, index: Tensor, extreme: str) -> Tensor:
+    """Replace every value by the largest (``amax``) or smallest (``amin``) of its tie; ``index`` is from :func:`tie_index`."""
+    largest = torch.zeros(int(index.max()) + 1, dtype=values.dtype, device=values.device)
+    return largest.scatter_reduce(0, index, values, reduce=extreme, include_self=False)[index]
+
+
+def _scales(activation: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
+    dead = (activation == 0) | (weight == 0)
+    log_a = torch.where(dead, 1.0, activation).to(torch.float64).log()
+    log_w = torch.where(dead, 1.0, weight).to(torch.float64).log()
+    scales = (alpha * log_a - (1.0 - alpha) * log_w).exp().clamp(SCALE_MIN, SCALE_MAX).to(torch.float32)
+    return torch.where(dead, 1.0, scales)
+
+
+def _check_statistic(field: str, values: Tensor, shape: torch.Size) -> None:
+    if values.dim() != 1 or values.numel() == 0 or values.shape != shape:
+        raise InputError(
+            field, f"has shape {tuple(values.shape)}", "give one magnitude per channel for both statistics"
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(f"the {field} statistic holds NaN or infinity")
+    if bool((values < 0).any()):
+        raise InputError(field, "holds negative magnitudes", "give abs-max, percentile or RMS of each channel")
