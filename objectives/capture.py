@@ -1,0 +1,306 @@
+"""Watching the inputs of a model's operators while it runs: what calibration sees, in bounded memory.
+
+Shapes: X (T, C) rows of a site, C channels, D columns of a part (C for linear, C * kernel volume for convolutions), S samples.
+Source: claim A-1; peers.md section 5 item 13 (padding masked at the source).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.patches import ConvolutionTap, Window, gather_patches, kept_positions
+from alphasmith.objectives.sites.types import Operator, Site
+from alphasmith.objectives.statistics import ChannelStatistics, RowReservoir
+
+_STANDARD_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartLayout:
+    """Operators of a site that read the same rows, before any data is seen.
+
+    Attributes:
+        operators: In forward order; none is raw. The first one is watched during calibration.
+        kernel_volume: Elements of the kernel, 1 for linear; D = C * kernel_volume.
+    """
+
+    operators: tuple[Operator, ...]
+    kernel_volume: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the operators."""
+        return tuple(operator.name for operator in self.operators)
+
+    @property
+    def columns(self) -> int:
+        """D."""
+        return self.operators[0].in_channels * self.kernel_volume
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether rows are patches."""
+        return self.operators[0].kind == "conv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRows:
+    """Sampled rows of one part; every prefix is a random subset.
+
+    Attributes:
+        operators: Names of the operators that read them.
+        x: (T, D) float32 on the CPU.
+        kernel_volume: Columns per channel.
+        sample: (T,) int64 row of ``sample_absmax`` each patch was cut from, None for linear.
+        sample_absmax: (S, C) float32 abs-max per channel of every sampled input of the convolution, None for linear.
+    """
+
+    operators: tuple[str, ...]
+    x: torch.Tensor
+    kernel_volume: int
+    sample: torch.Tensor | None = None
+    sample_absmax: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRecord:
+    """What calibration saw at one site.
+
+    Attributes:
+        absmax: (C,) float32 over all rows, exact.
+        rms: (C,) float32 over all rows.
+        percentile: (C,) float32 percentile of the magnitudes, None unless it was asked for.
+        rows_seen: Unpadded rows (positions, for convolutions) that passed.
+        parts: One per set of operators that read the same rows.
+    """
+
+    absmax: torch.Tensor
+    rms: torch.Tensor
+    percentile: torch.Tensor | None
+    rows_seen: int
+    parts: tuple[PartRows, ...]
+
+
+def part_layouts(model: nn.Module, site: Site) -> tuple[PartLayout, ...]:
+    """How the non-raw operators of a site share rows, in forward order of each part's first operator.
+
+    Linear operators share one part. Convolutions share one if they are dense, plain ``nn.Conv`` modules of the same geometry.
+
+    Raises:
+        InputError: An operator is no module of ``model``.
+    """
+    shared: dict[tuple[object, ...], list[Operator]] = {}
+    for operator in site.operators:
+        if operator.raw:
+            continue
+        key: tuple[object, ...] = ("linear",)
+        if operator.kind == "conv":
+            module = _module(model, operator)
+            plain = type(module).forward in _STANDARD_FORWARDS and "forward" not in vars(module)
+            key = ("conv", operator.name)
+            if plain and operator.groups == 1:
+                key = (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
+        shared.setdefault(key, []).append(operator)
+    return tuple(
+        PartLayout(operators=tuple(operators), kernel_volume=math.prod(operators[0].kernel))
+        for operators in shared.values()
+    )
+
+
+class CurrentBatch:
+    """Number and mask of the batch that is running."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.mask: torch.Tensor | None = None
+
+
+class PartWatch:
+    """Rows of one part while calibration runs."""
+
+    def __init__(self, layout: PartLayout, reservoir: RowReservoir) -> None:
+        self.layout = layout
+        self.reservoir = reservoir
+        self._samples = 0
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._absmax = torch.empty(0, layout.operators[0].in_channels)
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator that is watched."""
+        return self.layout.operators[0].name
+
+    def patches(self, x: torch.Tensor, window: Window, keep: torch.Tensor | None) -> None:
+        """Offer the patches of x (B, C, *S); keep (B, *S) bool masks padding."""
+        spatial = window.output_size(x.shape[2:])
+        per_sample = math.prod(spatial)
+        if keep is None:
+            positions = torch.arange(x.shape[0] * per_sample)
+        else:
+            positions = kept_positions(keep, window).flatten().nonzero().flatten().cpu()
+        ids = self._samples + positions // max(per_sample, 1)
+        entered = self.reservoir.offer(len(positions), lambda i: gather_patches(x, window, positions[i]), ids)
+        if entered:
+            # Only samples that some kept patch was cut from need their range: at most one per row of the reservoir.
+            everyone = torch.cat([self._ids, torch.arange(self._samples, self._samples + x.shape[0])])
+            needed = torch.isin(everyone, self.reservoir.tags)
+            flat = x.flatten(2)
+            absmax = torch.maximum(flat.amax(dim=2).abs(), flat.amin(dim=2).abs()).to(device="cpu", dtype=torch.float32)
+            self._ids, self._absmax = everyone[needed], torch.cat([self._absmax, absmax])[needed]
+        self._samples += x.shape[0]
+
+    def rows(self) -> PartRows:
+        """The sample drawn so far."""
+        convolution = self.layout.is_convolution
+        return PartRows(
+            operators=self.layout.names,
+            x=self.reservoir.rows,
+            kernel_volume=self.layout.kernel_volume,
+            sample=torch.searchsorted(self._ids, self.reservoir.tags) if convolution else None,
+            sample_absmax=self._absmax if convolution else None,
+        )
+
+
+class SiteWatch:
+    """Statistics and parts of one site while calibration runs."""
+
+    def __init__(self, name: str, statistics: ChannelStatistics, parts: list[PartWatch]) -> None:
+        self.name = name
+        self.statistics = statistics
+        self.parts = parts
+        self._last: tuple[weakref.ref[torch.Tensor], int] | None = None
+
+    def is_new(self, x: torch.Tensor) -> bool:
+        """False if x is the tensor another part of this site has just read: its values count once."""
+        if x.is_inference():  # has no version counter, so that an edit in place could not be told
+            return True
+        known = self._last is not None and self._last[0]() is x and self._last[1] == x._version
+        self._last = (weakref.ref(x), x._version)
+        return not known
+
+    def linear(self, part: PartWatch, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Take in the input (..., C) of a linear operator."""
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is not None and (x.shape[:-1] == mask.shape or x.shape[:-1] == (mask.numel(),)):
+            rows = rows[mask.flatten()]
+        if self.is_new(x):
+            self.statistics.update(rows)
+        part.reservoir.update(rows)
+
+    def convolution(self, part: PartWatch, x: torch.Tensor, window: Window, mask: torch.Tensor | None) -> None:
+        """Take in what a convolution reads, (B, C, *S)."""
+        keep = mask if mask is not None and mask.shape == (x.shape[0], *x.shape[2:]) else None
+        if self.is_new(x):
+            for b in range(x.shape[0]):
+                positions = x[b].flatten(1).T
+                self.statistics.update(positions if keep is None else positions[keep[b].flatten()])
+        part.patches(x, window, keep)
+
+    def record(self, percentile: float | None) -> SiteRecord:
+        """What was seen so far, on the CPU."""
+        return SiteRecord(
+            absmax=self.statistics.absmax.cpu(),
+            rms=self.statistics.rms.cpu(),
+            percentile=None if percentile is None else self.statistics.percentile(percentile).cpu(),
+            rows_seen=self.statistics.count,
+            parts=tuple(part.rows() for part in self.parts),
+        )
+
+
+def unwatchable(site: Site) -> str:
+    """Why no data of a site can be captured; empty if it can."""
+    owned = [operator for operator in site.operators if not operator.raw]
+    if not owned:
+        return "all its operators use their weights through functional calls"
+    for operator in owned:
+        if operator.in_channels != site.channels:
+            return f"operator {operator.name} reads {operator.in_channels} channels, the site has {site.channels}"
+    return ""
+
+
+def part_generator(seed: int, site: str, part: int) -> torch.Generator:
+    """Generator of one part; a digest of its name makes it independent of the other sites."""
+    digest = hashlib.sha256(f"{seed}/{site}/{part}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with every module's own training flag restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def watching(model: nn.Module, watch: SiteWatch, part: PartWatch, current: CurrentBatch) -> Iterator[None]:
+    """Show the inputs of a part's first operator to its site; the module is left as it was."""
+    module = _module(model, part.layout.operators[0])
+    if not part.layout.is_convolution:
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+            with _naming(part.operator, current):
+                watch.linear(part, x, current.mask)
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+
+    def seen(x: torch.Tensor, window: Window) -> None:
+        with _naming(part.operator, current):
+            watch.convolution(part, x, window, current.mask)
+
+    weight = torch.as_tensor(module.weight)
+    inner, own = module.forward, "forward" in vars(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with ConvolutionTap(weight, seen):
+            return inner(*args, **kwargs)
+
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own:
+            vars(module)["forward"] = inner
+        else:
+            del vars(module)["forward"]
+
+
+@contextmanager
+def _naming(operator: str, current: CurrentBatch) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteError as error:
+        raise InputError(
+            f"activations of {operator}",
+            f"{error} (batch {current.number})",
+            "remove the offending samples, or load the model in float32",
+        ) from error
+
+
+def _module(model: nn.Module, operator: Operator) -> nn.Module:
+    try:
+        return model.get_submodule(operator.name)
+    except AttributeError as error:
+        raise InputError(
+            f"operator {operator.name}", "is no module of the model", "pass the sites of one discovery and its model"
+        ) from error

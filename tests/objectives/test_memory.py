@@ -1,0 +1,177 @@
+"""Memory plans: what they count, how they grow, and that budgets are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.memory import (
+    MINIMUM_ROWS,
+    MemoryPlan,
+    activation_bytes,
+    fit_rows,
+    measured_peak,
+    predict_peak,
+    readable,
+    resident_bytes,
+)
+from alphasmith.objectives.sites.types import Operator, Site
+
+
+def _site(name: str, inputs: int, outputs: int, *, kernel: tuple[int, ...] = (), raw: bool = False) -> Site:
+    operator = Operator(
+        name=name,
+        weight=f"{name}.weight",
+        bias=None,
+        kind="conv" if kernel else "linear",
+        transposed=False,
+        raw=raw,
+        in_channels=inputs,
+        out_channels=outputs,
+        kernel=kernel,
+    )
+    return Site(
+        name=name,
+        operators=(operator,),
+        channels=inputs,
+        mode="explicit",
+        reason="a test site",
+        ties=torch.arange(inputs),
+        edits=(),
+        producers=(),
+    )
+
+
+def _model() -> tuple[nn.Sequential, list[Site], Batch]:
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
+    return model, [_site("0", 16, 64), _site("2", 64, 8)], Batch(args=(torch.zeros(2, 16),))
+
+
+def test_activations_are_the_tensors_alive_together() -> None:
+    model, _, _ = _model()
+    # At the ReLU live: the input, its own input and its output; the last product replaces neither of the wide ones.
+    assert activation_bytes(model, Batch(args=(torch.zeros(10, 16),))) == 10 * 4 * (16 + 64 + 64)
+    in_place = nn.Sequential(nn.Linear(16, 64), nn.ReLU(inplace=True), nn.Linear(64, 8))
+    assert activation_bytes(in_place, Batch(args=(torch.zeros(10, 16),))) == 10 * 4 * (16 + 64 + 8)
+
+
+def test_views_and_parameters_cost_nothing_and_the_model_is_left_alone() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            return x.view(-1).view(4, 4).T + self.weight.T
+
+    model = Views()
+    for _ in range(2):
+        assert activation_bytes(model, Batch(kwargs={"x": torch.zeros(4, 4)})) == 2 * 64
+    assert model.training
+
+
+def test_a_plan_counts_every_part() -> None:
+    model, sites, batch = _model()
+    plan = predict_peak(model, sites, rows=100, batch=batch, model_copies=3)
+    assert plan.parameters == 3 * 4 * sum(p.numel() for p in model.parameters())
+    assert plan.reservoirs >= 2 * 100 * 4 * (16 + 64)
+    assert plan.statistics >= 2 * 4 * (16 + 64)
+    assert plan.activations >= activation_bytes(model, batch)
+    assert plan.evaluator >= 4 * 100 * (16 + 64)
+    rest = plan.parameters + plan.reservoirs + plan.statistics
+    assert plan.total == rest + max(plan.activations, plan.evaluator) + plan.overhead
+    assert plan.overhead > 0
+    assert readable(plan.total) in str(plan)
+
+
+def test_tied_parameters_are_counted_once_and_buffers_are_counted() -> None:
+    model, _, batch = _model()
+    tied = nn.Sequential(model[0], model[1], model[2], nn.Identity())
+    tied[3].register_module("twin", model[0])
+    tied.register_buffer("table", torch.zeros(25))
+    a, b = (predict_peak(m, [], rows=64, batch=batch, model_copies=1).parameters for m in (model, tied))
+    assert b - a == 100
+
+
+def test_convolutions_count_their_patches_and_raw_sites_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3))
+    batch = Batch(args=(torch.zeros(1, 3, 8, 8),))
+    plan = predict_peak(model, [_site("0", 3, 5, kernel=(3, 3))], rows=64, batch=batch)
+    assert plan.reservoirs >= 2 * 64 * 4 * 27
+    raw = predict_peak(model, [_site("0", 3, 5, kernel=(3, 3), raw=True)], rows=64, batch=batch)
+    assert (raw.reservoirs, raw.statistics, raw.evaluator) == (0, 0, 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 5000), more=st.integers(1, 500))
+def test_plans_grow_with_whatever_costs_memory(rows: int, more: int) -> None:
+    model, sites, batch = _model()
+    plan = predict_peak(model, sites, rows=rows, batch=batch)
+    assert plan.total < predict_peak(model, sites, rows=rows + more, batch=batch).total
+    assert plan.total < predict_peak(model, sites, rows=rows, batch=batch, splits=3).total
+    assert plan.evaluator < predict_peak(model, sites, rows=rows, batch=batch, evaluators=2).evaluator
+    assert plan.statistics < predict_peak(model, sites, rows=rows, batch=batch, percentiles=True).statistics
+    bigger = predict_peak(model, sites, rows=rows, batch=batch, batch_size=20)
+    assert bigger.activations == 10 * plan.activations
+    assert replace(bigger, activations=plan.activations) == plan
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 3000), share=st.floats(0.0, 1.3))
+def test_fitted_rows_are_the_most_that_fit(rows: int, share: float) -> None:
+    model, sites, batch = _model()
+    least = predict_peak(model, sites, rows=min(rows, MINIMUM_ROWS), batch=batch).total
+    most = predict_peak(model, sites, rows=rows, batch=batch).total
+    budget = least + int(share * (most - least))
+    plan = fit_rows(model, sites, rows=rows, budget=budget, batch=batch)
+    assert min(rows, MINIMUM_ROWS) <= plan.rows <= rows
+    assert plan.total <= budget
+    assert plan == predict_peak(model, sites, rows=plan.rows, batch=batch)
+    if plan.rows < rows:
+        assert predict_peak(model, sites, rows=plan.rows + 1, batch=batch).total > budget
+    with pytest.raises(InputError, match=r"hardware\.memory: .* are too little, the run needs"):
+        fit_rows(model, sites, rows=rows, budget=least - 1, batch=batch)
+
+
+@pytest.mark.parametrize("field", ["rows", "splits", "model_copies", "evaluators"])
+def test_numbers_below_one_are_refused(field: str) -> None:
+    model, sites, batch = _model()
+    with pytest.raises(InputError) as caught:
+        predict_peak(model, sites, batch=batch, **cast(Any, {"rows": 64} | {field: 0}))
+    assert caught.value.field == field
+
+
+def test_the_measured_peak_sees_an_allocation_and_never_falls() -> None:
+    before = measured_peak()
+    assert before >= resident_bytes() * 0.99
+    size = before - resident_bytes() + 32 * 2**20  # enough to pass the old mark
+    block = bytearray(size)
+    block[::4096] = b"\1" * len(block[::4096])
+    after = measured_peak(before)
+    del block
+    assert after >= 16 * 2**20
+    assert measured_peak(before) >= after - 2**20  # the kernel counts pages in batches
+    assert measured_peak(2 * measured_peak()) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**30, "5.0 GiB"), (3 * 2**40, "3.0 TiB")]
+)
+def test_sizes_are_readable(size: int, text: str) -> None:
+    assert readable(size) == text
+
+
+def test_a_plan_is_frozen() -> None:
+    plan = MemoryPlan(rows=1, parameters=1, reservoirs=1, statistics=1, activations=5, evaluator=3)
+    assert plan.total == 8 + plan.overhead
+    with pytest.raises(AttributeError):
+        plan.rows = 2  # type: ignore[misc]
