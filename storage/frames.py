@@ -1,0 +1,68 @@
+"""Records as pandas frames, for figures, tables and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+
+import pandas as pd
+
+from alphasmith.storage.record_types import GroupRecord, Losses, SiteRecord, TrialDigest
+
+_LOSSES = tuple(item.name for item in fields(Losses))
+_SITE = ("position", "mode", "reason", "channels", "study_name", "winner", "trials", "exact_evaluations", "seconds")
+
+
+def sites_frame(sites: Iterable[SiteRecord]) -> pd.DataFrame:
+    """One row per site.
+
+    Columns: site, position, mode, reason, channels, the held-out losses (identity, alpha_half, best_single,
+    best_single_alpha, ours, limit; NaN where not measured), the same on calibration rows with the prefix ``search_``,
+    winner, trials, exact_evaluations, seconds, study_name.
+    """
+    columns = ["site", "position", "mode", "reason", "channels", *_LOSSES, *(f"search_{name}" for name in _LOSSES)]
+    columns += ["winner", "trials", "exact_evaluations", "seconds", "study_name"]
+    rows = [
+        {
+            "site": site.name,
+            **{name: getattr(site, name) for name in _SITE},
+            **{name: _value(site.held_out, name) for name in _LOSSES},
+            **{f"search_{name}": _value(site.search, name) for name in _LOSSES},
+        }
+        for site in sites
+    ]
+    frame = pd.DataFrame(rows, columns=columns)
+    losses = [*_LOSSES, *(f"search_{name}" for name in _LOSSES), "seconds"]
+    counts = ["position", "channels", "trials", "exact_evaluations"]
+    return frame.astype(dict.fromkeys(losses, "float64") | dict.fromkeys(counts, "int64"))
+
+
+def groups_frame(sites: Iterable[SiteRecord], model_groups: Iterable[GroupRecord] = ()) -> pd.DataFrame:
+    """One row per group: site (empty for groups of the whole model), group, size, low, high, alpha, magnitude, explanation."""
+    columns = ["site", "group", "size", "low", "high", "alpha", "magnitude", "explanation"]
+    owned = [("", group) for group in model_groups] + [(site.name, group) for site in sites for group in site.groups]
+    rows = [{"site": site, "group": group.index, **asdict(group)} for site, group in owned]
+    kinds = dict.fromkeys(["low", "high", "alpha", "magnitude"], "float64") | dict.fromkeys(["group", "size"], "int64")
+    return pd.DataFrame(rows, columns=columns).astype(kinds)
+
+
+def trials_frame(trials: Iterable[TrialDigest]) -> pd.DataFrame:
+    """One row per trial: study_name, number, kind, state, loss (NaN when none), seconds, reason, then one column per parameter."""
+    columns = ["study_name", "number", "kind", "state", "loss", "seconds", "reason"]
+    listed = list(trials)
+    names = sorted({name for trial in listed for name in trial.params})
+    rows = [
+        {
+            **trial.params,
+            "number": trial.trial_number,
+            **{name: getattr(trial, name) for name in columns if name != "number"},
+        }
+        for trial in listed
+    ]
+    frame = pd.DataFrame(rows, columns=[*columns, *(name for name in names if name not in columns)])
+    return frame.astype({"number": "int64", "loss": "float64", "seconds": "float64"})
+
+
+def _value(losses: Losses | None, name: str) -> float | None:
+    value: float | None = None if losses is None else getattr(losses, name)
+    return value

@@ -1,0 +1,255 @@
+"""The output folder of a run: appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.storage import artifacts
+from alphasmith.storage.files import (
+    NO_SPACE,
+    ArtifactDigest,
+    canonical_json,
+    digest_file,
+    is_no_space,
+    sync_file,
+    sync_folder,
+)
+
+
+class OutputFolder:
+    """Builds ``<out>.partial-<random>`` beside the target and renames it to ``<out>`` at the end of the ``with`` block.
+
+    The target is checked when the object is made, before any work. When the block ends normally, everything under ``path``
+    is forced to the device, then the folder is renamed in one step. When it ends with an error (an interrupt included),
+    the partial folder and every parent folder made for it are removed. A process that is killed leaves at most the partial
+    folder, never a target that looks complete.
+
+    Example::
+
+        with OutputFolder(out) as folder:
+            folder.write_json("manifest.json", content)
+            model.save_pretrained(folder.subfolder("smoothed"))
+            records = folder.adopt("smoothed")
+
+    Not for use from several threads.
+
+    Args:
+        out: Target folder: absent, or an empty folder.
+        token: Returns the random end of the partial name.
+
+    Raises:
+        InputError: Field ``out``: exists and is not an empty folder. Later: no space left, or not writable.
+    """
+
+    def __init__(self, out: Path, *, token: Callable[[], str] = lambda: secrets.token_hex(4)) -> None:
+        self._out = Path(out).expanduser().resolve()
+        self._partial = self._out.with_name(f"{self._out.name}.partial-{token()}")
+        self._made: list[Path] = []
+        self._written: dict[str, ArtifactDigest] = {}
+        self._refuse_used_target()
+
+    @property
+    def path(self) -> Path:
+        """Folder to write into while the block runs."""
+        return self._partial
+
+    @property
+    def written(self) -> tuple[ArtifactDigest, ...]:
+        """Everything written or adopted so far, by relative path."""
+        return tuple(self._written[name] for name in sorted(self._written))
+
+    def __enter__(self) -> Self:
+        self._refuse_used_target()
+        try:
+            with self._translated():
+                self._make_parents(self._partial.parent)
+                self._partial.mkdir()
+        except InputError:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._discard()
+            if not isinstance(error, InputError) and is_no_space(error) and self._is_ours(error):
+                raise self._no_space() from error
+            return
+        published = False
+        try:
+            with self._translated():
+                self._sync_all()
+                self._publish()
+                published = True
+        finally:
+            if not published:
+                self._discard()
+
+    def subfolder(self, relative: str) -> Path:
+        """Make a folder to let others write into; call ``adopt`` afterwards.
+
+        Raises:
+            InputError: The path leaves the folder, or cannot be made.
+        """
+        with self._translated():
+            folder = self._inside(relative)
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def write_text(self, relative: str, text: str) -> ArtifactDigest:
+        """Write UTF-8 text.
+
+        Raises:
+            InputError: The path leaves the folder, no space is left, or the folder is not writable.
+        """
+        data = text.encode()
+        return self._write(relative, lambda path: _write_bytes(path, data))
+
+    def write_json(self, relative: str, value: Mapping[str, Any]) -> ArtifactDigest:
+        """Write canonical JSON: the same content gives the same bytes.
+
+        Raises:
+            NonFiniteError: A number is NaN or infinite.
+            InputError: As ``write_text``, or something JSON cannot hold.
+        """
+        return self.write_text(relative, canonical_json(value))
+
+    def write_tensors(
+        self, relative: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> ArtifactDigest:
+        """Write a safetensors file, see ``artifacts.write_tensors``.
+
+        Raises:
+            InputError: As ``write_text``, or a tensor that cannot be stored.
+        """
+        return self._write(relative, lambda path: artifacts.write_tensors(path, tensors, metadata))
+
+    def copy_file(self, source: Path, relative: str) -> ArtifactDigest:
+        """Copy the content of a file.
+
+        Raises:
+            InputError: As ``write_text``, or the source is not a readable file.
+        """
+        if not source.is_file() or not os.access(source, os.R_OK):
+            raise InputError(str(source), "is not a readable file", "check the path and its permissions")
+        return self._write(relative, lambda path: shutil.copyfile(source, path))
+
+    def adopt(self, relative: str = ".") -> tuple[ArtifactDigest, ...]:
+        """Take up files that others wrote under ``path``.
+
+        Args:
+            relative: A file or a folder, searched through.
+
+        Returns:
+            Digests by relative path.
+
+        Raises:
+            InputError: Nothing is there, or a symbolic link is.
+        """
+        top = self._inside(relative)
+        found = [top] if top.is_file() else sorted(file for file in top.rglob("*") if not file.is_dir())
+        if not found:
+            raise InputError("out", f"nothing was written to {relative!r}", "write before adopting")
+        return tuple(self._record(path) for path in found)
+
+    def _write(self, relative: str, writer: Callable[[Path], object]) -> ArtifactDigest:
+        with self._translated():
+            path = self._inside(relative)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digest = writer(path)
+        return self._record(path, digest if isinstance(digest, ArtifactDigest) else None)
+
+    def _record(self, path: Path, digest: ArtifactDigest | None = None) -> ArtifactDigest:
+        name = path.relative_to(self._partial).as_posix()
+        if path.is_symlink():
+            raise InputError("out", f"{name} is a symbolic link", "write files; a link would leave the folder")
+        # Tensors were hashed on their way out; a checkpoint need not be read again.
+        self._written[name] = digest_file(path, name=name) if digest is None else replace(digest, path=name)
+        return self._written[name]
+
+    def _inside(self, relative: str) -> Path:
+        pure = PurePosixPath(relative)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise InputError("out", f"{relative!r} leaves the output folder", "give a path inside it")
+        return self._partial / pure
+
+    def _refuse_used_target(self) -> None:
+        remedy = "choose another folder or remove it"
+        if self._out.exists() and not self._out.is_dir():
+            raise InputError("out", f"{self._out} already exists and is a file", remedy)
+        try:
+            used = self._out.is_dir() and any(self._out.iterdir())
+        except OSError as error:
+            raise InputError("out", f"{self._out} cannot be read ({error.strerror})", remedy) from error
+        if used:
+            raise InputError("out", f"{self._out} already exists and is not empty", remedy)
+
+    def _make_parents(self, folder: Path) -> None:
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for parent in reversed(missing):
+            parent.mkdir()
+            self._made.append(parent)
+
+    def _sync_all(self) -> None:
+        for folder, _, files in os.walk(self._partial):
+            for file in files:
+                sync_file(Path(folder, file))
+            sync_folder(Path(folder))
+
+    def _publish(self) -> None:
+        self._refuse_used_target()
+        os.rename(self._partial, self._out)  # replaces an empty folder; fails if someone filled it meanwhile
+        # The result is whole from here on; a failing device can only make it forget the new name.
+        with suppress(OSError):
+            sync_folder(self._out.parent)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        for parent in reversed(self._made):
+            try:
+                parent.rmdir()
+            except OSError:
+                break  # someone else uses it by now
+        self._made.clear()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise self._no_space() from error
+            raise InputError(
+                "out", f"{self._out} is not writable ({error.strerror or error})", "choose another folder"
+            ) from error
+
+    def _no_space(self) -> InputError:
+        return InputError(
+            "out", f"no space left to write {self._out}; nothing was kept", "free space or choose another device"
+        )
+
+    def _is_ours(self, error: BaseException) -> bool:
+        # An OSError may name a file elsewhere (a database, a cache): its device is full, not ours.
+        name = getattr(error, "filename", None)
+        return not isinstance(name, str) or Path(name).is_relative_to(self._partial)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)

@@ -1,0 +1,434 @@
+"""Runs, sites, trials and artifacts in SQL: one contract, any backend."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from sqlalchemy import CursorResult, delete, insert, select, update
+from sqlalchemy.orm import Session, selectinload
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.storage.database import Database, DuplicateError, StorageError
+from alphasmith.storage.record_types import (
+    ArtifactRecord,
+    GroupRecord,
+    Losses,
+    RunRecord,
+    RunSpec,
+    RunStatus,
+    SiteRecord,
+    TrialDigest,
+    params_hash,
+    prose,
+    utc,
+)
+from alphasmith.storage.tables import ArtifactRow, GroupRow, RunRow, SiteRow, TrialDigestRow
+
+__all__ = [
+    "ArtifactRecord",
+    "GroupRecord",
+    "Losses",
+    "RunRecord",
+    "RunSpec",
+    "RunStore",
+    "SiteRecord",
+    "TrialDigest",
+    "params_hash",
+]
+
+_SPEC = tuple(item.name for item in fields(RunSpec))
+_LOSSES = tuple(item.name for item in fields(Losses))
+_SITE = ("name", "position", "mode", "reason", "channels", "study_name", "winner", "trials", "exact_evaluations")
+_TRIAL = tuple(item.name for item in fields(TrialDigest))
+_ID_TRIES = 5
+_SEE = "see alphasmith list"
+_REMEDIES: dict[RunStatus, str] = {
+    "running": "launch a new run",
+    "finished": "start or resume it first",
+    "failed": "a finished run keeps its result",
+}
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _token() -> str:
+    return secrets.token_hex(3)
+
+
+class RunStore:
+    """Reads and writes the records of runs.
+
+    Every method is one transaction: what it stores is stored whole or not at all, and what it returns is a snapshot that
+    never changes. One store may be used from many threads; every process opens its own database. Writers in several
+    processes are serialised by the database. On SQLite a writer waits up to 60 s for another.
+
+    Methods that take ``run_id`` need the full id; ``get`` resolves a prefix.
+
+    Every method may raise StorageError when the database refuses or loses the operation; nothing was written then.
+
+    Args:
+        database: An initialised database.
+        clock: Returns the current time with its zone.
+        token: Returns the random end of a new id.
+    """
+
+    def __init__(
+        self, database: Database, *, clock: Callable[[], datetime] = _now, token: Callable[[], str] = _token
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._token = token
+
+    def create(self, spec: RunSpec) -> RunRecord:
+        """Store a new run in state ``created`` under an id of date and random end.
+
+        Raises:
+            InputError: The clock gives a time without zone.
+            StorageError: No free id was found.
+        """
+        now = utc(self._clock())
+        for _ in range(_ID_TRIES):
+            run_id = f"r-{now:%Y%m%d}-{self._token()}"
+            try:
+                with self._database.session() as session:
+                    session.execute(
+                        insert(RunRow).values(
+                            id=run_id, status="created", reason="", folder="", created=now, **_plain(spec, _SPEC)
+                        )
+                    )
+            except DuplicateError:
+                continue
+            return self._record(run_id)
+        raise StorageError(f"{self._database.masked}: no free run id after {_ID_TRIES} tries")
+
+    def start(self, run_id: str) -> RunRecord:
+        """Mark a run as running, for the first time or again after a failure or a kill.
+
+        Raises:
+            InputError: No such run, or it is finished.
+        """
+        return self._move(
+            run_id, "running", ("created", "running", "failed"), reason="", started=utc(self._clock()), finished=None
+        )
+
+    def conclude(self, run_id: str, *, space_hash: str, folder: str) -> RunRecord:
+        """Add what only the end of a search knows.
+
+        Args:
+            run_id: A running run.
+            space_hash: Digest of the search spaces of its studies.
+            folder: Output folder, absolute.
+
+        Raises:
+            InputError: No such run, or it is not running.
+        """
+        return self._move(run_id, "running", ("running",), space_hash=space_hash, folder=folder)
+
+    def finish(self, run_id: str) -> RunRecord:
+        """Mark a running run as finished.
+
+        Raises:
+            InputError: No such run, or it is not running.
+        """
+        return self._move(run_id, "finished", ("running",), finished=utc(self._clock()))
+
+    def fail(self, run_id: str, reason: str) -> RunRecord:
+        """Mark a run as failed. It can be started again.
+
+        Raises:
+            InputError: No such run, it is finished, or the reason is empty.
+        """
+        if not reason.strip():
+            raise InputError("reason", "is empty", "say why the run failed")
+        return self._move(
+            run_id, "failed", ("created", "running", "failed"), reason=prose(reason), finished=utc(self._clock())
+        )
+
+    def runs(self, *, limit: int | None = None) -> list[RunRecord]:
+        """Runs, newest first.
+
+        Args:
+            limit: At most so many; None for all.
+
+        Raises:
+            InputError: The limit is negative.
+        """
+        if limit is not None and limit < 0:
+            raise InputError("limit", f"{limit} is negative", "give the number of runs to show")
+        with self._database.session() as session:
+            rows = session.scalars(select(RunRow).order_by(RunRow.created.desc(), RunRow.id.desc()).limit(limit))
+            return [_run(row) for row in rows]
+
+    def get(self, prefix: str) -> RunRecord:
+        """The run whose id is, or alone begins with, ``prefix``.
+
+        Raises:
+            InputError: No run or several runs match.
+        """
+        if not prefix:
+            raise InputError("RUN", "is empty", _SEE)
+        with self._database.session() as session:
+            query = select(RunRow).where(RunRow.id.startswith(prefix, autoescape=True)).order_by(RunRow.id)
+            # SQLite's LIKE ignores case; ids do not.
+            found = [row for row in session.scalars(query) if row.id.startswith(prefix)]
+            exact = [row for row in found if row.id == prefix]
+            if not found:
+                raise InputError("RUN", f"no run {prefix!r} in {self._database.masked}", _SEE)
+            if len(found) > 1 and not exact:
+                ids = ", ".join(row.id for row in found[:3]) + (", ..." if len(found) > 3 else "")
+                raise InputError("RUN", f"{prefix!r} fits {len(found)} runs ({ids})", "give more of the id")
+            return _run((exact or found)[0])
+
+    def delete(self, run_id: str) -> tuple[str, ...]:
+        """Delete a run with everything under it.
+
+        Returns:
+            Names of the Optuna studies its trials lived in; they are Optuna's to delete.
+
+        Raises:
+            InputError: No such run.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            trials = select(TrialDigestRow.study_name).where(TrialDigestRow.run_id == run_id)
+            sites = select(SiteRow.study_name).where(SiteRow.run_id == run_id, SiteRow.study_name.is_not(None))
+            names = {name for query in (trials, sites) for name in session.scalars(query) if name is not None}
+            session.execute(delete(RunRow).where(RunRow.id == run_id))
+        return tuple(sorted(names))
+
+    def add_site(self, run_id: str, site: SiteRecord, trials: Iterable[TrialDigest] = ()) -> None:
+        """Store a site with its groups and trials.
+
+        A site of the same name is replaced, so that a step repeated after a crash stores the same thing once.
+
+        Raises:
+            InputError: No such run.
+            DuplicateError: A trial is stored under another site or run already.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            old = session.scalar(select(SiteRow.id).where(SiteRow.run_id == run_id, SiteRow.name == site.name))
+            if old is not None:
+                session.execute(delete(SiteRow).where(SiteRow.id == old))
+            row = SiteRow(
+                run_id=run_id,
+                operators=list(site.operators),
+                seconds=float(site.seconds),
+                **_loss_columns("search", site.search),
+                **_loss_columns("held_out", site.held_out),
+                **_plain(site, _SITE),
+            )
+            session.add(row)
+            session.flush()
+            _insert_groups(session, run_id, row.id, site.groups)
+            _insert_trials(session, run_id, row.id, trials)
+
+    def set_groups(self, run_id: str, groups: Sequence[GroupRecord]) -> None:
+        """Store the groups of the whole model (scope ``model``), replacing earlier ones.
+
+        Raises:
+            InputError: No such run.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            session.execute(delete(GroupRow).where(GroupRow.run_id == run_id, GroupRow.site_id.is_(None)))
+            _insert_groups(session, run_id, None, groups)
+
+    def add_trials(self, run_id: str, trials: Iterable[TrialDigest]) -> None:
+        """Store trials that belong to no single site (scope ``model``).
+
+        Raises:
+            InputError: No such run.
+            DuplicateError: One of them is stored already; none is then.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            _insert_trials(session, run_id, None, trials)
+
+    def set_artifacts(self, run_id: str, artifacts: Iterable[ArtifactRecord]) -> None:
+        """Store the files of the output folder, replacing earlier ones.
+
+        Raises:
+            InputError: No such run.
+            DuplicateError: A path occurs twice.
+        """
+        rows = [{"run_id": run_id, **asdict(artifact)} for artifact in artifacts]
+        with self._database.session() as session:
+            self._require(session, run_id)
+            session.execute(delete(ArtifactRow).where(ArtifactRow.run_id == run_id))
+            if rows:
+                session.execute(insert(ArtifactRow), rows)
+
+    def sites(self, run_id: str) -> list[SiteRecord]:
+        """The sites of a run with their groups, in forward order.
+
+        Raises:
+            InputError: No such run.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            query = select(SiteRow).where(SiteRow.run_id == run_id).options(selectinload(SiteRow.groups))
+            return [_site(row) for row in session.scalars(query.order_by(SiteRow.position, SiteRow.id))]
+
+    def groups(self, run_id: str) -> list[GroupRecord]:
+        """The groups of the whole model (scope ``model``), in order.
+
+        Raises:
+            InputError: No such run.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            query = select(GroupRow).where(GroupRow.run_id == run_id, GroupRow.site_id.is_(None))
+            return [_group(row) for row in session.scalars(query.order_by(GroupRow.position))]
+
+    def trials(self, run_id: str, *, study_name: str | None = None) -> list[TrialDigest]:
+        """The trials of a run by study and number.
+
+        Args:
+            run_id: The run.
+            study_name: Only those of one study.
+
+        Raises:
+            InputError: No such run.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            query = select(TrialDigestRow).where(TrialDigestRow.run_id == run_id)
+            if study_name is not None:
+                query = query.where(TrialDigestRow.study_name == study_name)
+            rows = session.scalars(query.order_by(TrialDigestRow.study_name, TrialDigestRow.trial_number))
+            return [_trial(row) for row in rows]
+
+    def find_trial(self, study_name: str, digest: str) -> TrialDigest | None:
+        """The first complete trial of a study with the same canonical parameters, or None.
+
+        Args:
+            study_name: The study.
+            digest: ``params_hash`` of the parameters.
+        """
+        with self._database.session() as session:
+            row = session.scalar(
+                select(TrialDigestRow)
+                .where(
+                    TrialDigestRow.study_name == study_name,
+                    TrialDigestRow.params_hash == digest,
+                    TrialDigestRow.state == "complete",
+                )
+                .order_by(TrialDigestRow.trial_number)
+                .limit(1)
+            )
+            return None if row is None else _trial(row)
+
+    def artifacts(self, run_id: str) -> list[ArtifactRecord]:
+        """The files of a run's output folder, by path.
+
+        Raises:
+            InputError: No such run.
+        """
+        with self._database.session() as session:
+            self._require(session, run_id)
+            rows = session.scalars(select(ArtifactRow).where(ArtifactRow.run_id == run_id).order_by(ArtifactRow.path))
+            return [ArtifactRecord(kind=r.kind, path=r.path, sha256=r.sha256, bytes=r.bytes) for r in rows]
+
+    def _record(self, run_id: str) -> RunRecord:
+        with self._database.session() as session:
+            return _run(self._require(session, run_id))
+
+    def _require(self, session: Session, run_id: str) -> RunRow:
+        row = session.get(RunRow, run_id)
+        if row is None:
+            raise InputError("RUN", f"no run {run_id!r} in {self._database.masked}", _SEE)
+        return row
+
+    def _move(self, run_id: str, to: RunStatus, allowed: tuple[RunStatus, ...], **values: object) -> RunRecord:
+        # One conditional statement: of two processes that finish a run, one wins and the other is told.
+        statement = update(RunRow).where(RunRow.id == run_id, RunRow.status.in_(allowed)).values(status=to, **values)
+        with self._database.session() as session:
+            moved = cast("CursorResult[Any]", session.execute(statement)).rowcount
+            row = self._require(session, run_id)
+            if not moved:
+                raise InputError("RUN", f"{run_id} is {row.status} and cannot become {to}", _REMEDIES[to])
+            return _run(row)
+
+
+def _plain(record: object, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}
+
+
+def _value(losses: Losses | None, name: str) -> float | None:
+    value: float | None = None if losses is None else getattr(losses, name)
+    return value
+
+
+def _loss_columns(prefix: str, losses: Losses | None) -> dict[str, float | None]:
+    return {f"{prefix}_{name}": _value(losses, name) for name in _LOSSES}
+
+
+def _losses(row: SiteRow, prefix: str) -> Losses | None:
+    values = {name: getattr(row, f"{prefix}_{name}") for name in _LOSSES}
+    # The winner's loss is the one that every measured set has; a baseline may have failed.
+    return None if values["ours"] is None else Losses(**values)
+
+
+def _run(row: RunRow) -> RunRecord:
+    return RunRecord(
+        id=row.id,
+        status=cast(RunStatus, row.status),
+        reason=row.reason,
+        created=row.created,
+        started=row.started,
+        finished=row.finished,
+        folder=row.folder,
+        **{name: getattr(row, name) for name in _SPEC},
+    )
+
+
+def _site(row: SiteRow) -> SiteRecord:
+    return SiteRecord(
+        operators=tuple(row.operators),
+        search=_losses(row, "search"),
+        held_out=_losses(row, "held_out"),
+        seconds=row.seconds,
+        groups=tuple(_group(group) for group in row.groups),
+        **{name: getattr(row, name) for name in _SITE},
+    )
+
+
+def _group(row: GroupRow) -> GroupRecord:
+    return GroupRecord(
+        index=row.position,
+        size=row.size,
+        low=row.low,
+        high=row.high,
+        alpha=row.alpha,
+        magnitude=row.magnitude,
+        explanation=row.explanation,
+    )
+
+
+def _trial(row: TrialDigestRow) -> TrialDigest:
+    return TrialDigest(**{name: getattr(row, name) for name in _TRIAL})
+
+
+def _insert_groups(session: Session, run_id: str, site_id: int | None, groups: Sequence[GroupRecord]) -> None:
+    rows = []
+    for group in groups:
+        values = asdict(group)
+        rows.append({"run_id": run_id, "site_id": site_id, "position": values.pop("index"), **values})
+    if rows:
+        session.execute(insert(GroupRow), rows)
+
+
+def _insert_trials(session: Session, run_id: str, site_id: int | None, trials: Iterable[TrialDigest]) -> None:
+    rows = [
+        {"run_id": run_id, "site_id": site_id, **_plain(trial, _TRIAL), "params": dict(trial.params)}
+        for trial in trials
+    ]
+    if rows:
+        session.execute(insert(TrialDigestRow), rows)

@@ -1,0 +1,233 @@
+"""Tables of our own, beside Optuna's and without keys into them (ecosystem.md section 7, rules 1 to 4).
+
+Runs own sites, sites own groups and trial digests; deleting a run deletes everything under it. A trial is named by study
+name and trial number: Optuna may rename, copy or delete a study without breaking or blocking on these rows.
+
+States of a run::
+
+    created -> running -> finished
+                  |  ^
+                  v  |
+                 failed
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.types import TypeEngine
+
+#: Longest run id and longest names [characters]; names stay below the index limit of MySQL (3072 bytes).
+RUN_ID_LENGTH = 40
+NAME_LENGTH = 512
+
+_NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+# Names differ by case in models; MySQL's default collation would call them equal.
+_OPTIONS = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Zone-aware in Python, naive UTC with microseconds in the database, alike on every backend."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """MySQL drops microseconds unless asked to keep them."""
+        return dialect.type_descriptor(mysql.DATETIME(fsp=6) if dialect.name == "mysql" else DateTime())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To naive UTC.
+
+        Raises:
+            ValueError: The time has no zone.
+        """
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value} has no time zone")
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To zone-aware UTC."""
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    """Metadata of our tables only; migrations see nothing else."""
+
+    metadata = MetaData(naming_convention=_NAMING)
+    type_annotation_map = {  # noqa: RUF012 (read by SQLAlchemy on the class)
+        datetime: UtcDateTime(),
+        float: Double(),
+        # MySQL's TEXT ends at 64 kB; reasons and explanations may carry long messages.
+        str: Text().with_variant(mysql.LONGTEXT(), "mysql"),
+        dict[str, Any]: JSON(),
+        list[str]: JSON(),
+    }
+
+
+class RunRow(Base):
+    """One launch. ``status`` follows the states at the head of this file; ``reason`` is filled for failed runs."""
+
+    __tablename__ = "alphasmith_run"
+    __table_args__ = (
+        CheckConstraint("status IN ('created', 'running', 'finished', 'failed')", name="status"),
+        CheckConstraint("scope IN ('site', 'model')", name="scope"),
+        Index("ix_alphasmith_run_created", "created"),
+        _OPTIONS,
+    )
+
+    id: Mapped[str] = mapped_column(String(RUN_ID_LENGTH), primary_key=True)
+    name: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    status: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str]
+    model_digest: Mapped[str] = mapped_column(String(64))
+    data_digest: Mapped[str] = mapped_column(String(64))
+    config: Mapped[dict[str, Any]]
+    scheme: Mapped[str] = mapped_column(String(64))
+    hardware: Mapped[dict[str, Any]]
+    scope: Mapped[str] = mapped_column(String(16))
+    versions: Mapped[dict[str, Any]]
+    space_hash: Mapped[str] = mapped_column(String(64))
+    created: Mapped[datetime]
+    started: Mapped[datetime | None]
+    finished: Mapped[datetime | None]
+    folder: Mapped[str]
+
+    sites: Mapped[list[SiteRow]] = relationship(
+        back_populates="run", cascade="all, delete-orphan", passive_deletes=True, order_by="SiteRow.position"
+    )
+
+
+class SiteRow(Base):
+    """One site of a run with its losses; every loss is NULL when it was not measured (a site left alone)."""
+
+    __tablename__ = "alphasmith_site"
+    __table_args__ = (
+        UniqueConstraint("run_id", "name"),
+        CheckConstraint("mode IN ('fold', 'explicit', 'left')", name="mode"),
+        _OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    position: Mapped[int]
+    mode: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str]
+    channels: Mapped[int]
+    operators: Mapped[list[str]]
+    study_name: Mapped[str | None] = mapped_column(String(NAME_LENGTH))
+    search_identity: Mapped[float | None]
+    search_alpha_half: Mapped[float | None]
+    search_best_single: Mapped[float | None]
+    search_best_single_alpha: Mapped[float | None]
+    search_ours: Mapped[float | None]
+    search_limit: Mapped[float | None]
+    held_out_identity: Mapped[float | None]
+    held_out_alpha_half: Mapped[float | None]
+    held_out_best_single: Mapped[float | None]
+    held_out_best_single_alpha: Mapped[float | None]
+    held_out_ours: Mapped[float | None]
+    held_out_limit: Mapped[float | None]
+    winner: Mapped[str | None] = mapped_column(String(16))
+    trials: Mapped[int]
+    exact_evaluations: Mapped[int]
+    seconds: Mapped[float]
+
+    run: Mapped[RunRow] = relationship(back_populates="sites")
+    groups: Mapped[list[GroupRow]] = relationship(
+        cascade="all, delete-orphan", passive_deletes=True, order_by="GroupRow.position"
+    )
+
+
+class GroupRow(Base):
+    """One group of channels: of a site, or of the whole model when ``site_id`` is NULL."""
+
+    __tablename__ = "alphasmith_group"
+    __table_args__ = (
+        Index("ix_alphasmith_group_run_id", "run_id"),
+        Index("ix_alphasmith_group_site_id", "site_id"),
+        _OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    site_id: Mapped[int | None] = mapped_column(ForeignKey("alphasmith_site.id", ondelete="CASCADE"))
+    position: Mapped[int]
+    size: Mapped[int]
+    low: Mapped[float]
+    high: Mapped[float]
+    alpha: Mapped[float | None]
+    magnitude: Mapped[float]
+    explanation: Mapped[str]
+
+
+class TrialDigestRow(Base):
+    """What is worth keeping of an Optuna trial, by study name and trial number; no key into Optuna's tables."""
+
+    __tablename__ = "alphasmith_trial_digest"
+    __table_args__ = (
+        UniqueConstraint("study_name", "trial_number"),
+        Index("ix_alphasmith_trial_digest_params", "study_name", "params_hash"),
+        Index("ix_alphasmith_trial_digest_run_id", "run_id"),
+        Index("ix_alphasmith_trial_digest_site_id", "site_id"),
+        CheckConstraint("kind IN ('identity', 'alpha_0.5', 'best_single', 'noise_model', 'sampler')", name="kind"),
+        CheckConstraint("state IN ('complete', 'pruned', 'failed')", name="state"),
+        CheckConstraint("state <> 'complete' OR loss IS NOT NULL", name="loss"),
+        _OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    site_id: Mapped[int | None] = mapped_column(ForeignKey("alphasmith_site.id", ondelete="CASCADE"))
+    study_name: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    trial_number: Mapped[int]
+    params: Mapped[dict[str, Any]]
+    params_hash: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    loss: Mapped[float | None]
+    seconds: Mapped[float]
+    state: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str]
+
+
+class ArtifactRow(Base):
+    """One file of a run's output folder."""
+
+    __tablename__ = "alphasmith_artifact"
+    __table_args__ = (UniqueConstraint("run_id", "path"), _OPTIONS)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(String(32))
+    path: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    sha256: Mapped[str] = mapped_column(String(64))
+    # A checkpoint easily exceeds the 2 GiB of a plain INTEGER.
+    bytes: Mapped[int] = mapped_column(BigInteger())
