@@ -1,0 +1,169 @@
+"""The proof that folding changes nothing, and the name of the site that broke it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alphasmith.objectives import equivalence
+from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.equivalence import ALL_SITES, find_culprit, prove
+from alphasmith.objectives.errors import EquivalenceError, InputError, NonFiniteError
+from alphasmith.objectives.sites.folding import fold
+from alphasmith.objectives.sites.types import Site
+from tests.objectives.quantized_models import Example, block_example, pixels_example
+
+
+def folded(example: Example, sites: tuple[Site, ...] | None = None) -> nn.Module:
+    model = copy.deepcopy(example.model)
+    for found in example.sites if sites is None else sites:
+        if found.mode == "fold":
+            fold(model, found, example.scales[found.name])
+    return model
+
+
+def broken(example: Example, index: int) -> tuple[Site, ...]:
+    """The sites with one producer edit of one fold site lost: its consumers grow, and that producer does not shrink."""
+    sites = list(example.sites)
+    sites[index] = replace(sites[index], edits=sites[index].edits[:-1])
+    return tuple(sites)
+
+
+@pytest.mark.parametrize("example", [block_example(), pixels_example()])
+def test_folding_is_proven_exact(example: Example) -> None:
+    before = copy.deepcopy(example.model.state_dict())
+    after = folded(example)
+    error = prove(example.model, after, example.batches)
+    # Weights rounded once to float32: a few 2^-24, and not 0 because something was folded.
+    assert 0 < error < 1e-6
+    assert all(torch.equal(value, before[name]) for name, value in example.model.state_dict().items())
+    assert all(p.dtype == torch.float32 for p in after.parameters())
+    assert prove(example.model, example.model, example.batches) == 0.0
+
+
+@pytest.mark.parametrize(("example", "index"), [(block_example(), 0), (block_example(), 1), (pixels_example(), 1)])
+def test_broken_site_is_refused_by_name(example: Example, index: int) -> None:
+    sites = broken(example, index)
+    name = sites[index].name
+    with pytest.raises(EquivalenceError, match=f"site {name}: ") as refusal:
+        prove(example.model, folded(example, sites), example.batches, sites=sites, scales=example.scales)
+    assert refusal.value.site == name
+    assert refusal.value.error > refusal.value.tolerance == 1e-4
+    assert find_culprit(example.model, sites, example.scales, example.batches[0], 1e-4) == name
+    # Without the sites no name can be given; the pattern that stands for all is.
+    with pytest.raises(EquivalenceError) as refusal:
+        prove(example.model, folded(example, sites), example.batches)
+    assert refusal.value.site == ALL_SITES
+
+
+def test_sites_that_do_not_fold_are_passed_over() -> None:
+    example = block_example()
+    assert find_culprit(example.model, example.sites, example.scales, example.batches[0], 1e-6) == ALL_SITES
+    sites = broken(example, 1)
+    without = {name: s for name, s in example.scales.items() if name != sites[1].name}
+    assert find_culprit(example.model, sites, without, example.batches[0], 1e-6) == ALL_SITES
+
+
+def test_every_batch_is_compared() -> None:
+    example = block_example()
+    quiet = Batch(args=(torch.ones(1, 1, 9),))  # constant rows leave the norm as its bias, so its weight has no effect
+    after = copy.deepcopy(example.model)
+    after.get_parameter("norm.weight").data.mul_(2)
+    assert prove(example.model, after, [quiet]) < 1e-6
+    with pytest.raises(EquivalenceError):
+        prove(example.model, after, [quiet, example.batches[0]])
+
+
+def test_padding_is_not_compared() -> None:
+    example = block_example()
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[:, 0] = True
+
+    class Tail(nn.Module):
+        """Adds an offset to every position but the first."""
+
+        def __init__(self, inner: nn.Module, offset: float) -> None:
+            super().__init__()
+            self.inner, self.offset = inner, offset
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x)
+            return torch.cat((y[:, :1], y[:, 1:] + self.offset), dim=1)
+
+    batch = replace(example.batches[0], mask=mask)
+    assert prove(Tail(example.model, 0.0), Tail(example.model, 1.0), [batch]) == 0.0
+    with pytest.raises(EquivalenceError):
+        prove(Tail(example.model, 0.0), Tail(example.model, 1.0), [example.batches[0]])
+
+
+def test_non_finite_outputs_are_never_equal() -> None:
+    example = block_example()
+    after = copy.deepcopy(example.model)
+    after.get_parameter("out.bias").data.fill_(float("inf"))
+    with pytest.raises(EquivalenceError):
+        prove(example.model, after, example.batches, sites=example.sites, scales=example.scales)
+    with pytest.raises(NonFiniteError):
+        prove(after, example.model, example.batches)
+
+
+def test_zero_reference_admits_only_zero() -> None:
+    zero = nn.Linear(2, 2)
+    nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zero.bias)
+    batch = Batch(args=(torch.ones(1, 2),))
+    assert prove(zero, zero, [batch]) == 0.0
+    other = copy.deepcopy(zero)
+    nn.init.ones_(other.bias)
+    with pytest.raises(EquivalenceError):
+        prove(zero, other, [batch])
+
+
+def test_model_that_refuses_float64_is_compared_as_it_is() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.linear(x.float()))
+
+    model = Single()
+    batch = Batch(args=(torch.ones(2, 4),))
+    assert prove(model, copy.deepcopy(model), [batch]) == 0.0
+    after = copy.deepcopy(model)
+    after.linear.bias.data.add_(1)
+    with pytest.raises(EquivalenceError):
+        prove(model, after, [batch])
+
+
+def test_large_models_are_compared_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = block_example()
+    after = folded(example)
+    exact = prove(example.model, after, example.batches)
+    monkeypatch.setattr(equivalence, "FLOAT64_LIMIT", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(copy, "deepcopy", lambda _: pytest.fail("copied"))
+        own = prove(example.model, after, example.batches)
+    assert own != exact  # float32 additions are now part of the error
+    assert own < 1e-5
+    assert prove(example.model, after, example.batches, dtype=torch.float64) == exact
+
+
+def test_training_mode_is_neither_compared_nor_changed() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
+    batch = Batch(args=(torch.ones(4, 3),))
+    assert prove(model, copy.deepcopy(model), [batch], dtype=torch.float32) == 0.0
+    assert model.training
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan"), float("inf")])
+def test_senseless_requests_are_refused(tolerance: float) -> None:
+    example = block_example()
+    with pytest.raises(InputError, match="tolerance"):
+        prove(example.model, example.model, example.batches, tolerance=tolerance)
+    with pytest.raises(InputError, match="batches"):
+        prove(example.model, example.model, [])
