@@ -176,7 +176,7 @@ def fit_rows(
     least = _with_rows(plan, low, layouts, splits, evaluators)
     if least.total > budget:
         raise InputError(
-            "hardware.memory",
+            "hardware.search_memory",
             f"{readable(budget)} are too little, the run needs {readable(least.total)} with {low} rows per site",
             "raise the budget, lower the batch size, or exclude sites",
         )

@@ -69,7 +69,9 @@ class Scheme:
         """
         match = re.fullmatch(r"w(8|4|fp8)a(8|16|fp8)-(tensor|channel|g(\d+))(?:-(static|token))?", name)
         if match is None or (match.group(2) == "16") != (match.group(5) is None):
-            raise InputError("scheme", f"no scheme is named {name!r}", "write it like w8a8-channel-static or w4a16-g128")
+            raise InputError(
+                "scheme", f"no scheme is named {name!r}", "write it like w8a8-channel-static or w4a16-g128"
+            )
         weights: dict[str, WeightFormat] = {"8": "int8", "4": "int4", "fp8": "fp8"}
         activations: dict[str, ActivationFormat] = {"8": "int8", "16": "none", "fp8": "fp8"}
         granularities: dict[str, WeightGranularity] = {"tensor": "tensor", "channel": "channel"}

@@ -138,7 +138,7 @@ def test_fitted_rows_are_the_most_that_fit(rows: int, share: float) -> None:
     assert plan == predict_peak(model, sites, rows=plan.rows, batch=batch)
     if plan.rows < rows:
         assert predict_peak(model, sites, rows=plan.rows + 1, batch=batch).total > budget
-    with pytest.raises(InputError, match=r"hardware\.memory: .* are too little, the run needs"):
+    with pytest.raises(InputError, match=r"hardware\.search_memory: .* are too little, the run needs"):
         fit_rows(model, sites, rows=rows, budget=least - 1, batch=batch)
 
 
