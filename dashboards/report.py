@@ -1,0 +1,300 @@
+"""One self-contained HTML page that explains a run: no network, no rights, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from alphasmith.dashboards.facts import Facts, duration, facts_of, value_text
+from alphasmith.dashboards.figures import alpha_heatmap, alphas_by_group, gain_by_site, losses_by_site, trial_history
+from alphasmith.dashboards.frames import checked_groups, checked_sites, geometric_mean, ratio
+from alphasmith.dashboards.site_table import KEPT, SITE_TABLE, site_rows
+from alphasmith.dashboards.theme import number
+from alphasmith.objectives.errors import InputError
+
+#: Columns of the table of whole-model results: heading, key of a metric, key of a loss.
+_METRIC_COLUMNS = (
+    ("float model", "float", ""),
+    ("no smoothing", "naive", "identity"),
+    ("alpha 0.5", "alpha_0.5", "alpha_0.5"),
+    ("best single alpha", "best_single", "best_single"),
+    ("searched alphas", "ours", "ours"),
+    ("per-channel limit", "", "limit"),
+)
+_CAPTIONS = {
+    "losses": "Each line spans the losses of one site; further left (or down) is better. Scales differ between sites "
+    "because every loss is relative to that site's own output.",
+    "gain": "1 is the best alpha that the whole site could share. Green marks are the limit of a free scale per "
+    "channel: what no choice of alphas can beat by much. Sites that were left alone are not shown.",
+    "alphas": "A bar is the range a group was given from its magnitude and the hardware; the dot is the alpha that won.",
+    "heatmap": "One row per site, one column per group, from small to large activations.",
+    "history": "The searches start with the baselines, then the optimum of the noise model, then sampled trials.",
+}
+
+
+#: Manifest key, heading, explanation.
+_SECTIONS = (
+    (
+        "hardware",
+        "Ranges and hardware",
+        (
+            "A group's range follows its magnitude: 0.1 to 0.5 for the smallest values, 0.5 to 0.9 for the largest. Where "
+            "the machine that will run the model is short of memory, threads or bandwidth, the lower ends rise by the "
+            "scarcity rho (0: plenty, 1: none) times the width of the range."
+        ),
+    ),
+    (
+        "proof",
+        "Proof of equivalence",
+        "The float model before and after folding, compared on data that neither calibration nor search has seen.",
+    ),
+    (
+        "guard",
+        "Guard",
+        "Every winner is scored again on held-out data against its baselines and loses to them if it is worse.",
+    ),
+    (
+        "payload",
+        "Payload",
+        "What the weights cost before and after; scales, norms, biases and skipped layers are counted apart.",
+    ),
+    ("skipped", "Left in float", "Operators that are not quantized, and why."),
+    ("memory", "Memory", "Peak memory of the search: predicted before the run, measured during it."),
+    ("seeds", "Seeds", "With the same inputs and seeds one worker finds the same result."),
+    ("versions", "Versions", "An alpha means nothing without the code that made it."),
+    ("config", "Configuration", "Everything that was asked for, defaults included."),
+    ("artifacts", "Files", "What was written, with the digests to check it by."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Figure:
+    """A figure as the page needs it."""
+
+    key: str
+    heading: str
+    caption: str
+    height: int
+    json: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """A heading, a sentence of explanation and a list of facts."""
+
+    key: str
+    heading: str
+    intro: str
+    facts: Facts
+
+
+def render_report(
+    manifest: Mapping[str, Any], sites: pd.DataFrame, groups: pd.DataFrame, trials: pd.DataFrame | None = None
+) -> str:
+    """The report of a run as one HTML document.
+
+    Everything the reader's browser needs is in the page (plotly.js included, about 5 MB); its policy forbids every
+    request and every script but the page's own. All texts are escaped, passwords in addresses are masked.
+
+    Args:
+        manifest: The run's manifest as a mapping. Every key is optional; what is missing is left out of the page.
+        sites: Site frame (columns in ``frames.py``), held-out losses (relative squared error). Optional columns:
+            ``reason`` and ``winner``; otherwise both are taken from ``manifest["sites"]``.
+        groups: Group frame.
+        trials: Trial frame of one study, or of all sites with a ``site`` column.
+
+    Returns:
+        The document, UTF-8 when encoded.
+
+    Raises:
+        InputError: A frame lacks a column or holds text where a number belongs.
+        NonFiniteError: A frame holds an infinite loss.
+    """
+    if not isinstance(manifest, Mapping):
+        raise InputError("manifest", "is not a mapping", "give the parsed manifest.json")
+    site_frame = checked_sites(sites)
+    group_frame = checked_groups(groups)
+    output = manifest.get("output") or {}
+    figures = [
+        _figure("losses", losses_by_site(site_frame)),
+        _figure("gain", gain_by_site(site_frame)),
+        _figure("alphas", alphas_by_group(group_frame)),
+        _figure("heatmap", alpha_heatmap(group_frame)),
+    ]
+    if trials is not None:
+        figures.append(_figure("history", trial_history(trials)))
+    rows = site_rows(site_frame, manifest)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.get_template("report.html").render(
+        title=_title(manifest),
+        notes=[value_text(note) for note in manifest.get("notes") or ()],
+        policy=_policy,
+        # A parser turns CRLF into LF before it hashes, so the digest must be taken of LF as well.
+        library=get_plotlyjs().replace("\r\n", "\n"),
+        sentence=_verdict(site_frame, output),
+        tiles=_tiles(site_frame),
+        asked=_asked(manifest, site_frame),
+        metrics=_metrics(output),
+        figures=figures,
+        columns=SITE_TABLE,
+        rows=rows,
+        sections=_sections(manifest),
+    )
+
+
+def _breakable(text: str) -> Markup:
+    """Escaped text that a browser may wrap behind dots: site names are long and have no spaces."""
+    return Markup(".<wbr>").join(text.split("."))
+
+
+def _policy(*scripts: str) -> str:
+    """A Content-Security-Policy that runs exactly these scripts and loads nothing."""
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    # Plotly draws text sizes and cursors through style elements; images are its own exported data.
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _figure(key: str, figure: go.Figure) -> _Figure:
+    heading = str(figure.layout.title.text)
+    bare = go.Figure(figure)
+    # The page has its own headings; Plotly's would be cut on narrow screens.
+    margin = bare.layout.margin.t if bare.layout.margin.t is not None else 72
+    bare.update_layout(title=None, margin={"t": margin - 30}, height=(bare.layout.height or 400) - 30)
+    bare.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", autosize=True)
+    # No "<" may survive: inside a script element it could end the element.
+    data = bare.to_json().replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return _Figure(key=key, heading=heading, caption=_CAPTIONS[key], height=int(bare.layout.height), json=data)
+
+
+def _title(manifest: Mapping[str, Any]) -> str:
+    run = manifest.get("run") or {}
+    name = run.get("name") or run.get("id")
+    return f"Alphasmith run {name}" if name else "Alphasmith run"
+
+
+def _searched(sites: pd.DataFrame) -> pd.DataFrame:
+    return sites[(sites["mode"] != "left") & (sites["ours"] > 0)]
+
+
+def _verdict(sites: pd.DataFrame, output: Mapping[str, Any]) -> str:
+    """The result in one or two sentences, with numbers. Ratios are geometric means over the searched sites."""
+    done = _searched(sites)
+    if done.empty:
+        return _model_verdict(output.get("held_out") or {})
+    against = [
+        (label, geometric_mean(ratio(done["ours"], done[column])))
+        for column, label in (
+            ("identity", "the loss without smoothing"),
+            ("alpha_half", "that at alpha 0.5"),
+            ("best_single", "that at the best single alpha"),
+        )
+    ]
+    parts = [f"{100 * value:.3g} % of {label}" for label, value in against if math.isfinite(value)]
+    where = "Its one searched site has" if len(done) == 1 else f"Its {len(done)} searched sites have"
+    mean = "" if len(done) == 1 else " (geometric mean)"
+    text = f"{where} a held-out quantization loss of {number(geometric_mean(done['ours']))}{mean}"
+    text += f": {_listed(parts)}."
+    kept = int((done["ours"] >= done["best_single"] * (1 - 1e-9)).sum())
+    if kept:
+        text += f" {kept} of them kept a baseline, because on held-out data no grouping was better."
+    return text
+
+
+def _model_verdict(losses: Mapping[str, Any]) -> str:
+    """The result where only the output of the whole model was scored."""
+    ours = losses.get("ours")
+    if ours is None:
+        return "No site has been searched: nothing could be folded, or the run has not got that far."
+    parts = [
+        f"{100 * ours / losses[key]:.3g} % of {label}"
+        for key, label in (
+            ("identity", "the loss without smoothing"),
+            ("alpha_0.5", "that at alpha 0.5"),
+            ("best_single", "that at the best single alpha"),
+        )
+        if losses.get(key)
+    ]
+    return f"The model has a held-out quantization loss of {number(ours)} at its output: {_listed(parts)}."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts) or "no baseline was scored"
+
+
+def _tiles(sites: pd.DataFrame) -> list[tuple[str, str]]:
+    done = _searched(sites)
+    tiles: list[tuple[str, str]] = []
+    for column, label in (("identity", "of the loss without smoothing"), ("best_single", "of the best single alpha")):
+        value = geometric_mean(ratio(done["ours"], done[column]))
+        if math.isfinite(value):
+            tiles.append((f"{100 * value:.3g} %", label))
+    gap = done["best_single"] - done["limit"]
+    closed = ((done["best_single"] - done["ours"]) / gap.where(gap > 0)).median()
+    if math.isfinite(closed):
+        tiles.append((f"{100 * closed:.0f} %", "of the way from best single alpha to the limit (median site)"))
+    folded = int((sites["mode"] == "fold").sum())
+    tiles.append((f"{folded} of {len(sites)}", "sites folded: no work at run time"))
+    seconds = float(sites["seconds"].sum())
+    tiles.append((duration(seconds), f"of search, {int(pd.to_numeric(sites['trials']).sum())} trials"))
+    return tiles
+
+
+def _asked(manifest: Mapping[str, Any], sites: pd.DataFrame) -> Facts:
+    wanted = {key: manifest.get(key) for key in ("run", "model", "data_digest", "scheme", "conventions", "scope")}
+    facts = facts_of(wanted) + facts_of({"search_space_digest": manifest.get("space_hash")})
+    # The manifest has the digests in full; here they only need to tell two runs apart.
+    facts = [(label, f"{text[:16]}…" if "digest" in label and len(text) > 17 else text) for label, text in facts]
+    return [*facts, ("sites", f"{len(sites)} with {int(sites['channels'].sum()):,} channels")]
+
+
+def _metrics(output: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Whole-model results: one row per metric or loss, only the columns that some row has."""
+    rows: list[tuple[str, list[Any]]] = []
+    for metric in output.get("metrics") or ():
+        better = "higher" if metric.get("higher_is_better") else "lower"
+        rows.append((f"{metric.get('name')} ({better} is better)", [metric.get(key) for _, key, _ in _METRIC_COLUMNS]))
+    if any(output.get(key) is not None for _, key, _ in _METRIC_COLUMNS if key):
+        rows.append(("relative MSE of the output, held-out", [output.get(key) for _, key, _ in _METRIC_COLUMNS]))
+    for split, label in (("held_out", "held-out"), ("search", "calibration")):
+        losses = output.get(split) or {}
+        if losses:
+            rows.append((f"searched loss of the output, {label}", [losses.get(key) for _, _, key in _METRIC_COLUMNS]))
+    used = [index for index in range(len(_METRIC_COLUMNS)) if any(values[index] is not None for _, values in rows)]
+    if not used:
+        return None
+    return {
+        "columns": [_METRIC_COLUMNS[index][0] for index in used],
+        "rows": [(name, [value_text(values[index]) for index in used]) for name, values in rows],
+        "kept": KEPT.get(str(output.get("kept")), ""),
+    }
+
+
+def _sections(manifest: Mapping[str, Any]) -> list[_Section]:
+    sections = []
+    for key, heading, intro in _SECTIONS:
+        facts = facts_of(manifest.get(key), unit="bytes" if key in {"payload", "memory"} else "")
+        if facts:
+            sections.append(_Section(key=key, heading=heading, intro=intro, facts=facts))
+    return sections

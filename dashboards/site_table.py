@@ -1,0 +1,94 @@
+"""The per-site table of the report: what is shown and what it is sorted by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from alphasmith.dashboards.frames import ratio
+from alphasmith.dashboards.theme import number
+from alphasmith.storage.urls import mask
+
+#: Heading and kind of every column; losses are held-out relative squared errors.
+SITE_TABLE = (
+    ("#", "number"),
+    ("site", "text"),
+    ("treatment", "text"),
+    ("channels", "number"),
+    ("no smoothing", "number"),
+    ("alpha 0.5", "number"),
+    ("best single", "number"),
+    ("its alpha", "number"),
+    ("searched", "number"),
+    ("limit", "number"),
+    ("gain", "number"),
+    ("trials", "number"),
+    ("seconds", "number"),
+)
+#: Winners that are baselines, as people read them.
+KEPT = {"identity": "kept: no smoothing", "alpha_0.5": "kept: alpha 0.5", "best_single": "kept: best single alpha"}
+_MODES = {"fold": "folded", "explicit": "explicit multiply", "left": "left alone"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: What is shown.
+        key: What the column is sorted by; empty sorts last.
+        note: A second, smaller line.
+    """
+
+    text: str
+    key: str
+    note: str = ""
+
+
+def site_rows(sites: pd.DataFrame, manifest: Mapping[str, Any]) -> list[list[Cell]]:
+    """Rows of the table, in network order, one cell per entry of ``SITE_TABLE``.
+
+    Args:
+        sites: A checked site frame; optional columns: ``reason`` (why a site is not folded), ``winner`` (kind of
+            the winning trial; a baseline is mentioned).
+        manifest: Its ``sites`` records give the reasons where the frame does not.
+    """
+    reasons = _reasons(manifest)
+    gains = ratio(sites["ours"], sites["best_single"]).where(sites["mode"] != "left")
+    rows: list[list[Cell]] = []
+    for index, (row, gain) in enumerate(zip(sites.to_dict("records"), gains, strict=True)):
+        name, mode = str(row["site"]), str(row["mode"])
+        given = row.get("reason")
+        reason = given if isinstance(given, str) and given else reasons.get(name, "")
+        if not reason and mode != "left":
+            reason = KEPT.get(str(row.get("winner")), "")
+        treatment = _MODES.get(mode, mode)
+        rows.append(
+            [
+                Cell(text=str(index), key=str(index)),
+                Cell(text=name, key=name),
+                Cell(text=treatment, key=treatment, note=mask(reason) if "://" in reason else reason),
+                Cell(text=str(row["channels"]), key=str(row["channels"])),
+                *(_number(row[key]) for key in ("identity", "alpha_half", "best_single", "best_single_alpha")),
+                *(_number(value) for value in (row["ours"], row["limit"], gain)),
+                Cell(text=str(row["trials"]), key=str(row["trials"])),
+                _number(row["seconds"], f"{row['seconds']:.1f}"),
+            ]
+        )
+    return rows
+
+
+def _number(value: float, text: str | None = None) -> Cell:
+    finite = math.isfinite(value)
+    return Cell(text=text if text and finite else number(value), key=repr(float(value)) if finite else "")
+
+
+def _reasons(manifest: Mapping[str, Any]) -> dict[str, str]:
+    records = manifest.get("sites")
+    if not isinstance(records, Sequence) or isinstance(records, str):
+        return {}
+    return {str(r.get("name")): str(r.get("reason") or "") for r in records if isinstance(r, Mapping)}

@@ -1,0 +1,132 @@
+"""Our figures and a note inside the Optuna dashboard, for people who watch a study there.
+
+The dashboard cuts figures into study attributes of 2 kB and reads all of them at every poll of the study list, so a study
+gets two figures and one note under fixed names, refreshed in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import pandas as pd
+import plotly.graph_objects as go
+from optuna_dashboard import save_note, save_plotly_graph_object
+
+from alphasmith.dashboards.facts import Facts, facts_of
+from alphasmith.dashboards.figures import losses_by_site, trial_history
+from alphasmith.dashboards.frames import checked_sites, geometric_mean, ratio
+from alphasmith.dashboards.theme import number
+from alphasmith.objectives.errors import InputError
+
+LOSSES_ID = "alphasmith-losses"
+HISTORY_ID = "alphasmith-history"
+#: Largest figure or note [characters]; figures.py aggregates to stay below it.
+MOST_CHARACTERS = 100_000
+#: The dashboard's cards are half a page wide and this high [pixels], toolbar included; what is longer is cut off.
+_CARD_HEIGHT = 450
+#: Most named rows that fit into a card beside legend and axis.
+_ROWS = 12
+#: Most sites listed in a note; the report lists all.
+_LISTED = 20
+
+
+def annotate_study(study: optuna.Study, *, sites: pd.DataFrame, trials: pd.DataFrame, note: str) -> None:
+    """Put the losses by site, the search history and a note into a study, replacing what was there under the same names.
+
+    Safe to repeat at any time of a search; the trials themselves are not touched.
+
+    Args:
+        study: Any study whose storage takes attributes.
+        sites: Site frame, of one site or of all.
+        trials: Trial frame.
+        note: Markdown, e.g. from :func:`study_note`.
+
+    Raises:
+        InputError: A frame lacks a column, or the note or a figure is above 100 000 characters. Nothing is written then.
+        NonFiniteError: A frame holds an infinite loss.
+    """
+    figures = {
+        LOSSES_ID: _card(losses_by_site(sites, named_sites=_ROWS)),
+        HISTORY_ID: _card(trial_history(trials)),
+    }
+    lengths = {"note": len(note)} | {name: len(figure.to_json()) for name, figure in figures.items()}
+    for name, length in lengths.items():
+        if length > MOST_CHARACTERS:
+            raise InputError(
+                name, f"has {length} characters, more than {MOST_CHARACTERS}", "put the details into the report"
+            )
+    for name, figure in figures.items():
+        save_plotly_graph_object(study, figure, graph_object_id=name)
+    save_note(study, note)
+
+
+def study_note(title: str, sites: pd.DataFrame, facts: Mapping[str, Any] | None = None) -> str:
+    """The note of a study: what was asked, the result in numbers, the sites that gained most.
+
+    Args:
+        title: Heading, usually the name of the run or of the site.
+        sites: Site frame.
+        facts: What was asked, as labels and values (nested mappings are flattened, passwords masked).
+
+    Returns:
+        Markdown without HTML; names and values cannot break out of their table cells.
+
+    Raises:
+        InputError: A column is missing or not numeric.
+        NonFiniteError: A loss is infinite.
+    """
+    frame = checked_sites(sites)
+    frame = frame.assign(gain=ratio(frame["ours"], frame["best_single"]).where(frame["mode"] != "left"))
+    done = frame[(frame["mode"] != "left") & (frame["ours"] > 0)]
+    lines = [f"## {_cell(title)}", ""]
+    asked: Facts = facts_of(facts or {})
+    if asked:
+        lines += ["| asked | |", "|---|---|", *(f"| {_cell(label)} | {_cell(value)} |" for label, value in asked), ""]
+    if done.empty:
+        return "\n".join([*lines, "No site has been searched yet.", ""])
+    means = {
+        label: geometric_mean(ratio(done["ours"], done[column]))
+        for column, label in (
+            ("identity", "no smoothing"),
+            ("alpha_half", "alpha 0.5"),
+            ("best_single", "best single alpha"),
+        )
+    }
+    compared = ", ".join(f"**{100 * mean:.3g} %** of {label}" for label, mean in means.items() if math.isfinite(mean))
+    lines += [
+        f"Held-out loss of the {len(done)} searched site{'s' if len(done) > 1 else ''}: {compared or 'no baseline'}.",
+        "",
+    ]
+    best = done.sort_values("gain", kind="stable", na_position="last").head(_LISTED)
+    if len(done) > _LISTED:
+        lines += [f"The {_LISTED} sites that gained most:", ""]
+    lines += [
+        "| site | no smoothing | alpha 0.5 | best single | searched | limit | gain |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    shown = ["identity", "alpha_half", "best_single", "ours", "limit", "gain"]
+    for row in best.to_dict("records"):
+        lines.append(f"| {_cell(row['site'])} | " + " | ".join(number(row[column]) for column in shown) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _card(figure: go.Figure) -> go.Figure:
+    """The figure for a card: the legend wraps there, and above the plot it would run into title and toolbar."""
+    figure.update_layout(
+        height=_CARD_HEIGHT,
+        title={"font": {"size": 14}, "xref": "container", "x": 0.03},
+        legend={"y": -0.2, "yanchor": "top", "font": {"size": 11}},
+        margin={"t": 60},
+    )
+    return figure
+
+
+def _cell(value: object) -> str:
+    """Text that Markdown shows as it is."""
+    text = " ".join(str(value).split())
+    for mark in "\\`*_[]|$<>":
+        text = text.replace(mark, f"\\{mark}")
+    return text
