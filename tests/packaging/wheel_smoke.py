@@ -25,7 +25,10 @@ def main() -> None:
                 importlib.import_module(module.name)
             count += 1
     answer = subprocess.run(
-        [sys.executable, "-m", "alphasmith.search.cli", "hardware", "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "alphasmith.search.cli", "hardware", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     json.loads(answer.stdout)
     print(f"wheel {importlib.metadata.version('alphasmith')}: {count} modules import, the command line answers")

@@ -1,0 +1,202 @@
+"""The command line, ``alphasmith``. Every input error is one line with field and remedy and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, InputError
+from alphasmith.search import commands, texts, verification
+from alphasmith.search.config import RunConfig, apply_overrides
+from alphasmith.search.pipeline import run as run_pipeline
+from alphasmith.search.progress import Progress, TerminalBars, for_terminal
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=Path)
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+storage_option = click.option(
+    "--storage", metavar="URL", help="Trial database (SQLAlchemy URL); default alphasmith.db."
+)
+factory_options = _options(
+    click.option("--factory", metavar="MODULE:FUNCTION", help="Function that returns the model; runs your code."),
+    click.option("--factory-path", type=_PATH, help="Folder put on the module search path for --factory."),
+)
+config_options = _options(
+    click.argument("config", metavar="[CONFIG.toml]", required=False, type=_PATH),
+    click.option("--set", "overrides", metavar="a.b=c", multiple=True, help="Override one field; repeatable."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="alphasmith")
+def app() -> None:
+    """Search smoothing coefficients for quantized neural networks, with every trial on record."""
+
+
+@app.command()
+@config_options
+@click.option("--demo", metavar="image|text", help="Run an embedded demo.")
+@click.option("--model", type=_PATH, help="Model folder; short for --set model.path=DIR.")
+@click.option("--data", type=_PATH, help="Media file or folder; short for --set data.path=PATH.")
+@factory_options
+@click.option("--name", help="Free name of the run.")
+@storage_option
+@click.option("--engine", metavar="local", help="Where candidates are evaluated.")
+@click.option("--out", metavar="DIR", type=_PATH, help="Output folder; must not exist.")
+@json_option
+def run(config: Path | None, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Search, smooth, quantize and keep a model.
+
+    Without a configuration: the embedded image demo.
+    """
+    settings = _settings(config, (*overrides, *_as_overrides(flags)))
+    with _progress() as progress:
+        result = run_pipeline(settings, progress=progress)
+    answer = {"run": result.id, "folder": str(result.folder), "storage": result.storage}
+    _print(answer | {"manifest": json.loads(result.manifest.to_json())}, as_json, lambda: texts.result_text(result))
+
+
+@app.command("list")
+@storage_option
+@json_option
+def list_(storage: str | None, as_json: bool) -> None:
+    """List the runs in a storage, newest first."""
+    rows = commands.list_runs(storage)
+    _print(rows, as_json, lambda: texts.runs_table(rows))
+
+
+@app.command()
+@click.argument("run", metavar="RUN")
+@storage_option
+@json_option
+def show(run: str, storage: str | None, as_json: bool) -> None:
+    """Show one run: what was asked, what was found at every site."""
+    details = commands.show_run(run, storage)
+    _print(details, as_json, lambda: texts.run_text(details))
+
+
+@app.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option("--model", type=_PATH, help="The original model folder, when it has moved.")
+@factory_options
+@json_option
+def verify(folder: Path, model: Path | None, factory: str | None, factory_path: Path | None, as_json: bool) -> None:
+    """Check every digest and prove that the smoothed model computes what the original does."""
+    answer = verification.verify(folder, model=model, factory=factory, factory_path=factory_path)
+    _print(answer, as_json, lambda: texts.verify_text(answer))
+
+
+@app.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option("--out", metavar="DIR2", type=_PATH, required=True, help="Where the model goes; must not exist.")
+@json_option
+def undo(folder: Path, out: Path, as_json: bool) -> None:
+    """Take the scales out of a smoothed model again."""
+    answer = verification.undo(folder, out)
+    _print(answer, as_json, lambda: f"{answer['parameters']} parameters restored in {answer['out']}")
+
+
+@app.command()
+@config_options
+@json_option
+def hardware(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show the detected budget and what the given one does to the alpha ranges."""
+    answer = commands.hardware(_settings(config, overrides))
+    _print(answer, as_json, lambda: texts.hardware_text(answer))
+
+
+@app.command()
+@click.argument("run", metavar="RUN")
+@click.option("--out", metavar="FILE.html", type=_PATH, required=True, help="Where the report goes.")
+@storage_option
+@json_option
+def report(run: str, out: Path, storage: str | None, as_json: bool) -> None:
+    """Write one self-contained HTML page about a run."""
+    commands.report(run, out, storage)
+    _print({"report": str(out)}, as_json, lambda: f"report written to {out}")
+
+
+@app.command()
+@storage_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.option("--allow-write", is_flag=True, help="Let visitors write notes and tell trials.")
+def dashboard(storage: str | None, host: str, port: int, allow_write: bool) -> None:
+    """Serve the Optuna dashboard on a storage; read-only unless told otherwise."""
+    commands.dashboard(storage, host=host, port=port, allow_write=allow_write)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point: errors a user can act on become one line on standard error."""
+    try:
+        code = app.main(args=arguments, prog_name="alphasmith", standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message().replace("\n", " "), 2)
+    except (InputError, EquivalenceError) as error:
+        _fail(str(error).replace("\n", " "), 2)
+    except AlphasmithError as error:
+        _fail(str(error).replace("\n", " "), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _settings(config: Path | None, overrides: tuple[str, ...]) -> RunConfig:
+    if config is None:
+        return RunConfig.build(apply_overrides({}, overrides))
+    return RunConfig.from_toml(config, overrides)
+
+
+def _as_overrides(flags: dict[str, Any]) -> list[str]:
+    fields = {
+        "demo": "model.demo",
+        "model": "model.path",
+        "data": "data.path",
+        "factory": "model.factory",
+        "factory_path": "model.factory_path",
+    }
+    return [f"{fields.get(flag, flag)}={json.dumps(str(v))}" for flag, v in flags.items() if v is not None]
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    progress = for_terminal(sys.stderr)
+    if isinstance(progress, TerminalBars):
+        with progress:
+            yield progress
+    else:
+        yield progress
+
+
+def _print(answer: Any, as_json: bool, text: Callable[[], str]) -> None:
+    click.echo(json.dumps(answer, indent=2, sort_keys=True, allow_nan=False) if as_json else text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What each command does, apart from reading its arguments and printing its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from alphasmith.dashboards.report import render_report
+from alphasmith.dashboards.server import serve
+from alphasmith.objectives.errors import InputError
+from alphasmith.search.config import RunConfig
+from alphasmith.search.hardware import HardwareBudget, detect, scarcity, target_budget
+from alphasmith.search.prepare import survey
+from alphasmith.search.ranges import group_ranges
+from alphasmith.search.recorder import DEFAULT_STORAGE, frame_rows, run_frames
+from alphasmith.search.task import load_task
+from alphasmith.storage.database import check_exists, open_database
+from alphasmith.storage.manifest import read_manifest
+from alphasmith.storage.record_types import RunRecord
+from alphasmith.storage.records import RunStore
+
+
+def list_runs(storage: str | None) -> list[dict[str, Any]]:
+    """One mapping per run, newest first."""
+    return [_run_facts(record) for record in _store(storage).runs()]
+
+
+def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
+    """Everything stored about a run: facts, configuration, sites with their groups."""
+    store = _store(storage)
+    record = store.get(prefix)
+    sites, groups, trials = run_frames(store, record.id)
+    return _run_facts(record) | {
+        "config": dict(record.config),
+        "hardware": dict(record.hardware),
+        "trials": len(trials),
+        "failed_trials": int((trials["state"] == "failed").sum()),
+        "sites": frame_rows(sites),
+        "groups": frame_rows(groups),
+    }
+
+
+def hardware(config: RunConfig) -> dict[str, Any]:
+    """The detected and the given budget, what the model requires, rho, and the ranges that follow.
+
+    Without a model in ``config`` the ranges are those of fA6 for rho = 0, and the detected budget is shown alone.
+    """
+    answer: dict[str, Any] = {"detected": _budget(detect()), "given": _budget(target_budget(config.hardware))}
+    rho, explanation = 0.0, "no model given, rho = 0"
+    if config.model.path or config.model.factory or config.model.demo:
+        found = survey(config, load_task(config))
+        rho, explanation = found.scarcity.rho, found.scarcity.explanation
+        answer["required"] = _budget(found.scarcity.required)
+        answer["this_machine"] = {"rho": scarcity(detect(), found.scarcity.required).rho}
+    positions = [k / max(config.groups.k - 1, 1) for k in range(config.groups.k)]
+    ranges = group_ranges(positions, rho=rho, kind=config.groups.ranges)
+    answer["rho"] = rho
+    answer["explanation"] = explanation
+    answer["ranges"] = [
+        {"position": r.position, "low": r.low, "high": r.high, "explanation": r.explanation} for r in ranges
+    ]
+    return answer
+
+
+def report(prefix: str, out: Path, storage: str | None) -> None:
+    """Render a run's report from its manifest and the storage.
+
+    Raises:
+        InputError: No such run, it is not finished, or ``out`` cannot be written.
+    """
+    store = _store(storage)
+    record = store.get(prefix)
+    if record.status != "finished":
+        raise InputError("RUN", f"{record.id} is {record.status}", "give a finished run")
+    manifest = read_manifest(Path(record.folder))
+    sites, groups, trials = run_frames(store, record.id)
+    text = render_report(json.loads(manifest.to_json()), sites, groups, trials)
+    try:
+        partial = out.with_name(f".{out.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, out)
+    except OSError as error:
+        raise InputError("--out", f"{out} cannot be written ({error.strerror})", "choose another file") from error
+
+
+def dashboard(storage: str | None, *, host: str, port: int, allow_write: bool) -> None:
+    """Serve the Optuna dashboard until interrupted."""
+    url = storage or DEFAULT_STORAGE
+    check_exists(url)
+    serve(url, host=host, port=port, allow_write=allow_write)
+
+
+def _store(storage: str | None) -> RunStore:
+    url = storage or DEFAULT_STORAGE
+    check_exists(url)
+    return RunStore(open_database(url))
+
+
+def _run_facts(record: RunRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "name": record.name,
+        "status": record.status,
+        "reason": record.reason,
+        "scheme": record.scheme,
+        "scope": record.scope,
+        "created": record.created.isoformat(timespec="seconds"),
+        "finished": None if record.finished is None else record.finished.isoformat(timespec="seconds"),
+        "folder": record.folder,
+    }
+
+
+def _budget(budget: HardwareBudget) -> dict[str, int | None]:
+    return {"memory": budget.memory, "gpu_threads": budget.gpu_threads, "bandwidth": budget.bandwidth}

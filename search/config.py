@@ -1,0 +1,341 @@
+"""What a run is asked to do: a frozen, validated configuration read from TOML, keyword arguments or both."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.scheme import (
+    ActivationFormat,
+    ActivationGranularity,
+    Scheme,
+    WeightFormat,
+    WeightGranularity,
+)
+
+SamplerName = Literal["tpe", "qmc", "random", "cmaes", "gp"]
+PrunerName = Literal["none", "median", "successive_halving", "hyperband"]
+GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_difference"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(value: object) -> object:
+    """``"8 GiB"``, ``"900 GB/s"`` or a number of bytes -> int [bytes or bytes/s]; other types pass through to pydantic."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?(/S)?\s*", value.upper())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write 8589934592, '8 GiB' or '900 GB/s'")
+    return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Section):
+    """Where the float model comes from: exactly one of ``path``, ``factory`` and ``demo``.
+
+    Attributes:
+        path: Hugging Face folder with config.json and safetensors, or, with ``factory``, the folder given to it.
+        factory: ``module:function`` that returns an ``nn.Module``: runs the user's code, so it is never implied.
+        factory_path: Folder put on the module search path for ``factory``.
+        demo: An embedded demo model.
+        trust_remote_code: Allow Python code that comes with the folder.
+    """
+
+    path: Path | None = None
+    factory: str | None = None
+    factory_path: Path | None = None
+    demo: Literal["image", "text"] | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(_Section):
+    """Media: what kind, where, how many. Calibration, held-out and proof samples are disjoint.
+
+    Attributes:
+        kind: Kind of media; ``auto`` looks at the files.
+        path: File or folder.
+        column: Field of a jsonl line or column of a parquet file that holds the text.
+        factory: ``module:function`` that returns argument tuples of the model, in place of ``path``.
+        metric: ``module:function`` that scores a model: called with the model folder (if there is one) and the model;
+            returns a number or a mapping of names to numbers.
+        metric_name: Which of several numbers is the task metric; None: the first.
+        metric_goal: Whether a higher (``max``) or a lower (``min``) metric is better.
+        samples: Calibration samples.
+        held_out: Samples that judge the winner.
+        proof: Samples on which float equivalence is proven; used for nothing else.
+        batch_size: Samples per forward call.
+        max_length: Longest text [tokens].
+        sampling_rate: Audio sampling rate [Hz]; None: the model's own.
+        frames: Video frames per sample; None: the model's own.
+        image_size: Height and width [pixels]; None: the model's own.
+    """
+
+    kind: Literal["auto", "text", "image", "audio", "video"] = "auto"
+    path: Path | None = None
+    column: str = "text"
+    factory: str | None = None
+    metric: str | None = None
+    metric_name: str | None = None
+    metric_goal: Literal["max", "min"] = "max"
+    samples: int = Field(default=64, gt=0)
+    held_out: int = Field(default=32, gt=0)
+    proof: int = Field(default=8, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    max_length: int = Field(default=256, gt=0)
+    sampling_rate: int | None = Field(default=None, gt=0)
+    frames: int | None = Field(default=None, gt=0)
+    image_size: int | None = Field(default=None, gt=0)
+
+
+class SchemeConfig(_Section):
+    """The quantization scheme, see ``alphasmith.objectives.scheme.Scheme``."""
+
+    weights: WeightFormat = "int8"
+    weight_granularity: WeightGranularity = "channel"
+    group_size: int | None = None
+    activations: ActivationFormat = "int8"
+    activation_granularity: ActivationGranularity = "static"
+
+    def build(self) -> Scheme:
+        """The validated scheme; InputError names a contradiction."""
+        return Scheme(**self.model_dump())
+
+
+class GroupsConfig(_Section):
+    """How channels are grouped (claims A-6, A-8, A-10) and how wide each group's alpha range is (claim A-3).
+
+    Attributes:
+        method: ``kmeans`` on log magnitude, equal-width ``range`` bins, ``outlier``, ``multi_outlier``, ``mean_difference``.
+        k: Groups per site (scope ``site``) or for the whole model (scope ``model``).
+        bins: Bins of the range methods.
+        ranges: ``magnitude``: formula fA6 by the group's magnitude; ``wide``: the overall range 0.1 to 0.9 for every group.
+    """
+
+    method: GroupMethod = "kmeans"
+    k: int = Field(default=4, gt=0)
+    bins: int = Field(default=10, gt=0)
+    ranges: Literal["magnitude", "wide"] = "magnitude"
+
+
+class HardwareConfig(_Section):
+    """The machine that will run the model. Nothing given and nothing detected: rho = 0 (formula fA7).
+
+    Attributes:
+        memory: Memory for the model [bytes], ``"8 GiB"``.
+        gpu_threads: Threads that run at once.
+        bandwidth: Memory bandwidth [bytes/s], ``"900 GB/s"``.
+        forwards_per_second: How often the target must run the model; turns weights into required bandwidth.
+        detect: Take this machine as the target for every field not given.
+        search_memory: Memory this search may use [bytes]; None: what is free now.
+    """
+
+    memory: Bytes | None = None
+    gpu_threads: int | None = Field(default=None, gt=0)
+    bandwidth: Bytes | None = None
+    forwards_per_second: float = Field(default=10.0, gt=0)
+    detect: bool = False
+    search_memory: Bytes | None = None
+
+
+class SearchConfig(_Section):
+    """What is tried.
+
+    Attributes:
+        scope: ``site``: a study per site. ``model``: one study, K alphas over all channels of the model (claim A-2).
+        trials: Trials per study, baselines included; at least 4.
+        sampler: Optuna sampler.
+        pruner: Optuna pruner on growing row subsets (scope ``site``) or batches (scope ``model``).
+        noise_model: Enqueue the optimum of the rounding-noise model after the baselines (scope ``site``).
+        seed: Seed of sampling, grouping, calibration rows and samplers.
+        rows: Rows of X kept per site and split.
+        statistic: Channel statistic a_j used by smoothing.
+        percentile: The percentile when ``statistic`` is ``percentile``.
+        loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric.
+        single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha.
+        device: Torch device of the search; None: the first GPU, else the CPU.
+        guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows.
+            ``output``: as well, the whole model falls back to the best baseline when that has a lower held-out output loss.
+    """
+
+    scope: Literal["site", "model"] = "site"
+    trials: int = Field(default=24, ge=4)
+    sampler: SamplerName = "tpe"
+    pruner: PrunerName = "median"
+    noise_model: bool = True
+    seed: int = Field(default=0, ge=0)
+    rows: int = Field(default=1024, ge=16)
+    statistic: Literal["absmax", "percentile", "rms"] = "absmax"
+    percentile: float = Field(default=99.9, gt=0, le=100)
+    loss: Literal["mse", "kl", "task"] = "mse"
+    single_alphas: int = Field(default=21, ge=3)
+    device: str | None = None
+    guard: Literal["site", "output"] = "site"
+
+
+class SitesConfig(_Section):
+    """Which sites take part.
+
+    Attributes:
+        exclude: fnmatch patterns of operators that are not smoothed.
+        skip: fnmatch patterns of operators that are not quantized.
+        explicit: ``auto``: sites whose scale cannot be folded divide their input by s inside its quantizer.
+            ``never``: such sites keep s = 1.
+        experts: Smooth the inputs of mixture-of-experts layers, too.
+    """
+
+    exclude: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    explicit: Literal["auto", "never"] = "auto"
+    experts: bool = False
+
+
+class ProofConfig(_Section):
+    """Float equivalence before and after folding.
+
+    Attributes:
+        tolerance: Largest relative output error allowed.
+    """
+
+    tolerance: float = Field(default=1e-4, gt=0, lt=1)
+
+
+class RunConfig(_Section):
+    """One launch: model, data, scheme, budget and search settings.
+
+    Attributes:
+        name: Free name shown in lists.
+        storage: SQLAlchemy URL of the trial database; None: ``alphasmith.db`` (SQLite) in the working directory.
+        out: Output folder; None: ``alphasmith-runs/<run>``.
+        engine: Where candidates are evaluated.
+    """
+
+    name: str = Field(default="", max_length=200)
+    storage: str | None = None
+    out: Path | None = None
+    engine: Literal["local"] = "local"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    scheme: SchemeConfig = SchemeConfig()
+    groups: GroupsConfig = GroupsConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    search: SearchConfig = SearchConfig()
+    sites: SitesConfig = SitesConfig()
+    proof: ProofConfig = ProofConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        self.scheme.build()
+        if self.model.demo and (self.model.path or self.model.factory):
+            raise InputError("model.demo", "given together with another model", "keep one of demo, path and factory")
+        if self.model.factory_path and not self.model.factory:
+            raise InputError("model.factory_path", "given without a factory", "add model.factory or remove it")
+        if self.data.path and self.data.factory:
+            raise InputError("data.factory", "given together with data.path", "keep one of them")
+        return self
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Validate nested plain values.
+
+        Raises:
+            InputError: Names the dotted field, what is wrong and what to write instead.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _as_input_error(cls, error) from error
+
+    @classmethod
+    def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
+        """Read a TOML file, then apply ``a.b=c`` overrides; relative paths are relative to the file.
+
+        Raises:
+            InputError: Missing file, broken TOML, unknown or invalid field.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError("CONFIG", f"no file {path}", "give the path of a TOML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("CONFIG", f"{path} cannot be read ({error})", "give a readable TOML file") from error
+        except tomllib.TOMLDecodeError as error:
+            raise InputError("CONFIG", f"{path} is not valid TOML ({error})", "correct that line") from error
+        _anchor_paths(values, path.resolve().parent)
+        return cls.build(apply_overrides(values, overrides))
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested ``values`` with every ``"a.b=c"`` set; c is a TOML value, or else a string.
+
+    Raises:
+        InputError: An override without ``=`` or through a value that is not a table.
+    """
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError("--set", f"{override!r} has no '='", "write it as section.field=value")
+        *sections, last = key.strip().split(".")
+        table = result
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise InputError("--set", f"{section!r} in {key!r} is not a section", "write it as section.field=value")
+        table[last] = _toml_value(text.strip())
+    return result
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
+    for section, key in (("model", "path"), ("model", "factory_path"), ("data", "path"), (None, "out")):
+        table = values if section is None else values.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = str(folder / Path(table[key]).expanduser())
+
+
+def _as_input_error(model: type[BaseModel], error: ValidationError) -> InputError:
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    field = ".".join(str(part) for part in first["loc"]) or "config"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, [str(p) for p in first["loc"][:-1]])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known fields here are {', '.join(known)}"
+        return InputError(field, "unknown field", remedy)
+    message = first["msg"].removeprefix("Value error, ")
+    return InputError(field, f"{message[0].lower()}{message[1:]}, not {first.get('input')!r}", "correct the value")
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)
+
+
+SAMPLERS: tuple[str, ...] = get_args(SamplerName)

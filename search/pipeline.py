@@ -1,0 +1,256 @@
+"""The main job, end to end: search, guard, prove, quantize, keep. Source: architecture.md section 3."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import optuna
+from torch import Tensor, nn
+
+from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.calibration import weight_absmax
+from alphasmith.objectives.equivalence import prove
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.memory import measured_peak, resident_bytes
+from alphasmith.objectives.model_objective import ModelObjective
+from alphasmith.objectives.quantized import CandidateModel, quantize_model
+from alphasmith.objectives.site_data import to_device
+from alphasmith.objectives.sites.folding import fold, folded_parameters
+from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.smoothing import smoothing_scales
+from alphasmith.search.compare import Variant, best_variant, score_variants
+from alphasmith.search.config import RunConfig
+from alphasmith.search.model_search import ModelResult, SiteStatistics, search_model
+from alphasmith.search.outcome import Found, Products, Proof
+from alphasmith.search.prepare import Prepared, prepare, search_device, survey
+from alphasmith.search.progress import Progress, Silent
+from alphasmith.search.ranges import DEFAULT_ALPHA
+from alphasmith.search.recorder import DEFAULT_STORAGE, RunRecorder, RunResult
+from alphasmith.search.site_search import SiteResult, search_data
+from alphasmith.search.studies import TrialResult
+from alphasmith.search.task import Task, load_task
+from alphasmith.storage.database import check_reachable
+from alphasmith.storage.output import OutputFolder
+
+
+def run(
+    config: RunConfig | None = None,
+    *,
+    model: nn.Module | None = None,
+    batches: Iterable[Any] | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Search, smooth, quantize and keep a model.
+
+    Args:
+        config: What to do; None: the embedded image demo.
+        model: A module in place of ``config.model``; copied, never changed.
+        batches: Batches in place of ``config.data``: tensors, tuples, dicts or ``Batch``.
+        metric: Task metric of a model, in place of ``config.data.metric``.
+        progress: Told what happens; None: silent.
+
+    Returns:
+        The run's id, folder, manifest and tables.
+
+    Raises:
+        InputError: Anything the user can mend; nothing is left behind.
+        EquivalenceError: Folding changed the float model; nothing is written.
+    """
+    config = config or RunConfig()
+    progress = progress or Silent()
+    # Optuna logs a line per trial to standard error, which the progress display replaces.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if config.out is not None:
+        OutputFolder(config.out)  # refuses a used target before any work
+    check_reachable(config.storage or DEFAULT_STORAGE)
+    progress.stage("loading model and data")
+    task = load_task(config, model=model, batches=batches, metric=metric)
+    for note in task.notes:
+        progress.note(note)
+    found_sites = survey(config, task)
+    baseline = resident_bytes()  # the prediction starts here: model and libraries are loaded
+    prepared = prepare(config, task, found_sites, progress)
+    with RunRecorder(config, task, prepared) as recorder:
+        found = _search(config, task, prepared, recorder, progress)
+        products = _produce(config, task, prepared, found, baseline, progress)
+        progress.stage("writing")
+        return recorder.write(found, products)
+
+
+def _search(config: RunConfig, task: Task, prepared: Prepared, recorder: RunRecorder, progress: Progress) -> Found:
+    device = search_device(config)
+    candidate = CandidateModel(
+        prepared.survey.model,
+        prepared.sites,
+        absmax_by_site(prepared),
+        config.scheme.build(),
+        skip_patterns(config, prepared),
+    )
+    held_out = [b.to(device) for b in task.held_out]
+    statistics = _statistics(prepared)
+    scales: dict[Variant, dict[str, Tensor]] = {"identity": {}, "alpha_0.5": _single(statistics, DEFAULT_ALPHA)}
+    sites: dict[str, SiteResult] = {}
+    whole: ModelResult | None = None
+    if config.search.scope == "site":
+        sites = _search_sites(config, prepared, recorder, progress)
+        scales["best_single"] = {n: r.best_single_scales.cpu() for n, r in sites.items()}
+        scales["ours"] = {n: r.scales.cpu() for n, r in sites.items()}
+    else:
+        whole = _search_whole(config, task, candidate, statistics, held_out, recorder, progress)
+        scales["best_single"] = _single(statistics, whole.best_single_alpha)
+        scales["ours"] = dict(whole.scales)
+    reserve = ModelObjective(candidate, held_out)
+    scores = score_variants(candidate, reserve, scales, task.metric, progress)
+    best = best_variant(scores)
+    fallback = best if best != "ours" and config.search.guard == "output" else None
+    if best != "ours" and fallback is None:
+        progress.note(
+            f"note: at the model's output {best} has the lower held-out loss "
+            f"({scores.losses[best]:.3g} against {scores.losses['ours']:.3g}); search.guard='output' would keep it"
+        )
+    return Found(sites=sites, whole=whole, scales=scales, fallback=fallback, scores=scores)
+
+
+def _search_sites(
+    config: RunConfig, prepared: Prepared, recorder: RunRecorder, progress: Progress
+) -> dict[str, SiteResult]:
+    """One study per site. Weights carry the folds of the sites searched before, see ``producers_first``."""
+    by_name = {s.name: s for s in prepared.sites}
+    weights = dict(prepared.survey.model.named_parameters()) | dict(prepared.survey.model.named_buffers())
+    weights = {name: value.detach() for name, value in weights.items()}
+    device = search_device(config)
+    results: dict[str, SiteResult] = {}
+    progress.stage("searching sites", len(prepared.order))
+    for name in prepared.order:
+        site = by_name[name]
+        data = to_device(prepared.calibration.site_data(site, weights), device)
+        reserve = to_device(prepared.held_out.site_data(site, weights, ranges_from=prepared.calibration), device)
+        result = search_data(
+            data,
+            reserve,
+            scheme=config.scheme.build(),
+            groups=config.groups,
+            search=config.search,
+            rho=prepared.survey.scarcity.rho,
+            storage=recorder.optuna_storage,
+            study_name=recorder.study_name(name),
+        )
+        results[name] = result
+        recorder.site(site, result)
+        if site.mode == "fold":
+            producers = replace(site, edits=tuple(e for e in site.edits if e.power < 0))
+            weights |= folded_parameters(weights, producers, result.scales.to(device))
+        progress.advance(f"last loss {result.held_out_loss:.3g}")
+    return results
+
+
+def _search_whole(
+    config: RunConfig,
+    task: Task,
+    candidate: CandidateModel,
+    statistics: Mapping[str, SiteStatistics],
+    held_out: list[Batch],
+    recorder: RunRecorder,
+    progress: Progress,
+) -> ModelResult:
+    device = search_device(config)
+    loss: Any = config.search.loss
+    if loss == "task":
+        if task.metric is None:
+            raise InputError(
+                "search.loss", "is 'task' but there is no metric", "give data.metric, or use 'mse' or 'kl'"
+            )
+        sign, score = (-1.0 if task.metric.higher_is_better else 1.0), task.metric.score
+        loss = lambda model, _: sign * score(model)
+    judge = ModelObjective(candidate, [b.to(device) for b in task.calibration], loss=loss)
+    progress.stage("searching the model", config.search.trials)
+    best: list[float] = []
+
+    def told(result: TrialResult) -> None:
+        if result.loss is not None:
+            best.append(result.loss)
+        progress.advance(f"best loss {min(best):.3g}" if best else "")
+
+    result = search_model(
+        statistics,
+        judge,
+        ModelObjective(candidate, held_out, loss=loss),
+        groups=config.groups,
+        search=config.search,
+        rho=recorder.rho,
+        storage=recorder.optuna_storage,
+        study_name=recorder.study_name("model"),
+        on_trial=told,
+    )
+    recorder.whole(result)
+    return result
+
+
+def _produce(
+    config: RunConfig, task: Task, prepared: Prepared, found: Found, baseline: int, progress: Progress
+) -> Products:
+    """Fold, prove, then quantize; EquivalenceError leaves nothing behind."""
+    pristine = prepared.survey.model
+    progress.stage("proving equivalence", 1)
+    scales = found.final
+    folded = copy.deepcopy(pristine)
+    foldable = [s for s in prepared.sites if s.mode == "fold" and s.name in scales]
+    for site in foldable:
+        fold(folded, site, scales[site.name])
+    error = None
+    if foldable:
+        device = search_device(config)
+        proof = [b.to(device) for b in task.proof]
+        error = prove(pristine, folded, proof, tolerance=config.proof.tolerance, sites=foldable, scales=scales)
+    progress.advance()
+    progress.stage("quantizing", 1)
+    quantized = copy.deepcopy(pristine)
+    summary = quantize_model(
+        quantized,
+        prepared.sites,
+        scales=scales,
+        absmax=absmax_by_site(prepared),
+        scheme=config.scheme.build(),
+        skip=skip_patterns(config, prepared),
+    )
+    progress.advance()
+    return Products(
+        folded=folded,
+        quantized=quantized,
+        summary=summary,
+        proof=Proof(tolerance=config.proof.tolerance, error=error, batches=len(task.proof)),
+        peak=measured_peak(baseline),
+    )
+
+
+def absmax_by_site(prepared: Prepared) -> dict[str, Tensor]:
+    """Site -> (C,) calibrated abs-max, for every site with data."""
+    return {name: prepared.calibration.activation_absmax(name) for name in prepared.calibration.sites}
+
+
+def skip_patterns(config: RunConfig, prepared: Prepared) -> tuple[str, ...]:
+    """Operators to leave in float: those the user names, and those no calibration row reached."""
+    missing = (o.name for s in prepared.sites if s.name not in prepared.calibration.sites for o in s.operators)
+    return (*config.sites.skip, *missing)
+
+
+def _statistics(prepared: Prepared) -> dict[str, SiteStatistics]:
+    by_name: dict[str, Site] = {s.name: s for s in prepared.sites}
+    parameters = {n: p.detach() for n, p in prepared.survey.model.named_parameters()}
+    parameters |= dict(prepared.survey.model.named_buffers())
+    return {
+        name: SiteStatistics(
+            activation=prepared.calibration.activation_statistic(name),
+            weight=weight_absmax(by_name[name], parameters),
+            ties=by_name[name].ties.cpu(),
+        )
+        for name in sorted(prepared.order, key=[s.name for s in prepared.sites].index)
+    }
+
+
+def _single(statistics: Mapping[str, SiteStatistics], alpha: float) -> dict[str, Tensor]:
+    return {n: smoothing_scales(s.activation, s.weight, alpha, ties=s.ties) for n, s in statistics.items()}

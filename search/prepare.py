@@ -1,0 +1,203 @@
+"""From a task to searchable sites: discovery, memory plan, calibration, hardware."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import psutil
+import torch
+from torch import nn
+
+from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.calibration import Calibration, calibrate
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.memory import MemoryPlan, activation_bytes, fit_rows, readable
+from alphasmith.objectives.recurrent import unroll
+from alphasmith.objectives.sites.discovery import discover
+from alphasmith.objectives.sites.types import Site
+from alphasmith.search.config import RunConfig
+from alphasmith.search.hardware import Scarcity, required_budget, scarcity, target_budget
+from alphasmith.search.progress import Progress
+from alphasmith.search.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """A private copy of the model, its sites, and what the target hardware makes of it. No data has been seen.
+
+    Attributes:
+        model: Private float copy with recurrent layers unrolled, on the search device; read, never written.
+        names: Parameter name of ``model`` -> name in the user's model, where they differ.
+        sites: All sites, with the configuration's exclusions applied.
+        skipped: (name, reason) of weights that cannot be quantized.
+        scarcity: rho and why.
+        example: One sample.
+    """
+
+    model: nn.Module
+    names: Mapping[str, str]
+    sites: tuple[Site, ...]
+    skipped: tuple[tuple[str, str], ...]
+    scarcity: Scarcity
+    example: Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A survey with calibration data.
+
+    Attributes:
+        survey: The sites.
+        plan: Predicted memory; its rows were used.
+        calibration: Rows and statistics to search on.
+        held_out: Rows that judge winners.
+        sites: All sites; those without data are ``left``.
+        order: Names of the sites that can be smoothed, those that write into other sites' weights first.
+    """
+
+    survey: Survey
+    plan: MemoryPlan
+    calibration: Calibration
+    held_out: Calibration
+    sites: tuple[Site, ...]
+    order: tuple[str, ...]
+
+
+def search_device(config: RunConfig) -> torch.device:
+    """The configured device, else the first GPU, else the CPU.
+
+    Raises:
+        InputError: The configured device does not exist.
+    """
+    name = config.search.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            "search.device", f"{name!r} is not usable", "use 'cpu', or 'cuda' where there is one"
+        ) from error
+    return device
+
+
+def survey(config: RunConfig, task: Task) -> Survey:
+    """Copy the model, find its sites and judge the target hardware.
+
+    Raises:
+        InputError: No linear or convolution operator, or nothing to run the model on.
+    """
+    device = search_device(config)
+    model = copy.deepcopy(task.loaded.model).eval()
+    names = unroll(model)
+    model.to(device)
+    example = task.calibration[0].narrow(0, 1).to(device)
+    found = discover(model, example, experts=config.sites.experts, exclude=config.sites.exclude)
+    sites = tuple(_explicit(site, config) for site in found.sites)
+    required = required_budget(
+        sites,
+        scheme=config.scheme.build(),
+        parameters=task.loaded.parameter_count,
+        activation_bytes=activation_bytes(model, example),
+        forwards_per_second=config.hardware.forwards_per_second,
+    )
+    return Survey(
+        model=model,
+        names=names,
+        sites=sites,
+        skipped=found.skipped,
+        scarcity=scarcity(target_budget(config.hardware), required),
+        example=example,
+    )
+
+
+def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) -> Prepared:
+    """Check the memory plan, then calibrate twice: rows to search on, rows to judge on.
+
+    Raises:
+        InputError: Not enough memory, or data without a real position.
+    """
+    search = config.search
+    budget = config.hardware.search_memory or int(psutil.virtual_memory().available)
+    watched = [s for s in found.sites if any(not o.raw for o in s.operators)]
+    plan = fit_rows(
+        found.model,
+        watched,
+        rows=search.rows,
+        budget=budget,
+        batch=found.example,
+        batch_size=max(b.size for b in (task.calibration[0], task.held_out[0])),
+        # The pristine copy, the candidate, and at the end the folded one beside the user's.
+        model_copies=4,
+        percentiles=search.statistic == "percentile",
+    )
+    progress.note(f"memory: {plan} predicted, {readable(budget)} available; {plan.rows} rows per site")
+
+    def record(name: str, batches: Sequence[Batch], seed: int) -> Calibration:
+        progress.stage(name, len(batches))
+        return calibrate(
+            found.model,
+            watched,
+            batches,
+            rows=plan.rows,
+            seed=seed,
+            statistic=search.statistic,
+            percentile=search.percentile,
+            device=search_device(config),
+            on_batch=lambda _: progress.advance(),
+        )
+
+    calibration = record("calibrating", task.calibration, search.seed)
+    held_out = record("held-out rows", task.held_out, search.seed + 1)
+    missing = {**calibration.missing, **held_out.missing}
+    sites = tuple(
+        replace(s, mode="left", reason=missing[s.name]) if s.name in missing and s.mode != "left" else s
+        for s in found.sites
+    )
+    active = [s for s in sites if s.mode != "left" and not _all_skipped(s, config)]
+    return Prepared(
+        survey=found,
+        plan=plan,
+        calibration=calibration,
+        held_out=held_out,
+        sites=sites,
+        order=tuple(s.name for s in producers_first(active)),
+    )
+
+
+def producers_first(sites: Sequence[Site]) -> list[Site]:
+    """Sites ordered so that one which scales rows of another's weights comes before it.
+
+    Folding the input of ``o_proj`` changes rows of ``v_proj``, and with them the statistic w_j and the integers of the
+    site that feeds ``v_proj``; so that site is searched later, on the weights it will really have.
+    """
+    reads = {o.weight: s.name for s in sites for o in s.operators}
+    before: dict[str, set[str]] = {s.name: set() for s in sites}
+    for site in sites:
+        for edit in site.edits:
+            owner = reads.get(edit.parameter)
+            if edit.power < 0 and owner not in (None, site.name):
+                before[str(owner)].add(site.name)
+    ordered: list[Site] = []
+    placed: set[str] = set()
+    waiting = list(sites)
+    while waiting:
+        ready = [s for s in waiting if before[s.name] <= placed]
+        # A circle (weights shared across depths) has no right order: keep the forward one.
+        taken = ready or waiting[:1]
+        ordered += taken
+        placed |= {s.name for s in taken}
+        waiting = [s for s in waiting if s.name not in placed]
+    return ordered
+
+
+def _explicit(site: Site, config: RunConfig) -> Site:
+    if site.mode == "explicit" and config.sites.explicit == "never":
+        return replace(site, mode="left", reason=f"{site.reason}; explicit scaling is off")
+    return site
+
+
+def _all_skipped(site: Site, config: RunConfig) -> bool:
+    return all(any(fnmatchcase(o.name, p) for p in config.sites.skip) for o in site.operators)

@@ -1,0 +1,165 @@
+"""Results as plain text for a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from alphasmith.objectives.memory import readable
+from alphasmith.search.recorder import RunResult, frame_rows
+
+#: Sites shown before a long table is cut; ``--json`` and the report have all of them.
+MOST_SITES = 40
+
+
+def result_text(result: RunResult) -> str:
+    """The end of ``alphasmith run``: sites, whole model, where everything lies."""
+    manifest = result.manifest
+    sites = sites_table(frame_rows(result.sites))
+    smoothed = [s for s in manifest.sites if s.mode != "left"]
+    modes = ", ".join(f"{sum(s.mode == m for s in manifest.sites)} {m}" for m in ("fold", "explicit", "left"))
+    proof = manifest.proof
+    payload = manifest.payload
+    share = payload.weights_quantized / max(payload.weights_float, 1)
+    lines = [
+        sites,
+        model_table(manifest.model_dump(mode="json")),
+        f"sites: {len(manifest.sites)} ({modes}), {len(smoothed)} searched, {len(result.trials)} trials",
+        f"hardware: {manifest.hardware.explanation}",
+        "equivalence: nothing was folded"
+        if proof is None
+        else f"equivalence: relative output error {proof.error:.2g} on {proof.batches} fresh batches "
+        f"(tolerance {proof.tolerance:.0e})",
+        f"weights: {readable(payload.weights_float)} -> {readable(payload.weights_quantized)} ({share:.4g} of float32), "
+        + f"other {readable(payload.other)}",
+        f"memory: {readable(manifest.memory.predicted)} predicted, {readable(manifest.memory.measured or 0)} measured",
+        f"run {result.id} in {result.storage}",
+        f"results in {result.folder}: smoothed/, quantized/, report.html, manifest.json",
+    ]
+    return "\n".join(lines)
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """``alphasmith list``."""
+    if not rows:
+        return "no runs yet; `alphasmith run` makes one"
+    columns = ("id", "name", "status", "scheme", "scope", "created", "reason")
+    return _table(columns, ([str(row[c] or "") for c in columns] for row in rows))
+
+
+def run_text(details: Mapping[str, Any]) -> str:
+    """``alphasmith show RUN``."""
+    keys = ("id", "name", "status", "reason", "scheme", "scope", "created", "finished", "folder", "trials")
+    facts = [f"{key}: {details[key]}" for key in keys if details[key] not in (None, "")]
+    facts.append(f"hardware: {details['hardware'].get('explanation', '')}")
+    return "\n".join([*facts, sites_table(details["sites"])])
+
+
+def sites_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out losses per site; ours / best single is the gain over the best single alpha."""
+    shown = [row for row in rows if row["ours"] is not None]
+    columns = (
+        "site",
+        "mode",
+        "C",
+        "no smoothing",
+        "alpha 0.5",
+        "best single",
+        "(alpha)",
+        "ours",
+        "limit",
+        "ours/single",
+    )
+    body = [
+        [
+            _short(row["site"]),
+            row["mode"],
+            str(row["channels"]),
+            *(_loss(row[k]) for k in ("identity", "alpha_half", "best_single")),
+            f"{row['best_single_alpha']:.2f}",
+            _loss(row["ours"]),
+            _loss(row["limit"]),
+            f"{row['ours'] / row['best_single']:.3f}" if row["best_single"] else "",
+        ]
+        for row in shown[:MOST_SITES]
+    ]
+    lines = [_table(columns, body, title="relative squared error on held-out rows")] if body else []
+    if len(shown) > MOST_SITES:
+        lines.append(f"... and {len(shown) - MOST_SITES} more sites, see the report")
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            reasons.setdefault(f"{row['mode']}: {row['reason']}", []).append(row["site"])
+    for reason, names in list(reasons.items())[:8]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{_short(names[0])}{more} {reason}")
+    if len(reasons) > 8:
+        lines.append(f"... and {len(reasons) - 8} more reasons, see the report")
+    return "\n".join(lines)
+
+
+def model_table(manifest: Mapping[str, Any]) -> str:
+    """Whole-model figures: output loss on held-out data and the task metric."""
+    output = manifest["output"]
+    rows = [["output loss (relative)", "0", *(_loss(output[k]) for k in ("naive", "alpha_0.5", "best_single", "ours"))]]
+    for metric in output["metrics"]:
+        arrow = "higher" if metric["higher_is_better"] else "lower"
+        values = (metric[k] for k in ("float", "naive", "alpha_0.5", "best_single", "ours"))
+        rows.append([f"{metric['name']} ({arrow} is better)", *("failed" if v is None else f"{v:.4f}" for v in values)])
+    return _table(("whole model", "float", "naive", "alpha 0.5", "best single", "ours"), rows)
+
+
+def verify_text(answer: Mapping[str, Any]) -> str:
+    """``alphasmith verify DIR``."""
+    first = f"{answer['artifacts']} files have the digests of the manifest"
+    if "skipped" in answer:
+        return f"{first}\nequivalence not checked: {answer['skipped']}"
+    return (
+        f"{first}\nsmoothed and original model agree on {answer['samples']} samples: relative output error "
+        f"{answer['error']:.2g} (tolerance {answer['tolerance']:.0e})\nthe quantized model loads"
+    )
+
+
+def hardware_text(answer: Mapping[str, Any]) -> str:
+    """``alphasmith hardware``."""
+    rows = [
+        [name, *_budget_cells(answer[key])]
+        for name, key in (("this machine", "detected"), ("target, as given", "given"), ("model requires", "required"))
+        if key in answer
+    ]
+    lines = [_table(("budget", "memory", "GPU threads", "bandwidth"), rows), answer["explanation"]]
+    lines += [f"group {k}: {r['explanation']}" for k, r in enumerate(answer["ranges"])]
+    return "\n".join(lines)
+
+
+def _budget_cells(budget: Mapping[str, Any]) -> list[str]:
+    memory, threads, bandwidth = budget["memory"], budget["gpu_threads"], budget["bandwidth"]
+    return [
+        "" if memory is None else readable(memory),
+        "" if threads is None else str(threads),
+        "" if bandwidth is None else f"{readable(bandwidth)}/s",
+    ]
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _short(name: str, width: int = 34) -> str:
+    return name if len(name) <= width else f"...{name[-width + 3 :]}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> str:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    stream = io.StringIO()
+    Console(file=stream, width=200, color_system=None, markup=False, highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())

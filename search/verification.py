@@ -1,0 +1,136 @@
+"""``verify`` and ``undo``: what the manifest promises, checked and taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from alphasmith.objectives.equivalence import prove
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.hf_folder import save_folder
+from alphasmith.objectives.models import load_model
+from alphasmith.objectives.sites.folding import edit_parameter
+from alphasmith.objectives.sites.types import ParameterEdit
+from alphasmith.search.config import RunConfig
+from alphasmith.search.reload import load_quantized, load_smoothed
+from alphasmith.search.task import load_task
+from alphasmith.storage.artifacts import read_tensors
+from alphasmith.storage.files import verify_file
+from alphasmith.storage.manifest import Manifest, read_manifest
+from alphasmith.storage.output import OutputFolder
+
+
+def verify(
+    folder: Path, *, model: Path | None = None, factory: str | None = None, factory_path: Path | None = None
+) -> dict[str, Any]:
+    """Check every digest, then prove that the smoothed model computes what the original does and the quantized one loads.
+
+    The original is loaded as the run loaded it, with the run's proof data. A model that was handed over by a script is
+    nowhere to be found again: then only digests are checked, and the answer says so.
+
+    Args:
+        folder: Output folder of a run.
+        model: Where the original model folder is now.
+        factory: ``module:function`` of the original, when it was built by one; naming it runs it.
+        factory_path: Folder of that module.
+
+    Returns:
+        ``artifacts`` checked, ``error``, ``tolerance`` and ``samples`` of the proof, or ``skipped`` with the reason.
+
+    Raises:
+        InputError: Not an output folder, or the original cannot be loaded or is another model.
+        IntegrityError: A file has changed.
+        EquivalenceError: The models differ.
+    """
+    manifest = read_manifest(folder)
+    for artifact in manifest.artifacts:
+        verify_file(folder / artifact.path, artifact.sha256)
+    answer: dict[str, Any] = {"folder": str(folder), "artifacts": len(manifest.artifacts)}
+    config = _original(manifest, model, factory, factory_path)
+    if config is None:
+        return answer | {"skipped": "the model was handed over by a script, so there is no original to compare with"}
+    task = load_task(config)
+    if task.loaded.digest != manifest.model.digest:
+        raise InputError("model", "is not the model of this run (its weights have another digest)", "give the original")
+    tolerance = config.proof.tolerance
+    error = prove(task.loaded.model, load_smoothed(folder, task.loaded.model), task.proof, tolerance=tolerance)
+    load_quantized(folder, task.loaded.model)
+    return answer | {"error": error, "tolerance": tolerance, "samples": sum(b.size for b in task.proof)}
+
+
+def undo(folder: Path, out: Path) -> dict[str, Any]:
+    """Divide the scales out of the smoothed checkpoint again.
+
+    Float32 division does not take back float32 multiplication bit for bit: every weight is within two roundings of the
+    original's.
+
+    Args:
+        folder: Output folder of a run.
+        out: Target; must not exist.
+
+    Returns:
+        ``out`` and the number of ``parameters`` restored.
+
+    Raises:
+        InputError: Not an output folder, or ``out`` is taken.
+        IntegrityError: A file has changed.
+    """
+    manifest = read_manifest(folder)
+    digests = {a.path: a.sha256 for a in manifest.artifacts}
+    scales = read_tensors(folder / "scales.safetensors", sha256=digests.get("scales.safetensors"))
+    source = folder / "smoothed"
+    with OutputFolder(out) as target:
+        if (source / "config.json").is_file():
+            # A checkpoint may name tensors otherwise than the model does: only the model knows both.
+            model = load_model(path=source).model
+            tensors = dict(model.state_dict())
+            touched = _unfold(tensors, manifest, scales)
+            model.load_state_dict(tensors)
+            save_folder(model, target.path)
+            target.adopt()
+            kept = [f for f in source.iterdir() if not (target.path / f.name).exists() and ".safetensors" not in f.name]
+        else:
+            tensors = read_tensors(source / "model.safetensors", sha256=digests.get("smoothed/model.safetensors"))
+            touched = _unfold(tensors, manifest, scales)
+            target.write_tensors("model.safetensors", tensors)
+            kept = []
+        for file in sorted(kept):
+            target.copy_file(file, file.name)
+    return {"out": str(out), "parameters": len(touched)}
+
+
+def _unfold(tensors: dict[str, Tensor], manifest: Manifest, scales: Mapping[str, Tensor]) -> set[str]:
+    """Undo every edit of the tensors in place, last site first; the names that were touched."""
+    touched = set()
+    for site in reversed(manifest.sites):
+        if site.mode != "fold":
+            continue
+        for edit in reversed(site.edits):
+            if edit.parameter not in tensors:
+                continue
+            plan = ParameterEdit(
+                parameter=edit.parameter, channel=scales[edit.channel], power=-edit.power, offset=edit.offset
+            )
+            tensors[edit.parameter] = edit_parameter(tensors[edit.parameter], plan, scales[f"scale/{site.name}"])
+            touched.add(edit.parameter)
+    return touched
+
+
+def _original(
+    manifest: Manifest, model: Path | None, factory: str | None, factory_path: Path | None
+) -> RunConfig | None:
+    """The run's configuration with the original where it is now; None when a script handed the model over."""
+    if manifest.model.kind == "module":
+        return None
+    values: dict[str, Any] = dict(manifest.config)
+    source = dict(values["model"])
+    if source.get("factory") is not None and factory is None:
+        raise InputError(
+            "--factory", f"the model was built by {source['factory']!r}", f"allow it with --factory {source['factory']}"
+        )
+    given = {"path": model, "factory": factory, "factory_path": factory_path}
+    source |= {key: str(value) for key, value in given.items() if value is not None}
+    return RunConfig.build(values | {"model": source})

@@ -1,0 +1,58 @@
+"""Formulas fA6 and fA7, with the text's own examples."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.search.ranges import DEFAULT_ALPHA, group_ranges
+
+magnitudes = st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=12)
+
+
+def test_the_two_points_of_the_text() -> None:
+    small, large = group_ranges([5.0, 95.0])
+    assert (small.low, small.high) == pytest.approx((0.1, 0.5))
+    assert (large.low, large.high) == pytest.approx((0.5, 0.9))
+
+
+def test_one_group_gets_the_overall_range_and_default_alpha_lies_inside() -> None:
+    (only,) = group_ranges([3.0])
+    assert (only.low, only.high) == (0.1, 0.9)
+    assert DEFAULT_ALPHA == 0.5
+
+
+@given(magnitudes, st.floats(0, 1), st.sampled_from(["linear", "log"]))
+def test_ranges_are_ordered_and_scarcity_only_raises_the_low_end(values: list[float], rho: float, scale: str) -> None:
+    plain = group_ranges(values, scale=scale)  # type: ignore[arg-type]
+    scarce = group_ranges(values, rho=rho, scale=scale)  # type: ignore[arg-type]
+    for a, b in zip(plain, scarce, strict=True):
+        assert 0.1 - 1e-12 <= a.low <= b.low <= b.high + 1e-12
+        assert b.high == a.high <= 0.9 + 1e-12
+        assert b.low == pytest.approx(a.low + rho * (a.high - a.low))
+    order = sorted(range(len(values)), key=values.__getitem__)
+    lows = [plain[i].low for i in order]
+    assert lows == sorted(lows)
+
+
+def test_rho_zero_is_exactly_fa6_and_rho_one_leaves_only_the_high_end() -> None:
+    assert group_ranges([1, 2, 9], rho=0.0) == group_ranges([1, 2, 9])
+    assert all(r.low == pytest.approx(r.high) for r in group_ranges([1, 2, 9], rho=1.0))
+
+
+def test_dead_groups_are_the_smallest_on_a_log_scale() -> None:
+    dead, small, large = group_ranges([0.0, 1.0, 100.0], scale="log")
+    assert dead.position == small.position == 0.0
+    assert large.position == 1.0
+
+
+@pytest.mark.parametrize("bad", [[], [math.nan], [-1.0], [math.inf, 1.0]])
+def test_bad_magnitudes(bad: list[float]) -> None:
+    with pytest.raises(InputError, match="magnitudes"):
+        group_ranges(bad)
+    with pytest.raises(InputError, match="rho"):
+        group_ranges([1.0], rho=1.5)
