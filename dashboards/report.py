@@ -24,6 +24,7 @@ from alphasmith.dashboards.theme import number
 from alphasmith.objectives.errors import InputError
 
 #: Columns of the table of whole-model results: heading, key of a metric, key of a loss.
+_OUTPUT_LOSS = {"mse": "relative MSE of the output", "kl": "KL divergence of the output [nats]"}
 _METRIC_COLUMNS = (
     ("float model", "float", ""),
     ("no smoothing", "naive", "identity"),
@@ -276,7 +277,12 @@ def _metrics(output: Mapping[str, Any]) -> dict[str, Any] | None:
         better = "higher" if metric.get("higher_is_better") else "lower"
         rows.append((f"{metric.get('name')} ({better} is better)", [metric.get(key) for _, key, _ in _METRIC_COLUMNS]))
     if any(output.get(key) is not None for _, key, _ in _METRIC_COLUMNS if key):
-        rows.append(("relative MSE of the output, held-out", [output.get(key) for _, key, _ in _METRIC_COLUMNS]))
+        rows.append(
+            (
+                _OUTPUT_LOSS.get(str(output.get("loss", "mse")), "loss at the output") + ", held-out",
+                [output.get(key) for _, key, _ in _METRIC_COLUMNS],
+            )
+        )
     for split, label in (("held_out", "held-out"), ("search", "calibration")):
         losses = output.get(split) or {}
         if losses:

@@ -61,13 +61,15 @@ def prove(
     if not 0 < tolerance < math.inf:
         raise InputError("proof.tolerance", f"{tolerance} is not a positive number", "use e.g. 1e-4")
     chosen = _comparison_dtype(model, batches[0], dtype)
-    before, after = _comparable(model, chosen), _comparable(folded, chosen)
+    compared = _comparable(model, chosen)
+    references = [_reference(compared, batch.to(dtype=chosen)) for batch in batches]
+    del compared  # one float64 copy at a time
+    compared = _comparable(folded, chosen)
     worst = 0.0
-    for batch in batches:
-        moved = batch.to(dtype=chosen)
-        error = _relative_error(_output(after, moved), _reference(before, moved))
+    for batch, reference in zip(batches, references, strict=True):
+        error = _relative_error(_output(compared, batch.to(dtype=chosen)), reference)
         if error > tolerance:
-            del before, after  # the search for the culprit makes a copy of its own
+            del compared  # the search for the culprit makes a copy of its own
             named = ALL_SITES if scales is None else find_culprit(model, sites, scales, batch, tolerance, dtype=dtype)
             raise EquivalenceError(named, error, tolerance)
         worst = max(worst, error)

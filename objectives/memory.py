@@ -51,8 +51,10 @@ class MemoryPlan:
         parameters: Parameters and buffers, all copies of the model together.
         reservoirs: Sampled rows of all splits.
         statistics: Running statistics per channel of all splits.
-        activations: Live activations of one forward at their peak, with what calibration copies of them.
+        activations: Live activations of one forward at their peak, in float64 where the proof runs it, or with what
+            calibration copies of them.
         evaluator: Buffers that score the largest site.
+        outputs: Model outputs kept for comparison.
         overhead: What libraries keep for themselves and allocators lose; not covered by the parts.
         total: Peak. Activations and evaluator are never live together, so the larger one counts.
     """
@@ -63,6 +65,7 @@ class MemoryPlan:
     statistics: int
     activations: int
     evaluator: int
+    outputs: int = 0
 
     @property
     def total(self) -> int:
@@ -76,10 +79,12 @@ class MemoryPlan:
 
     @property
     def _parts(self) -> int:
-        return self.parameters + self.reservoirs + self.statistics + max(self.activations, self.evaluator)
+        return (
+            self.parameters + self.reservoirs + self.statistics + self.outputs + max(self.activations, self.evaluator)
+        )
 
     def __str__(self) -> str:
-        parts = ("parameters", "reservoirs", "statistics", "activations", "evaluator", "overhead")
+        parts = ("parameters", "reservoirs", "statistics", "activations", "evaluator", "outputs", "overhead")
         return f"{readable(self.total)} (" + ", ".join(f"{p} {readable(getattr(self, p))}" for p in parts) + ")"
 
 
@@ -94,6 +99,7 @@ def predict_peak(
     model_copies: int = 2,
     evaluators: int = 1,
     percentiles: bool = False,
+    outputs: int = 0,
 ) -> MemoryPlan:
     """Predict the peak memory of calibrating and searching.
 
@@ -110,6 +116,7 @@ def predict_peak(
         model_copies: Models alive at a time: the pristine one and the candidate.
         evaluators: Sites scored at a time.
         percentiles: Whether the percentile histogram is kept.
+        outputs: Model outputs kept for comparison [bytes].
 
     Raises:
         InputError: A number is below 1.
@@ -129,8 +136,9 @@ def predict_peak(
         reservoirs=0,
         # A histogram lives only as long as its calibration, so there is one at a time.
         statistics=channels * (splits * _STATISTICS_PER_CHANNEL + (PERCENTILE_BINS * _FLOAT if percentiles else 0)),
-        activations=forward + copies,
+        activations=max(forward + copies, 2 * forward),
         evaluator=0,
+        outputs=outputs,
     )
     return _with_rows(plan, rows, [parts for _, parts in layouts], splits, evaluators)
 
@@ -147,12 +155,13 @@ def fit_rows(
     model_copies: int = 2,
     evaluators: int = 1,
     percentiles: bool = False,
+    outputs: int = 0,
 ) -> MemoryPlan:
     """The plan with the most rows, at most ``rows`` and at least ``MINIMUM_ROWS`` (or ``rows``), that fits the budget.
 
     Args:
         budget: Memory available to the run beyond the interpreter and its libraries [bytes].
-        model, sites, rows, batch, batch_size, splits, model_copies, evaluators, percentiles: As ``predict_peak`` takes them.
+        model, sites, rows, batch, batch_size, splits, model_copies, evaluators, percentiles, outputs: As ``predict_peak`` takes them.
 
     Returns:
         The plan; its ``rows`` is the reservoir size to calibrate with.
@@ -170,6 +179,7 @@ def fit_rows(
         model_copies=model_copies,
         evaluators=evaluators,
         percentiles=percentiles,
+        outputs=outputs,
     )
     layouts = [part_layouts(model, site) for site in sites if not unwatchable(site)]
     low, high = min(MINIMUM_ROWS, rows), rows

@@ -96,11 +96,12 @@ def show(run: str, storage: str | None, as_json: bool) -> None:
 @app.command()
 @click.argument("folder", metavar="DIR", type=_PATH)
 @click.option("--model", type=_PATH, help="The original model folder, when it has moved.")
+@click.option("--data", type=_PATH, help="The run's media, when they have moved.")
 @factory_options
 @json_option
-def verify(folder: Path, model: Path | None, factory: str | None, factory_path: Path | None, as_json: bool) -> None:
+def verify(folder: Path, as_json: bool, **places: Any) -> None:
     """Check every digest and prove that the smoothed model computes what the original does."""
-    answer = verification.verify(folder, model=model, factory=factory, factory_path=factory_path)
+    answer = verification.verify(folder, **places)
     _print(answer, as_json, lambda: texts.verify_text(answer))
 
 
@@ -154,7 +155,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
     except click.ClickException as error:
-        _fail(error.format_message().replace("\n", " "), 2)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "alphasmith"
+        _fail(f"{command}: {error.format_message()} See `{command} --help`.".replace("\n", " "), 2)
     except (InputError, EquivalenceError) as error:
         _fail(str(error).replace("\n", " "), 2)
     except AlphasmithError as error:

@@ -16,7 +16,7 @@ from alphasmith.search.prepare import survey
 from alphasmith.search.ranges import group_ranges
 from alphasmith.search.recorder import DEFAULT_STORAGE, frame_rows, run_frames
 from alphasmith.search.task import load_task
-from alphasmith.storage.database import check_exists, open_database
+from alphasmith.storage.database import check_exists, open_existing
 from alphasmith.storage.manifest import read_manifest
 from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
@@ -55,7 +55,7 @@ def hardware(config: RunConfig) -> dict[str, Any]:
         answer["required"] = _budget(found.scarcity.required)
         answer["this_machine"] = {"rho": scarcity(detect(), found.scarcity.required).rho}
     positions = [k / max(config.groups.k - 1, 1) for k in range(config.groups.k)]
-    ranges = group_ranges(positions, rho=rho, kind=config.groups.ranges)
+    ranges = group_ranges(positions, rho=rho, kind="wide" if config.groups.ranges == "wide" else "magnitude")
     answer["rho"] = rho
     answer["explanation"] = explanation
     answer["ranges"] = [
@@ -93,9 +93,7 @@ def dashboard(storage: str | None, *, host: str, port: int, allow_write: bool) -
 
 
 def _store(storage: str | None) -> RunStore:
-    url = storage or DEFAULT_STORAGE
-    check_exists(url)
-    return RunStore(open_database(url))
+    return RunStore(open_existing(storage or DEFAULT_STORAGE))
 
 
 def _run_facts(record: RunRecord) -> dict[str, Any]:

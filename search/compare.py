@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from alphasmith.objectives.errors import NonFiniteError
+from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.model_objective import ModelObjective
 from alphasmith.objectives.quantized import CandidateModel
 from alphasmith.search.progress import Progress
 from alphasmith.search.task import Metric
 
 Variant = Literal["identity", "alpha_0.5", "best_single", "ours"]
+Baseline = Literal["identity", "alpha_0.5", "best_single"]
 VARIANTS: tuple[Variant, ...] = ("identity", "alpha_0.5", "best_single", "ours")
 
 
@@ -23,19 +26,62 @@ class ModelScores:
     """Figures of the whole model; None where a variant broke down or there is no metric.
 
     Attributes:
-        losses: Variant -> loss at the output on held-out batches (relative MSE).
+        loss: Which loss ``losses`` are: ``mse`` (relative), ``kl`` or ``task``.
+        losses: Variant -> loss at the output on held-out batches.
         metrics: Variant -> task metric; ``float`` is the model before quantization.
     """
 
+    loss: Literal["mse", "kl", "task"]
     losses: Mapping[Variant, float | None]
     metrics: Mapping[str, float | None]
+
+
+def score_float(model: nn.Module, metric: Metric | None, progress: Progress) -> float | None:
+    """The task metric before quantization: asked for first, so that a metric that does not work stops the run early.
+
+    Raises:
+        InputError: The metric fails, or is not finite for the float model.
+    """
+    if metric is None:
+        return None
+    progress.stage("metric of the float model", 1)
+    try:
+        value = metric.score(model)
+    except NonFiniteError as error:
+        raise InputError(
+            "data.metric", f"{error}, before any quantization", "return a finite number for the float model"
+        ) from error
+    progress.advance()
+    return value
+
+
+def task_loss(metric: Metric, float_metric: float) -> Callable[[nn.Module, Sequence[Batch]], float]:
+    """The task metric as a positive loss that ranks candidates as the metric does.
+
+    With d how much worse a candidate is than the float model, as a share of the float model's metric: 1 + d where it is
+    worse, exp(d) where it is better. So 1 is as good as the float model, whatever the metric's direction and sign.
+
+    Args:
+        metric: The metric.
+        float_metric: Its value for the float model.
+    """
+    scale = abs(float_metric) or 1.0
+    sign = -1.0 if metric.higher_is_better else 1.0
+
+    def loss(model: nn.Module, _: Sequence[Batch]) -> float:
+        worse = sign * (metric.score(model) - float_metric) / scale
+        return 1.0 + worse if worse > 0 else math.exp(worse)
+
+    return loss
 
 
 def score_variants(
     candidate: CandidateModel,
     reserve: ModelObjective,
+    loss: Literal["mse", "kl", "task"],
     scales: Mapping[Variant, Mapping[str, Tensor]],
     metric: Metric | None,
+    float_metric: float | None,
     progress: Progress,
 ) -> ModelScores:
     """Quantize the model once per variant and score it.
@@ -43,16 +89,15 @@ def score_variants(
     Args:
         candidate: The working copy; holds the last variant afterwards.
         reserve: Held-out output loss on ``candidate``.
+        loss: Which loss that is.
         scales: Variant -> site -> (C,).
         metric: Task metric, or None.
+        float_metric: Its value for the float model.
         progress: Told after each variant.
     """
     losses: dict[Variant, float | None] = {}
-    metrics: dict[str, float | None] = {}
-    progress.stage("whole model", len(scales) + (metric is not None))
-    if metric is not None:
-        metrics["float"] = metric.score(candidate.reset())
-        progress.advance()
+    metrics: dict[str, float | None] = {} if metric is None else {"float": float_metric}
+    progress.stage("whole model", len(scales))
     for variant, of_sites in scales.items():
         try:
             losses[variant] = reserve.loss(of_sites)
@@ -63,10 +108,15 @@ def score_variants(
             losses.setdefault(variant, None)
             metrics[variant] = None
         progress.advance()
-    return ModelScores(losses=losses, metrics=metrics)
+    return ModelScores(loss=loss, losses=losses, metrics=metrics)
 
 
 def best_variant(scores: ModelScores, order: Sequence[Variant] = VARIANTS) -> Variant:
-    """The variant with the lowest held-out output loss; ``ours`` wins a tie, then the order decides."""
+    """The variant with the lowest held-out output loss; ``ours`` wins a tie, then the order decides.
+
+    ``ours`` as well where every variant breaks down: there is nothing better to fall back to.
+    """
     known = {v: loss for v in order if (loss := scores.losses.get(v)) is not None}
+    if not known:
+        return "ours"
     return min(known, key=lambda v: (known[v], v != "ours", order.index(v)))

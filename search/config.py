@@ -122,13 +122,14 @@ class GroupsConfig(_Section):
         method: ``kmeans`` on log magnitude, equal-width ``range`` bins, ``outlier``, ``multi_outlier``, ``mean_difference``.
         k: Groups per site (scope ``site``) or for the whole model (scope ``model``).
         bins: Bins of the range methods.
-        ranges: ``magnitude``: formula fA6 by the group's magnitude; ``wide``: the overall range 0.1 to 0.9 for every group.
+        ranges: ``magnitude``: formula fA6 by the group's magnitude, widened where needed to hold the best single alpha.
+            ``strict``: not widened. ``wide``: the overall range 0.1 to 0.9 for every group, widened likewise.
     """
 
     method: GroupMethod = "kmeans"
     k: int = Field(default=4, gt=0)
     bins: int = Field(default=10, gt=0)
-    ranges: Literal["magnitude", "wide"] = "magnitude"
+    ranges: Literal["magnitude", "strict", "wide"] = "magnitude"
 
 
 class HardwareConfig(_Section):
@@ -164,7 +165,8 @@ class SearchConfig(_Section):
         rows: Rows of X kept per site and split.
         statistic: Channel statistic a_j used by smoothing.
         percentile: The percentile when ``statistic`` is ``percentile``.
-        loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric.
+        loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric (1 is as good
+            as the float model, lower is better).
         single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha.
         device: Torch device of the search; None: the first GPU, else the CPU.
         guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows.

@@ -73,7 +73,7 @@ def build_manifest(
         studies: Site name (or ``model``) -> Optuna study.
     """
     search = config.search
-    whole = found.whole
+    whole = None if found.whole is None else found.kept(found.whole)
     return Manifest(
         run=RunEntry(
             id=record.id,
@@ -85,7 +85,7 @@ def build_manifest(
         versions=dict(record.versions),
         config=config.model_dump(mode="json", exclude=_PLACES),
         seeds={"search": search.seed, "calibration": search.seed, "held_out": search.seed + 1},
-        notes=task.notes,
+        notes=(*task.notes, *found.notes),
         model=ModelEntry(
             kind=task.kind, name=task.name, digest=task.loaded.digest, parameter_count=task.loaded.parameter_count
         ),
@@ -175,7 +175,7 @@ def _budget(budget: HardwareBudget) -> Budget:
 
 
 def _site(site: Site, prepared: Prepared, found: Found, study: str | None) -> SiteEntry:
-    result = found.sites.get(site.name)
+    result = found.kept(found.sites[site.name]) if site.name in found.sites else None
     entry: dict[str, Any] = {
         "name": site.name,
         "mode": site.mode,
@@ -270,6 +270,7 @@ def _output(found: Found, task: Task) -> OutputEntry:
         best_single=losses.get("best_single"),
         ours=losses.get("ours"),
         kept=found.fallback or "ours",
+        loss=found.scores.loss,
         search=None if found.whole is None else _losses(found.whole.search, found.whole.best_single_alpha),
         held_out=None if found.whole is None else _losses(found.whole.held_out, found.whole.best_single_alpha),
         metrics=metrics,
@@ -277,6 +278,11 @@ def _output(found: Found, task: Task) -> OutputEntry:
 
 
 def _guard(found: Found) -> tuple[GuardEntry, ...]:
+    if found.fallback is not None:
+        reason = (
+            f"{found.fallback} has a lower loss at the model's output on held-out data than the winners of the search"
+        )
+        return (GuardEntry(proposed="ours", kept=found.fallback, reason=reason),)
     reason = "the winner of the search had a higher loss on held-out data"
     entries = [
         GuardEntry(site=name, proposed=_proposed(result), kept=result.winner, reason=reason)

@@ -10,7 +10,7 @@ import optuna
 import torch
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from alphasmith.objectives.groups import group_channels
+from alphasmith.objectives.groups import Grouping, group_channels
 from alphasmith.objectives.model_objective import ModelObjective
 from alphasmith.objectives.smoothing import expand_alphas, smoothing_scales
 from alphasmith.search.config import GroupsConfig, SearchConfig
@@ -120,10 +120,11 @@ def search_model(
     start = clock()
     if not sites:
         raise InputError("model", "no site can be smoothed", "see the reasons printed for each site")
-    labels, values, outliers, ranges = _group(sites, groups, rho)
-    space = SearchSpace.of(ranges)
+    grouping, labels = _group(sites, groups)
     to_scales = ModelScales(sites, labels)
     single, grid = best_single_alpha(judge, to_scales, search.single_alphas)
+    ranges = ranges_of(grouping, groups, rho, single)
+    space = SearchSpace.of(ranges)
     study = optuna.create_study(
         study_name=study_name,
         storage=storage,
@@ -147,8 +148,8 @@ def search_model(
     return ModelResult(
         labels=labels,
         ranges=ranges,
-        magnitudes=values,
-        outliers=outliers,
+        magnitudes=tuple(grouping.values.tolist()),
+        outliers=grouping.outliers,
         requested_k=groups.k,
         winner=chosen.kind,
         alphas=chosen.alphas,
@@ -175,9 +176,8 @@ def best_single_alpha(judge: ModelObjective, to_scales: ModelScales, points: int
     return (min(grid, key=lambda point: point[1])[0] if grid else DEFAULT_ALPHA), grid
 
 
-def _group(
-    sites: Mapping[str, SiteStatistics], groups: GroupsConfig, rho: float
-) -> tuple[dict[str, torch.Tensor], tuple[float, ...], tuple[bool, ...], tuple[AlphaRange, ...]]:
+def _group(sites: Mapping[str, SiteStatistics], groups: GroupsConfig) -> tuple[Grouping, dict[str, torch.Tensor]]:
+    """Group the pooled channels of all sites; labels per site."""
     values = torch.cat([s.activation.cpu() for s in sites.values()])
     ties, offset = [], 0
     for s in sites.values():
@@ -185,8 +185,7 @@ def _group(
         offset += len(s.ties)
     grouping = group_channels(values, method=groups.method, k=groups.k, bins=groups.bins, ties=torch.cat(ties))
     parts = torch.split(grouping.labels, [len(s.activation) for s in sites.values()])
-    labels = dict(zip(sites, parts, strict=True))
-    return labels, tuple(grouping.values.tolist()), tuple(grouping.outliers), ranges_of(grouping, groups, rho)
+    return grouping, dict(zip(sites, parts, strict=True))
 
 
 class _ModelCandidates:

@@ -10,18 +10,17 @@ from typing import Any
 import optuna
 from torch import Tensor, nn
 
-from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.calibration import weight_absmax
 from alphasmith.objectives.equivalence import prove
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.memory import measured_peak, resident_bytes
-from alphasmith.objectives.model_objective import ModelObjective
+from alphasmith.objectives.model_objective import ModelLoss, ModelObjective
 from alphasmith.objectives.quantized import CandidateModel, quantize_model
 from alphasmith.objectives.site_data import to_device
 from alphasmith.objectives.sites.folding import fold, folded_parameters
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import smoothing_scales
-from alphasmith.search.compare import Variant, best_variant, score_variants
+from alphasmith.search.compare import Variant, best_variant, score_float, score_variants, task_loss
 from alphasmith.search.config import RunConfig
 from alphasmith.search.model_search import ModelResult, SiteStatistics, search_model
 from alphasmith.search.outcome import Found, Products, Proof
@@ -69,19 +68,29 @@ def run(
     check_reachable(config.storage or DEFAULT_STORAGE)
     progress.stage("loading model and data")
     task = load_task(config, model=model, batches=batches, metric=metric)
+    if config.search.loss == "task" and config.search.scope == "model" and task.metric is None:
+        raise InputError("search.loss", "is 'task' but there is no metric", "give data.metric, or use 'mse' or 'kl'")
     for note in task.notes:
         progress.note(note)
     found_sites = survey(config, task)
+    float_metric = score_float(found_sites.model, task.metric, progress)
     baseline = resident_bytes()  # the prediction starts here: model and libraries are loaded
     prepared = prepare(config, task, found_sites, progress)
     with RunRecorder(config, task, prepared) as recorder:
-        found = _search(config, task, prepared, recorder, progress)
+        found = _search(config, task, prepared, float_metric, recorder, progress)
         products = _produce(config, task, prepared, found, baseline, progress)
         progress.stage("writing")
         return recorder.write(found, products)
 
 
-def _search(config: RunConfig, task: Task, prepared: Prepared, recorder: RunRecorder, progress: Progress) -> Found:
+def _search(
+    config: RunConfig,
+    task: Task,
+    prepared: Prepared,
+    float_metric: float | None,
+    recorder: RunRecorder,
+    progress: Progress,
+) -> Found:
     device = search_device(config)
     candidate = CandidateModel(
         prepared.survey.model,
@@ -95,24 +104,32 @@ def _search(config: RunConfig, task: Task, prepared: Prepared, recorder: RunReco
     scales: dict[Variant, dict[str, Tensor]] = {"identity": {}, "alpha_0.5": _single(statistics, DEFAULT_ALPHA)}
     sites: dict[str, SiteResult] = {}
     whole: ModelResult | None = None
+    kind = config.search.loss if config.search.scope == "model" else "mse"
+    reserve = ModelObjective(candidate, held_out, loss=_output_loss(config, task, float_metric))
     if config.search.scope == "site":
         sites = _search_sites(config, prepared, recorder, progress)
         scales["best_single"] = {n: r.best_single_scales.cpu() for n, r in sites.items()}
         scales["ours"] = {n: r.scales.cpu() for n, r in sites.items()}
     else:
-        whole = _search_whole(config, task, candidate, statistics, held_out, recorder, progress)
+        whole = _search_whole(config, task, candidate, statistics, reserve, float_metric, recorder, progress)
         scales["best_single"] = _single(statistics, whole.best_single_alpha)
         scales["ours"] = dict(whole.scales)
-    reserve = ModelObjective(candidate, held_out)
-    scores = score_variants(candidate, reserve, scales, task.metric, progress)
+    scores = score_variants(candidate, reserve, kind, scales, task.metric, float_metric, progress)
     best = best_variant(scores)
-    fallback = best if best != "ours" and config.search.guard == "output" else None
+    ours = scores.losses["ours"]
+    # A winner that breaks the whole model is never kept, whatever its sites say.
+    fallback = best if best != "ours" and (config.search.guard == "output" or ours is None) else None
     if best != "ours" and fallback is None:
         progress.note(
             f"note: at the model's output {best} has the lower held-out loss "
-            f"({scores.losses[best]:.3g} against {scores.losses['ours']:.3g}); search.guard='output' would keep it"
+            f"({scores.losses[best]:.3g} against {ours:.3g}); search.guard='output' would keep it"
         )
-    return Found(sites=sites, whole=whole, scales=scales, fallback=fallback, scores=scores)
+    notes = _fewer_groups(config.groups.k, {"the model": whole} if whole else sites)
+    for note in notes:
+        progress.note(f"warning: {note}")
+    found = Found(sites=sites, whole=whole, scales=scales, fallback=fallback, scores=scores, notes=notes)
+    recorder.outcome(found)
+    return found
 
 
 def _search_sites(
@@ -153,20 +170,14 @@ def _search_whole(
     task: Task,
     candidate: CandidateModel,
     statistics: Mapping[str, SiteStatistics],
-    held_out: list[Batch],
+    reserve: ModelObjective,
+    float_metric: float | None,
     recorder: RunRecorder,
     progress: Progress,
 ) -> ModelResult:
     device = search_device(config)
-    loss: Any = config.search.loss
-    if loss == "task":
-        if task.metric is None:
-            raise InputError(
-                "search.loss", "is 'task' but there is no metric", "give data.metric, or use 'mse' or 'kl'"
-            )
-        sign, score = (-1.0 if task.metric.higher_is_better else 1.0), task.metric.score
-        loss = lambda model, _: sign * score(model)
-    judge = ModelObjective(candidate, [b.to(device) for b in task.calibration], loss=loss)
+    batches = [b.to(device) for b in task.calibration]
+    judge = ModelObjective(candidate, batches, loss=_output_loss(config, task, float_metric))
     progress.stage("searching the model", config.search.trials)
     best: list[float] = []
 
@@ -178,7 +189,7 @@ def _search_whole(
     result = search_model(
         statistics,
         judge,
-        ModelObjective(candidate, held_out, loss=loss),
+        reserve,
         groups=config.groups,
         search=config.search,
         rho=recorder.rho,
@@ -188,6 +199,15 @@ def _search_whole(
     )
     recorder.whole(result)
     return result
+
+
+def _output_loss(config: RunConfig, task: Task, float_metric: float | None) -> ModelLoss:
+    """Loss at the model's output: relative MSE beside site studies, what the user chose where the model is searched."""
+    if config.search.scope == "site" or config.search.loss == "mse":
+        return "mse"
+    if config.search.loss == "task" and task.metric is not None and float_metric is not None:
+        return task_loss(task.metric, float_metric)
+    return "kl"
 
 
 def _produce(
@@ -236,6 +256,16 @@ def skip_patterns(config: RunConfig, prepared: Prepared) -> tuple[str, ...]:
     """Operators to leave in float: those the user names, and those no calibration row reached."""
     missing = (o.name for s in prepared.sites if s.name not in prepared.calibration.sites for o in s.operators)
     return (*config.sites.skip, *missing)
+
+
+def _fewer_groups(k: int, results: Mapping[str, SiteResult | ModelResult]) -> tuple[str, ...]:
+    """One line on where there are fewer groups than asked for; none where there are as many."""
+    fewer = {name: len(r.ranges) for name, r in results.items() if len(r.ranges) < k}
+    if not fewer:
+        return ()
+    first, groups = next(iter(fewer.items()))
+    more = f" and fewer than {k} at {len(fewer) - 1} more sites" if len(fewer) > 1 else ""
+    return (f"groups.k = {k} is reduced to {groups} at {first}{more}: the magnitudes of the channels support no more",)
 
 
 def _statistics(prepared: Prepared) -> dict[str, SiteStatistics]:

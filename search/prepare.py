@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.batch import Batch, call, main_output
 from alphasmith.objectives.calibration import Calibration, calibrate
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.memory import MemoryPlan, activation_bytes, fit_rows, readable
+from alphasmith.objectives.model_objective import real_rows
 from alphasmith.objectives.recurrent import unroll
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Site
@@ -22,6 +23,9 @@ from alphasmith.search.config import RunConfig
 from alphasmith.search.hardware import Scarcity, required_budget, scarcity, target_budget
 from alphasmith.search.progress import Progress
 from alphasmith.search.task import Task
+
+#: What a model raises on data it was not made for.
+_CALL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +91,16 @@ def survey(config: RunConfig, task: Task) -> Survey:
     """Copy the model, find its sites and judge the target hardware.
 
     Raises:
-        InputError: No linear or convolution operator, or nothing to run the model on.
+        InputError: No linear or convolution operator, nothing to run the model on, or data it cannot be called with.
     """
     device = search_device(config)
     model = copy.deepcopy(task.loaded.model).eval()
     names = unroll(model)
     model.to(device)
     example = task.calibration[0].narrow(0, 1).to(device)
+    float_output(model, example)
     found = discover(model, example, experts=config.sites.experts, exclude=config.sites.exclude)
-    sites = tuple(_explicit(site, config) for site in found.sites)
+    sites = tuple(_as_configured(site, config) for site in found.sites)
     required = required_budget(
         sites,
         scheme=config.scheme.build(),
@@ -113,11 +118,49 @@ def survey(config: RunConfig, task: Task) -> Survey:
     )
 
 
+def float_output(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's main output on real positions.
+
+    Args:
+        model: The float model.
+        batch: On the model's device.
+
+    Raises:
+        InputError: The model cannot be called with the batch, or returns no floating tensor.
+    """
+    try:
+        with torch.no_grad():
+            return real_rows(main_output(call(model, batch)), batch)
+    except InputError:
+        raise
+    except _CALL_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            "data", f"the model cannot be run on it ({type(error).__name__}: {reason})", "give what its forward takes"
+        ) from error
+
+
+def check_output(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> None:
+    """Refuse a float model that already answers with NaN or infinity: no candidate could be compared with it.
+
+    Raises:
+        InputError: It does, or it cannot be called with a batch.
+    """
+    for number, batch in enumerate(batches):
+        if not bool(torch.isfinite(float_output(model, batch.to(device))).all()):
+            raise InputError(
+                "model",
+                f"returns NaN or infinity before quantization (batch {number} of the held-out and proof data)",
+                "give data the model can process, or return finite values",
+            )
+
+
 def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) -> Prepared:
     """Check the memory plan, then calibrate twice: rows to search on, rows to judge on.
 
     Raises:
-        InputError: Not enough memory, or data without a real position.
+        InputError: Not enough memory, data without a real position, non-finite activations or outputs, or nothing to
+            search in scope ``model``.
     """
     search = config.search
     budget = config.hardware.search_memory or int(psutil.virtual_memory().available)
@@ -129,9 +172,11 @@ def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) ->
         budget=budget,
         batch=found.example,
         batch_size=max(b.size for b in (task.calibration[0], task.held_out[0])),
-        # The pristine copy, the candidate, and at the end the folded one beside the user's.
+        # At the proof: the folded model and a float64 copy of one model, which is a float32 copy first. The user's model
+        # and ours exist already.
         model_copies=4,
         percentiles=search.statistic == "percentile",
+        outputs=_output_bytes(found, task, config),
     )
     progress.note(f"memory: {plan} predicted, {readable(budget)} available; {plan.rows} rows per site")
 
@@ -157,6 +202,9 @@ def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) ->
         for s in found.sites
     )
     active = [s for s in sites if s.mode != "left" and not _all_skipped(s, config)]
+    if not active and search.scope == "model":
+        raise InputError("sites", "no site is left to smooth", "loosen sites.exclude, sites.skip or sites.explicit")
+    check_output(found.model, (*task.held_out, *task.proof), search_device(config))
     return Prepared(
         survey=found,
         plan=plan,
@@ -193,7 +241,19 @@ def producers_first(sites: Sequence[Site]) -> list[Site]:
     return ordered
 
 
-def _explicit(site: Site, config: RunConfig) -> Site:
+def _output_bytes(found: Survey, task: Task, config: RunConfig) -> int:
+    """Float outputs that candidates are compared with, and the temporaries of one comparison [bytes]."""
+    with torch.no_grad():
+        one = main_output(call(found.model, found.example)).nbytes
+    compared = list(task.held_out) + (list(task.calibration) if config.search.scope == "model" else [])
+    return one * (sum(b.size for b in compared) + 4 * max(b.size for b in compared))
+
+
+def _as_configured(site: Site, config: RunConfig) -> Site:
+    if site.mode != "left" and all(o.raw for o in site.operators):
+        return replace(
+            site, mode="left", reason="its weights are used by functional calls, so nothing is quantized here"
+        )
     if site.mode == "explicit" and config.sites.explicit == "never":
         return replace(site, mode="left", reason=f"{site.reason}; explicit scaling is off")
     return site

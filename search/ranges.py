@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from alphasmith.objectives.errors import InputError
@@ -30,6 +30,14 @@ class AlphaRange:
     high: float
     position: float
     explanation: str
+
+    def holding(self, alpha: float) -> AlphaRange:
+        """The range widened, where needed, to hold ``alpha``; the explanation says so."""
+        if self.low <= alpha <= self.high:
+            return self
+        low, high = min(self.low, alpha), max(self.high, alpha)
+        why = f"{self.explanation}; widened to hold the best single alpha {alpha:.3g}: [{low:.3f}, {high:.3f}]"
+        return replace(self, low=low, high=high, explanation=why)
 
 
 def group_ranges(
@@ -77,13 +85,15 @@ def _positions(magnitudes: Sequence[float], scale: str) -> list[float]:
 def _range(magnitude: float, t: float, rho: float, wide: bool) -> AlphaRange:
     low, high = (LOWEST, HIGHEST) if wide else (LOWEST + 0.4 * t, MIDDLE + 0.4 * t)
     origin = "overall range" if wide else f"fA6 at position {t:.2f} of the group magnitudes"
-    shift = (
-        "no hardware budget given, rho = 0" if rho == 0 else f"fA7 raises the low end by rho = {rho:.3f} of the width"
-    )
     shifted = low + rho * (high - low)
+    shift = (
+        "rho = 0 leaves it so"
+        if rho == 0
+        else f"fA7 raises the low end by rho = {rho:.3f} of the width: [{shifted:.3f}, {high:.3f}]"
+    )
     return AlphaRange(
         low=shifted,
         high=high,
         position=t,
-        explanation=f"magnitude {magnitude:.4g}: {origin} gives [{low:.3f}, {high:.3f}]; {shift}: [{shifted:.3f}, {high:.3f}]",
+        explanation=f"magnitude {magnitude:.4g}: {origin} gives [{low:.3f}, {high:.3f}]; {shift}",
     )

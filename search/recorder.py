@@ -171,12 +171,23 @@ class RunRecorder:
     def whole(self, result: ModelResult) -> None:
         """Keep the result over the whole model."""
         self._spaces["model"] = SearchSpace.of(result.ranges)
-        sizes = [0] * len(result.ranges)
-        for labels in result.labels.values():
-            for k, n in enumerate(labels.bincount(minlength=len(sizes)).tolist()):
-                sizes[k] += n
-        self._store.set_groups(self.id, _groups(result, sizes))
+        self._store.set_groups(self.id, self._model_groups(result))
         self._store.add_trials(self.id, _digests(result.study_name, result.results))
+
+    @staticmethod
+    def _model_groups(result: ModelResult) -> tuple[stored.GroupRecord, ...]:
+        counts = [labels.bincount(minlength=len(result.ranges)).tolist() for labels in result.labels.values()]
+        return _groups(result, [sum(column) for column in zip(*counts, strict=True)])
+
+    def outcome(self, found: Found) -> None:
+        """Keep what the guard at the output kept: it may have put a baseline in the place of every winner."""
+        if found.fallback is None:
+            return
+        for site in self._prepared.sites:
+            if site.name in found.sites:
+                self.site(site, found.kept(found.sites[site.name]))
+        if found.whole is not None:
+            self._store.set_groups(self.id, self._model_groups(found.kept(found.whole)))
 
     def write(self, found: Found, products: Products) -> RunResult:
         """Write the output folder whole or not at all, then finish the run.

@@ -14,6 +14,7 @@ from alphasmith.objectives.models import load_model, load_skeleton
 from alphasmith.objectives.quantized_io import restore
 from alphasmith.objectives.recurrent import unroll
 from alphasmith.storage.artifacts import read_tensors
+from alphasmith.storage.files import verify_file
 from alphasmith.storage.manifest import read_manifest
 
 
@@ -58,13 +59,20 @@ def load_smoothed(folder: Path | str, model: nn.Module | None = None) -> nn.Modu
         InputError: As ``load_quantized``.
         IntegrityError: A file has changed since it was written.
     """
-    folder = Path(folder) / "smoothed"
+    folder = Path(folder)
+    for artifact in read_manifest(folder).artifacts:
+        if artifact.path.startswith("smoothed/"):
+            verify_file(folder / artifact.path, artifact.sha256)
+    folder = folder / "smoothed"
     if (folder / "config.json").is_file():
         return load_model(path=folder).model
     if model is None:
         raise InputError("model", f"{folder} does not say how to build the model", "pass the float model")
     shell = copy.deepcopy(model)
-    missing, unexpected = shell.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
+    try:
+        missing, unexpected = shell.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
+    except RuntimeError as error:  # a shape differs
+        raise InputError("model", "does not have the shapes of the checkpoint", "pass the run's model") from error
     # Tied tensors are stored once: what is missing must be another name of something that is there.
     state = shell.state_dict()
     loaded = {v.untyped_storage().data_ptr() for n, v in state.items() if n not in missing}

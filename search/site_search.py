@@ -22,7 +22,16 @@ from alphasmith.search.config import GroupsConfig, SearchConfig
 from alphasmith.search.ranges import DEFAULT_ALPHA, AlphaRange, group_ranges
 from alphasmith.search.samplers import make_pruner, make_sampler
 from alphasmith.search.spaces import SearchSpace
-from alphasmith.search.studies import Candidate, CandidateKind, Losses, TrialResult, baselines, guard, run_study
+from alphasmith.search.studies import (
+    Candidate,
+    CandidateKind,
+    Losses,
+    TrialResult,
+    Verdict,
+    baselines,
+    guard,
+    run_study,
+)
 from alphasmith.search.threads import threads_for
 from alphasmith.storage.database import open_optuna
 
@@ -151,6 +160,7 @@ def search_site(
     for name, tensor in (("x", x), ("w", w)):
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(name, "holds NaN or infinite values", "remove them")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it logs a line per study
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed)).to(x.device)
     cut = max(1, min(x.shape[0] - 1, x.shape[0] * 3 // 4))
@@ -220,10 +230,10 @@ def _search(
     grouping = group_channels(
         data.activation_statistic.cpu(), method=groups.method, k=groups.k, bins=groups.bins, ties=data.ties.cpu()
     )
-    ranges = ranges_of(grouping, groups, rho)
-    space = SearchSpace.of(ranges)
     to_scales = _Scales(data, grouping.labels)
     single, grid = _best_single(judge, to_scales, search.single_alphas)
+    ranges = ranges_of(grouping, groups, rho, single)
+    space = SearchSpace.of(ranges)
     noise = NoiseModel(data, scheme) if search.noise_model else None
     candidates = baselines(len(ranges), single)
     if noise is not None:
@@ -248,7 +258,7 @@ def _search(
     )
     verdict = guard(results, lambda candidate: reserve.loss(to_scales(candidate.alphas)))
     chosen = verdict.winner.candidate
-    limit, held_out_limit = _limit(noise, judge, reserve, to_scales.single(single))
+    limit, held_out_limit = _limit(noise, judge, reserve, to_scales.single(single), verdict)
     return SiteResult(
         name=data.name,
         labels=grouping.labels,
@@ -271,14 +281,22 @@ def _search(
     )
 
 
-def ranges_of(grouping: Grouping, groups: GroupsConfig, rho: float) -> tuple[AlphaRange, ...]:
-    """Alpha range of every group; k-means groups magnitudes by logarithm, so its positions are logarithmic, too."""
-    return group_ranges(
+def ranges_of(grouping: Grouping, groups: GroupsConfig, rho: float, best_single: float) -> tuple[AlphaRange, ...]:
+    """Alpha range of every group; k-means groups magnitudes by logarithm, so its positions are logarithmic, too.
+
+    Unless ``groups.ranges`` is ``strict``, ranges are widened to hold the best single alpha: they are good defaults, not
+    laws (trap T3), and a grouped search that cannot come near the best single alpha seldom beats it.
+    """
+    ranges = group_ranges(
         grouping.values.tolist(),
         rho=rho,
         scale="log" if groups.method == "kmeans" else "linear",
-        kind=groups.ranges,
+        kind="wide" if groups.ranges == "wide" else "magnitude",
     )
+    if groups.ranges == "strict":
+        return ranges
+    # Scarce hardware raised the low ends on purpose: then only the high ends give way.
+    return tuple(r.holding(best_single if rho == 0 else max(best_single, r.low)) for r in ranges)
 
 
 class _Scales:
@@ -347,13 +365,17 @@ def _proposals(noise: NoiseModel, grouping: Grouping, space: SearchSpace, single
 
 
 def _limit(
-    noise: NoiseModel | None, judge: SiteObjective, reserve: SiteObjective, start: torch.Tensor
+    noise: NoiseModel | None, judge: SiteObjective, reserve: SiteObjective, start: torch.Tensor, verdict: Verdict
 ) -> tuple[float | None, float | None]:
-    """Exact losses of freely optimised per-channel scales on search and held-out rows; None where the noise model fails."""
+    """Exact losses of freely optimised per-channel scales on search and held-out rows; None where the noise model fails.
+
+    The winner's scales are one free choice, too, so the limit is never above it.
+    """
     if noise is None:
         return None, None
     try:
         limit = per_channel_limit(judge, noise, start)
-        return limit.loss, reserve.loss(limit.scales)
+        held_out = reserve.loss(limit.scales)
     except NonFiniteError:
         return None, None
+    return min(limit.loss, verdict.search.ours), min(held_out, verdict.held_out.ours)

@@ -12,7 +12,7 @@ from torch import nn
 
 from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.demo import load_demo
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.factory import load_batches, load_metric
 from alphasmith.objectives.media import MediaSource, data_digest, in_memory, load_media, split_batches
 from alphasmith.objectives.metrics import perplexity
@@ -211,7 +211,7 @@ def _checked(function: Callable[[nn.Module], float]) -> Callable[[nn.Module], fl
         with torch.no_grad():
             value = float(function(model))
         if not math.isfinite(value):
-            raise InputError("metric", f"is {value} for this model", "return a finite number")
+            raise NonFiniteError(f"the metric is {value}")
         return value
 
     return score

@@ -15,6 +15,7 @@ from alphasmith.search.recorder import RunResult, frame_rows
 
 #: Sites shown before a long table is cut; ``--json`` and the report have all of them.
 MOST_SITES = 40
+_LOSS_NAMES = {"mse": "relative MSE", "kl": "KL, nats", "task": "from the metric"}
 
 
 def result_text(result: RunResult) -> str:
@@ -28,13 +29,15 @@ def result_text(result: RunResult) -> str:
     share = payload.weights_quantized / max(payload.weights_float, 1)
     lines = [
         sites,
+        *([groups_table([g.model_dump(mode="json") for g in manifest.groups])] if manifest.groups else []),
         model_table(manifest.model_dump(mode="json")),
+        *_fallback(manifest.output.kept),
         f"sites: {len(manifest.sites)} ({modes}), {len(smoothed)} searched, {len(result.trials)} trials",
         f"hardware: {manifest.hardware.explanation}",
         "equivalence: nothing was folded"
         if proof is None
-        else f"equivalence: relative output error {proof.error:.2g} on {proof.batches} fresh batches "
-        f"(tolerance {proof.tolerance:.0e})",
+        else f"equivalence: relative output error {proof.error:.2g} on fresh data "
+        f"({proof.batches} batch{'es' if proof.batches != 1 else ''}, tolerance {proof.tolerance:.0e})",
         f"weights: {readable(payload.weights_float)} -> {readable(payload.weights_quantized)} ({share:.4g} of float32), "
         + f"other {readable(payload.other)}",
         f"memory: {readable(manifest.memory.predicted)} predicted, {readable(manifest.memory.measured or 0)} measured",
@@ -106,12 +109,33 @@ def sites_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def model_table(manifest: Mapping[str, Any]) -> str:
     """Whole-model figures: output loss on held-out data and the task metric."""
     output = manifest["output"]
-    rows = [["output loss (relative)", "0", *(_loss(output[k]) for k in ("naive", "alpha_0.5", "best_single", "ours"))]]
+    rows = [
+        [
+            f"output loss ({_LOSS_NAMES[output['loss']]})",
+            "1" if output["loss"] == "task" else "0",
+            *(_loss(output[k]) for k in ("naive", "alpha_0.5", "best_single", "ours")),
+        ]
+    ]
     for metric in output["metrics"]:
         arrow = "higher" if metric["higher_is_better"] else "lower"
         values = (metric[k] for k in ("float", "naive", "alpha_0.5", "best_single", "ours"))
         rows.append([f"{metric['name']} ({arrow} is better)", *("failed" if v is None else f"{v:.4f}" for v in values)])
     return _table(("whole model", "float", "naive", "alpha 0.5", "best single", "ours"), rows)
+
+
+def groups_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Groups over the whole model (scope ``model``) and the alphas that won."""
+    body = [
+        [
+            str(row["index"]),
+            str(row["size"]),
+            f"{row['magnitude']:.4g}",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            "" if row["alpha"] is None else f"{row['alpha']:.3f}",
+        ]
+        for row in rows
+    ]
+    return _table(("group", "channels", "magnitude", "range", "alpha"), body, title="groups of the whole model")
 
 
 def verify_text(answer: Mapping[str, Any]) -> str:
@@ -132,9 +156,15 @@ def hardware_text(answer: Mapping[str, Any]) -> str:
         for name, key in (("this machine", "detected"), ("target, as given", "given"), ("model requires", "required"))
         if key in answer
     ]
-    lines = [_table(("budget", "memory", "GPU threads", "bandwidth"), rows), answer["explanation"]]
-    lines += [f"group {k}: {r['explanation']}" for k, r in enumerate(answer["ranges"])]
-    return "\n".join(lines)
+    ranges = [[f"{r['position']:.2f}", f"{r['low']:.3f}", f"{r['high']:.3f}"] for r in answer["ranges"]]
+    return "\n".join(
+        [
+            _table(("budget", "memory", "threads", "bandwidth"), rows),
+            answer["explanation"],
+            _table(("group at", "alpha from", "to"), ranges, title="alpha ranges"),
+            "0 is the group of smallest, 1 that of largest magnitude; a run places its groups by what it measures",
+        ]
+    )
 
 
 def _budget_cells(budget: Mapping[str, Any]) -> list[str]:
@@ -144,6 +174,12 @@ def _budget_cells(budget: Mapping[str, Any]) -> list[str]:
         "" if threads is None else str(threads),
         "" if bandwidth is None else f"{readable(bandwidth)}/s",
     ]
+
+
+def _fallback(kept: str) -> list[str]:
+    if kept == "ours":
+        return []
+    return [f"kept {kept}: its held-out output loss is lower than that of the winner (search.guard = 'output')"]
 
 
 def _loss(value: float | None) -> str:

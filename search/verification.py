@@ -24,16 +24,23 @@ from alphasmith.storage.output import OutputFolder
 
 
 def verify(
-    folder: Path, *, model: Path | None = None, factory: str | None = None, factory_path: Path | None = None
+    folder: Path,
+    *,
+    model: Path | None = None,
+    data: Path | None = None,
+    factory: str | None = None,
+    factory_path: Path | None = None,
 ) -> dict[str, Any]:
     """Check every digest, then prove that the smoothed model computes what the original does and the quantized one loads.
 
-    The original is loaded as the run loaded it, with the run's proof data. A model that was handed over by a script is
-    nowhere to be found again: then only digests are checked, and the answer says so.
+    The original is loaded as the run loaded it, with the run's proof data. A model or data that a script handed over are
+    nowhere to be found again: then only digests are checked, and the answer says so. No function that the manifest names
+    is run unless ``factory`` allows it.
 
     Args:
         folder: Output folder of a run.
         model: Where the original model folder is now.
+        data: Where the run's media are now.
         factory: ``module:function`` of the original, when it was built by one; naming it runs it.
         factory_path: Folder of that module.
 
@@ -49,9 +56,10 @@ def verify(
     for artifact in manifest.artifacts:
         verify_file(folder / artifact.path, artifact.sha256)
     answer: dict[str, Any] = {"folder": str(folder), "artifacts": len(manifest.artifacts)}
-    config = _original(manifest, model, factory, factory_path)
-    if config is None:
-        return answer | {"skipped": "the model was handed over by a script, so there is no original to compare with"}
+    reason = _not_provable(manifest)
+    if reason:
+        return answer | {"skipped": reason}
+    config = _original(manifest, model, data, factory, factory_path)
     task = load_task(config)
     if task.loaded.digest != manifest.model.digest:
         raise InputError("model", "is not the model of this run (its weights have another digest)", "give the original")
@@ -82,6 +90,8 @@ def undo(folder: Path, out: Path) -> dict[str, Any]:
     digests = {a.path: a.sha256 for a in manifest.artifacts}
     scales = read_tensors(folder / "scales.safetensors", sha256=digests.get("scales.safetensors"))
     source = folder / "smoothed"
+    for path in sorted(p for p in digests if p.startswith("smoothed/")):
+        verify_file(folder / path, digests[path])
     with OutputFolder(out) as target:
         if (source / "config.json").is_file():
             # A checkpoint may name tensors otherwise than the model does: only the model knows both.
@@ -93,7 +103,7 @@ def undo(folder: Path, out: Path) -> dict[str, Any]:
             target.adopt()
             kept = [f for f in source.iterdir() if not (target.path / f.name).exists() and ".safetensors" not in f.name]
         else:
-            tensors = read_tensors(source / "model.safetensors", sha256=digests.get("smoothed/model.safetensors"))
+            tensors = read_tensors(source / "model.safetensors")
             touched = _unfold(tensors, manifest, scales)
             target.write_tensors("model.safetensors", tensors)
             kept = []
@@ -119,18 +129,32 @@ def _unfold(tensors: dict[str, Tensor], manifest: Manifest, scales: Mapping[str,
     return touched
 
 
-def _original(
-    manifest: Manifest, model: Path | None, factory: str | None, factory_path: Path | None
-) -> RunConfig | None:
-    """The run's configuration with the original where it is now; None when a script handed the model over."""
+def _not_provable(manifest: Manifest) -> str:
+    """Why the original and its data cannot be found again; empty when they can."""
     if manifest.model.kind == "module":
-        return None
+        return "the model was handed over by a script, so there is no original to compare with"
+    data: dict[str, Any] = dict(manifest.config["data"])  # type: ignore[arg-type]
+    if manifest.model.kind != "demo" and data["path"] is None and data["factory"] is None:
+        return "the data were handed over by a script, so there is nothing to compare on"
+    if manifest.model.kind == "hf" and data["factory"] is not None:
+        return f"the data come from the function {data['factory']}, which is not run unasked"
+    return ""
+
+
+def _original(
+    manifest: Manifest, model: Path | None, data: Path | None, factory: str | None, factory_path: Path | None
+) -> RunConfig:
+    """The run's configuration with the original where it is now, without the metric, which nothing here needs."""
     values: dict[str, Any] = dict(manifest.config)
-    source = dict(values["model"])
-    if source.get("factory") is not None and factory is None:
+    source, media = dict(values["model"]), dict(values["data"])
+    if source["factory"] is not None and factory is None:
+        named = [source["factory"], *([media["factory"]] if media["factory"] else [])]
         raise InputError(
-            "--factory", f"the model was built by {source['factory']!r}", f"allow it with --factory {source['factory']}"
+            "--factory", f"model and data were made by {' and '.join(named)}", f"allow it with --factory {named[0]}"
         )
     given = {"path": model, "factory": factory, "factory_path": factory_path}
+    # Running code of a folder is for the caller to allow, not for a manifest.
+    source |= {"trust_remote_code": False, "factory_path": None}
     source |= {key: str(value) for key, value in given.items() if value is not None}
-    return RunConfig.build(values | {"model": source})
+    media |= {"metric": None} if data is None else {"metric": None, "path": str(data)}
+    return RunConfig.build(values | {"model": source, "data": media})

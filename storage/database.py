@@ -152,6 +152,24 @@ def check_exists(url: str) -> None:
         )
 
 
+def open_existing(url: str) -> Database:
+    """Connect to a database that holds runs.
+
+    Raises:
+        InputError: Field ``storage``: as ``check_exists`` and ``open_database``, or nothing of ours is in it.
+    """
+    check_exists(url)
+    database = open_database(url)
+    try:
+        ours = _revision(database) is not None
+    except SQLAlchemyError as error:
+        raise _unusable(database, error) from error
+    if not ours:
+        database.close()
+        raise InputError("storage", f"{database.masked} holds no runs", "name the database that `alphasmith run` used")
+    return database
+
+
 def open_optuna(url: str) -> BaseStorage:
     """Open and initialise a database and return Optuna's storage on it."""
     database = open_database(url)

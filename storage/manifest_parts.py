@@ -296,7 +296,10 @@ class MetricEntry(Part):
 
 
 class OutputEntry(Part):
-    """Losses at the output of the whole model on held-out data (relative MSE), and task metrics; null where one failed."""
+    """Losses at the output of the whole model on held-out data, and task metrics; null where one failed."""
+
+    loss: Literal["mse", "kl", "task"] = "mse"
+    """Relative MSE, KL divergence [nats], or the task metric as a loss that is 1 for the float model."""
 
     naive: NonNegativeFloat | None = None
     """Quantized without smoothing."""
@@ -343,8 +346,8 @@ class GuardEntry(Part):
 
     site: str | None = None
     """Site, or null for the whole model."""
-    proposed: Winner
-    """Kind of the trial that won the search."""
+    proposed: Winner | Literal["ours"]
+    """Kind of the trial that won the search; ``ours`` stands for the winners of all sites together."""
     kept: Winner
     """Kind of the trial that was kept."""
     reason: str

@@ -78,7 +78,9 @@ def load_text(
     def load(number: int) -> Batch:
         return _pad([ids[i] for i in plan[number]], pad, model_config)
 
-    notes = ("the tokenizer has no padding token",) if tokenizer.pad_token_id is None else ()
+    notes = (
+        ("the tokenizer has no padding token: padded positions are masked",) if tokenizer.pad_token_id is None else ()
+    )
     return MediaBatches(sizes=tuple(map(len, plan)), load=load, notes=notes)
 
 

@@ -73,6 +73,6 @@ class Experts:
             return "" if smooth else _BY_DEFAULT
         for index in members:
             for prefix, problem in self._modules.items():
-                if self._operators.records[index].name.startswith(f"{prefix}."):
+                if f"{self._operators.records[index].name}.".startswith(f"{prefix}."):
                     return problem if smooth else _BY_DEFAULT
         return ""

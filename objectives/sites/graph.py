@@ -380,16 +380,18 @@ class _Recorder(TorchDispatchMode):
 
     def _pin_half_seen(self) -> None:
         """A parameter that a module shares with one that did not run has a reader that nobody has seen."""
-        ran = {id(module) for name, module in self._model.named_modules() if name in self.graph.modules}
+        owners: dict[int, list[str]] = {}
         for path, module in self._model.named_modules():
-            if id(module) in ran or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
-                continue
-            for leaf, tensor in module.named_parameters(recurse=False):
-                name = self._parameter_names[id(tensor)]
-                if name != f"{path}.{leaf}" or name in self.graph.parameters:
-                    self.graph.pinned.setdefault(
-                        name, f"{name} is shared with {path}, which the example batch does not reach"
-                    )
+            if not isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+                for tensor in module.parameters(recurse=False):
+                    owners.setdefault(id(tensor), []).append(path)
+        for key, paths in owners.items():
+            idle = [path for path in paths if path not in self.graph.modules]
+            if len(paths) > 1 and idle:
+                name = self._parameter_names[key]
+                self.graph.pinned.setdefault(
+                    name, f"{name} is shared with {idle[0]}, which the example batch does not reach"
+                )
 
 
 #: Calls through which the content of a tensor reaches Python or another library without an operation being recorded.

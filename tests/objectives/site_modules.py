@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -263,6 +266,74 @@ class WrittenThrough(nn.Module):
         y = self.norm(x)
         y[:, :1].add_(1.0)
         return torch.as_tensor(self.fc(y))
+
+
+class RandomNet(nn.Module):
+    """A random program over tensors (B, L, C): every step reads earlier ones, so sharing and residuals abound."""
+
+    _STEPS = (
+        "linear", "linear", "linear", "again", "norm", "norm", "rms", "relu", "relu", "gelu", "add", "mul", "bias", "scale",
+        "gate", "mix", "halves", "first", "where", "shift", "heads", "mean", "double",
+    )  # fmt: skip
+
+    def __init__(self, seed: int, steps: int = 14) -> None:
+        super().__init__()
+        rng = random.Random(seed)
+        self.steps: list[tuple[str, int, int, int]] = []
+        self.parts = nn.ModuleList()
+        self.vectors = nn.ParameterList()
+        linears: list[int] = []
+        for number in range(steps):
+            kind = rng.choice(self._STEPS)
+            # mostly the last value, so that chains are long enough to fold
+            a, b = (max(0, number - int(rng.expovariate(1.8))) for _ in range(2))
+            part = -1
+            if kind == "again" and linears:
+                part = rng.choice(linears)
+            elif kind in ("linear", "again", "norm", "rms"):
+                part = len(self.parts)
+                if kind in ("linear", "again"):
+                    linears.append(part)
+                    self.parts.append(nn.Linear(C, C, bias=rng.random() < 0.5))
+                else:
+                    self.parts.append(nn.LayerNorm(C) if kind == "norm" else nn.RMSNorm(C))
+            elif kind in ("bias", "scale"):
+                part = len(self.vectors)
+                self.vectors.append(nn.Parameter(torch.zeros(rng.choice([1, C]))))
+            self.steps.append((kind, a, b, part))
+        self.end = nn.Linear(C, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, 4)."""
+        values = [x]
+        for kind, a, b, part in self.steps:
+            values.append(self._step(kind, values[a], values[b], part))
+        return torch.as_tensor(self.end(F.layer_norm(values[-1] + values[-2] * 0.5, (C,))))
+
+    def _step(self, kind: str, a: Tensor, b: Tensor, part: int) -> Tensor:
+        if kind in ("linear", "again", "norm", "rms"):
+            return torch.as_tensor(self.parts[part](a))
+        if kind in ("bias", "scale"):
+            vector = torch.as_tensor(self.vectors[part])
+            return a + vector if kind == "bias" else a * vector
+        left, right = a.chunk(2, -1)
+        steps: dict[str, Callable[[], Tensor]] = {
+            "relu": lambda: torch.relu(a),
+            "gelu": lambda: F.gelu(a),
+            "add": lambda: a + b,
+            "mul": lambda: a * b,
+            "gate": lambda: torch.sigmoid(b) * a,
+            "mix": lambda: (b @ b.transpose(1, 2) / C).softmax(-1) @ a,
+            "halves": lambda: torch.cat((right, left), -1),
+            "first": lambda: a[:, :1].expand_as(a) + b,
+            "where": lambda: torch.where(b > 0, a, torch.zeros_like(a)),
+            "shift": lambda: F.pad(a, (0, 0, 1, 0))[:, :-1],
+            "heads": lambda: a.unflatten(-1, (H, D)).transpose(1, 2).flatten(0, 1).reshape(-1, H, *a.shape[1:2], D)
+            .transpose(1, 2).flatten(2),
+            "mean": lambda: a + a.mean(1, keepdim=True),
+            "double": lambda: left.repeat(1, 1, 2),
+        }  # fmt: skip
+        return steps[kind]()
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:

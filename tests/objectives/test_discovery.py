@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from alphasmith.objectives.batch import Batch
@@ -191,10 +193,14 @@ def test_reasons_name_the_cause(name: str, site: str, words: str) -> None:
 
 
 def test_a_scaled_tensor_must_not_be_an_output() -> None:
-    class Both(m.Mlp):
-        def forward(self, x: Tensor) -> Tensor:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(m.C), nn.Linear(m.C, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
             y = self.norm(x)
-            return {"answer": self.fc1(y), "features": y}  # type: ignore[return-value]
+            return {"answer": self.fc(y), "features": y}
 
     site = discover(m.randomised(Both()), Batch(args=(rows(1, 4),))).sites[0]
     assert (site.mode, site.reason) == ("explicit", "it is also an output of the model")
@@ -247,7 +253,7 @@ def test_a_weight_shared_with_a_module_that_did_not_run_is_not_touched() -> None
         def __init__(self) -> None:
             super().__init__()
             self.unused = nn.LayerNorm(m.C)
-            self.unused.weight = self.norm.weight
+            self.unused.register_parameter("weight", self.norm.get_parameter("weight"))
 
     found = discover(m.randomised(HalfSeen()), Batch(args=(rows(1, 4),)))
     assert only(found, "fc1").mode == "explicit"
@@ -270,6 +276,21 @@ def test_inference_mode_inside_the_model_is_seen_through() -> None:
 
     found = discover(m.randomised(Inference()), Batch(args=(rows(1, 4),)))
     assert {site.mode for site in found.sites} == {"fold"}
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_whatever_folds_in_a_random_network_leaves_its_output_alone(seed: int) -> None:
+    model = m.randomised(m.RandomNet(seed), seed)
+    found = discover(model, Batch(args=(rows(1, 4),)))
+    assert change(model, [site for site in found.sites if site.mode != "left"], rows(2, 7)) < 1e-9
+
+
+def test_random_networks_have_folds_worth_testing() -> None:
+    found = [discover(m.randomised(m.RandomNet(seed), seed), Batch(args=(rows(1, 4),))) for seed in range(20)]
+    modes = [site.mode for discovery in found for site in discovery.sites]
+    assert modes.count("fold") > 10
+    assert modes.count("explicit") > 10
 
 
 def test_models_that_cannot_be_searched_are_refused() -> None:

@@ -35,8 +35,8 @@ def model() -> nn.Sequential:
         torch.manual_seed(0)
         net = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 4)).double()
     with torch.no_grad():
-        net[0].weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
-        net[0].bias.copy_(torch.tensor([0.1, 0.2, -0.3]))
+        net.get_parameter("0.weight").copy_(torch.tensor([0.5, -1.0, 2.0]))
+        net.get_parameter("0.bias").copy_(torch.tensor([0.1, 0.2, -0.3]))
     return net
 
 

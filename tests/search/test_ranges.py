@@ -56,3 +56,12 @@ def test_bad_magnitudes(bad: list[float]) -> None:
         group_ranges(bad)
     with pytest.raises(InputError, match="rho"):
         group_ranges([1.0], rho=1.5)
+
+
+def test_a_range_is_widened_only_to_hold_an_alpha_outside() -> None:
+    (small, large) = group_ranges([5.0, 95.0])
+    assert small.holding(0.3) is small
+    wider = small.holding(0.95)
+    assert (wider.low, wider.high) == (small.low, 0.95)
+    assert "widened" in wider.explanation
+    assert large.holding(0.2).low == 0.2
