@@ -9,16 +9,25 @@ from dataclasses import dataclass
 import optuna
 import torch
 
-from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.groups import Grouping, group_channels
 from alphasmith.objectives.model_objective import ModelObjective
 from alphasmith.objectives.smoothing import expand_alphas, smoothing_scales
 from alphasmith.search.config import GroupsConfig, SearchConfig
-from alphasmith.search.ranges import DEFAULT_ALPHA, AlphaRange
-from alphasmith.search.samplers import make_pruner, make_sampler
+from alphasmith.search.ranges import AlphaRange
 from alphasmith.search.site_search import ranges_of
 from alphasmith.search.spaces import SearchSpace
-from alphasmith.search.studies import Candidate, CandidateKind, Losses, TrialResult, baselines, guard, run_study
+from alphasmith.search.studies import (
+    Candidate,
+    CandidateKind,
+    Losses,
+    TrialResult,
+    baselines,
+    best_single_alpha,
+    guard,
+    open_study,
+    run_study,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +131,10 @@ def search_model(
         raise InputError("model", "no site can be smoothed", "see the reasons printed for each site")
     grouping, labels = _group(sites, groups)
     to_scales = ModelScales(sites, labels)
-    single, grid = best_single_alpha(judge, to_scales, search.single_alphas)
+    single, grid = best_single_alpha(lambda alpha: judge.loss(to_scales.single(alpha)), search.single_alphas)
     ranges = ranges_of(grouping, groups, rho, single)
     space = SearchSpace.of(ranges)
-    study = optuna.create_study(
-        study_name=study_name,
-        storage=storage,
-        sampler=make_sampler(search.sampler, seed=search.seed, space=space.distributions()),
-        pruner=make_pruner(search.pruner),
-        load_if_exists=True,
-    )
-    study.set_user_attr("single_alpha_grid", grid)
+    study = open_study(search, space, grid, storage=storage, name=study_name)
     results = run_study(
         study,
         space,
@@ -163,17 +165,6 @@ def search_model(
         seconds=clock() - start,
         study_name=study.study_name,
     )
-
-
-def best_single_alpha(judge: ModelObjective, to_scales: ModelScales, points: int) -> tuple[float, list[list[float]]]:
-    """The alpha of an even grid over [0, 1] with the lowest output loss (first on ties), and the grid."""
-    grid: list[list[float]] = []
-    for alpha in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
-        try:
-            grid.append([round(alpha, 9), judge.loss(to_scales.single(alpha))])
-        except NonFiniteError:
-            continue
-    return (min(grid, key=lambda point: point[1])[0] if grid else DEFAULT_ALPHA), grid
 
 
 def _group(sites: Mapping[str, SiteStatistics], groups: GroupsConfig) -> tuple[Grouping, dict[str, torch.Tensor]]:

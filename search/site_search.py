@@ -19,8 +19,7 @@ from alphasmith.objectives.site_data import SiteData
 from alphasmith.objectives.site_objective import SiteObjective, linear_site_data
 from alphasmith.objectives.smoothing import expand_alphas, smoothing_scales
 from alphasmith.search.config import GroupsConfig, SearchConfig
-from alphasmith.search.ranges import DEFAULT_ALPHA, AlphaRange, group_ranges
-from alphasmith.search.samplers import make_pruner, make_sampler
+from alphasmith.search.ranges import AlphaRange, group_ranges
 from alphasmith.search.spaces import SearchSpace
 from alphasmith.search.studies import (
     Candidate,
@@ -29,7 +28,9 @@ from alphasmith.search.studies import (
     TrialResult,
     Verdict,
     baselines,
+    best_single_alpha,
     guard,
+    open_study,
     run_study,
 )
 from alphasmith.search.threads import threads_for
@@ -231,21 +232,14 @@ def _search(
         data.activation_statistic.cpu(), method=groups.method, k=groups.k, bins=groups.bins, ties=data.ties.cpu()
     )
     to_scales = _Scales(data, grouping.labels)
-    single, grid = _best_single(judge, to_scales, search.single_alphas)
+    single, grid = best_single_alpha(lambda alpha: judge.loss(to_scales.single(alpha)), search.single_alphas)
     ranges = ranges_of(grouping, groups, rho, single)
     space = SearchSpace.of(ranges)
     noise = NoiseModel(data, scheme) if search.noise_model else None
     candidates = baselines(len(ranges), single)
     if noise is not None:
         candidates += _proposals(noise, grouping, space, single)
-    study = optuna.create_study(
-        study_name=study_name,
-        storage=storage,
-        sampler=make_sampler(search.sampler, seed=search.seed, space=space.distributions()),
-        pruner=make_pruner(search.pruner),
-        load_if_exists=True,
-    )
-    study.set_user_attr("single_alpha_grid", grid)
+    study = open_study(search, space, grid, storage=storage, name=study_name)
     results = run_study(
         study,
         space,
@@ -330,19 +324,6 @@ class _SiteCandidates:
 
     def losses(self, candidate: Candidate) -> Iterator[tuple[int, float]]:
         yield from zip(self._steps, self._judge.losses(self._to_scales(candidate.alphas), self._steps), strict=True)
-
-
-def _best_single(judge: SiteObjective, to_scales: _Scales, points: int) -> tuple[float, list[list[float]]]:
-    """The alpha of an evenly spaced grid over [0, 1] with the lowest loss (first on ties), and the whole grid."""
-    grid: list[list[float]] = []
-    for alpha in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
-        try:
-            grid.append([round(alpha, 9), judge.loss(to_scales.single(alpha))])
-        except NonFiniteError:
-            continue
-    if not grid:
-        return DEFAULT_ALPHA, []
-    return min(grid, key=lambda point: point[1])[0], grid
 
 
 def _proposals(noise: NoiseModel, grouping: Grouping, space: SearchSpace, single: float) -> list[Candidate]:

@@ -12,7 +12,9 @@ import optuna
 from optuna.trial import TrialState
 
 from alphasmith.objectives.errors import AlphasmithError, NonFiniteError
+from alphasmith.search.config import SearchConfig
 from alphasmith.search.ranges import DEFAULT_ALPHA
+from alphasmith.search.samplers import make_pruner, make_sampler
 from alphasmith.search.spaces import SearchSpace
 
 CandidateKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler"]
@@ -120,6 +122,54 @@ def guard(results: Sequence[TrialResult], held_out: Callable[[Candidate], float]
     return Verdict(
         winner=contenders[kept], search=losses(search), held_out=losses(reserve), guarded=kept != best.number
     )
+
+
+def best_single_alpha(loss: Callable[[float], float], points: int) -> tuple[float, list[list[float]]]:
+    """The alpha of an even grid over [0, 1] with the lowest loss (first on ties), and the grid of [alpha, loss].
+
+    Args:
+        loss: Loss of one alpha for every channel; NonFiniteError leaves a point out.
+        points: Grid points.
+    """
+    grid: list[list[float]] = []
+    for k in range(points):
+        alpha = k / (points - 1)
+        try:
+            grid.append([round(alpha, 9), loss(alpha)])
+        except NonFiniteError:
+            continue
+    return (min(grid, key=lambda point: point[1])[0] if grid else DEFAULT_ALPHA), grid
+
+
+def open_study(
+    search: SearchConfig,
+    space: SearchSpace,
+    grid: list[list[float]],
+    *,
+    storage: optuna.storages.BaseStorage | None,
+    name: str | None,
+) -> optuna.Study:
+    """The study of this name, made if it is not there, with the configured sampler and pruner.
+
+    Args:
+        search: Sampler, pruner and seed.
+        space: What the sampler draws from.
+        grid: The single-alpha grid, kept with the study.
+        storage: Optuna storage, None for memory.
+        name: Name of the study, None for a random one.
+    """
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        sampler=make_sampler(search.sampler, seed=search.seed, space=space.distributions()),
+        pruner=make_pruner(search.pruner),
+        load_if_exists=True,
+    )
+    study.set_user_attr("single_alpha_grid", grid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(["quantization loss"])  # the dashboard's axis label
+    return study
 
 
 def baselines(k: int, best_single_alpha: float) -> list[Candidate]:
