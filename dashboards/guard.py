@@ -84,7 +84,7 @@ class Guard:
             return _refuse(start_response, "400 Bad Request", "unexpected characters in the path")
         host = environ.get("HTTP_HOST", "")
         if _host_name(host) not in self._hosts:
-            return _refuse(start_response, "403 Forbidden", "this host name is not served; start with it as --host")
+            return _refuse(start_response, "403 Forbidden", "this host name is not served; allow it with --allow-host")
         if method not in _READS:
             reason = self._refusal(method, path.rstrip("/"), host, environ.get("HTTP_ORIGIN"))
             if reason:

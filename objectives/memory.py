@@ -103,8 +103,8 @@ def predict_peak(
 ) -> MemoryPlan:
     """Predict the peak memory of calibrating and searching.
 
-    One forward of ``batch`` measures the activations; they are scaled to ``batch_size`` in proportion, which is never too
-    little where some of them do not grow with the batch.
+    A forward of ``batch`` and one of the batch doubled measure the activations: what grows between them is extrapolated to
+    ``batch_size``, what does not counts once.
 
     Args:
         model: The float model.
@@ -122,9 +122,7 @@ def predict_peak(
         InputError: A number is below 1.
     """
     _validate(rows=rows, splits=splits, model_copies=model_copies, evaluators=evaluators, batch_size=batch_size or 1)
-    meter = _measure(model, batch)
-    growth = (batch_size or batch.size) / max(batch.size, 1)
-    forward, largest = math.ceil(meter.peak * growth), math.ceil(meter.largest * growth)
+    forward, largest = _forward_bytes(model, batch, batch_size or batch.size)
     # Calibration copies one tensor at a time without its padding, and converts it chunk by chunk.
     copies = largest + min(CHUNK_ELEMENTS, largest) * CHUNK_BYTES
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
@@ -293,6 +291,35 @@ class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-
         result = func(*args, **(kwargs or {}))
         self.add(tree_leaves(result))
         return result
+
+
+def _forward_bytes(model: nn.Module, batch: Batch, size: int) -> tuple[int, int]:
+    """Peak of live activations, and the largest of them, in a forward of ``size`` samples [bytes]."""
+    one = _measure(model, batch)
+    if size <= batch.size:
+        return one.peak, one.largest
+    two = _measure(model, _doubled(batch))
+    steps = (size - batch.size) / max(batch.size, 1)
+
+    def extrapolated(first: int, second: int) -> int:
+        return math.ceil(first + max(second - first, 0) * steps)
+
+    return extrapolated(one.peak, two.peak), extrapolated(one.largest, two.largest)
+
+
+def _doubled(batch: Batch) -> Batch:
+    """Every sample twice."""
+
+    def twice(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+
+    return replace(
+        batch,
+        args=tuple(twice(v) for v in batch.args),
+        kwargs={name: twice(v) for name, v in batch.kwargs.items()},
+        mask=twice(batch.mask),
+        labels=twice(batch.labels),
+    )
 
 
 def _measure(model: nn.Module, batch: Batch) -> _StorageMeter:

@@ -139,10 +139,21 @@ def report(run: str, out: Path, storage: str | None, as_json: bool) -> None:
 @storage_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.option(
+    "--allow-host",
+    "hosts",
+    metavar="NAME",
+    multiple=True,
+    help="One more host name that requests may carry; repeatable.",
+)
 @click.option("--allow-write", is_flag=True, help="Let visitors write notes and tell trials.")
-def dashboard(storage: str | None, host: str, port: int, allow_write: bool) -> None:
+def dashboard(storage: str | None, host: str, port: int, hosts: tuple[str, ...], allow_write: bool) -> None:
     """Serve the Optuna dashboard on a storage; read-only unless told otherwise."""
-    commands.dashboard(storage, host=host, port=port, allow_write=allow_write)
+
+    def ready(url: str) -> None:
+        click.echo(f"dashboard at {url}, Ctrl-C stops it", err=True)
+
+    commands.dashboard(storage, host=host, port=port, hosts=hosts, allow_write=allow_write, ready=ready)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

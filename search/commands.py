@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
 def hardware(config: RunConfig) -> dict[str, Any]:
     """The detected and the given budget, what the model requires, rho, and the ranges that follow.
 
-    Without a model in ``config`` the ranges are those of fA6 for rho = 0, and the detected budget is shown alone.
+    Without a model in ``config`` nothing is known of what is required, and the ranges are those of fA6 for rho = 0.
     """
     answer: dict[str, Any] = {"detected": _budget(detect()), "given": _budget(target_budget(config.hardware))}
     rho, explanation = 0.0, "no model given, rho = 0"
@@ -59,7 +60,9 @@ def hardware(config: RunConfig) -> dict[str, Any]:
     answer["rho"] = rho
     answer["explanation"] = explanation
     answer["ranges"] = [
-        {"position": r.position, "low": r.low, "high": r.high, "explanation": r.explanation} for r in ranges
+        # Positions stand in for magnitudes here, so the magnitude at the head of the explanation is left out.
+        {"position": r.position, "low": r.low, "high": r.high, "explanation": r.explanation.partition(": ")[2]}
+        for r in ranges
     ]
     return answer
 
@@ -85,11 +88,19 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
         raise InputError("--out", f"{out} cannot be written ({error.strerror})", "choose another file") from error
 
 
-def dashboard(storage: str | None, *, host: str, port: int, allow_write: bool) -> None:
-    """Serve the Optuna dashboard until interrupted."""
+def dashboard(
+    storage: str | None,
+    *,
+    host: str,
+    port: int,
+    hosts: Sequence[str],
+    allow_write: bool,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve the Optuna dashboard until interrupted; ``ready`` is called once with the address it listens on."""
     url = storage or DEFAULT_STORAGE
     check_exists(url)
-    serve(url, host=host, port=port, allow_write=allow_write)
+    serve(url, host=host, port=port, hosts=hosts, allow_write=allow_write, ready=ready)
 
 
 def _store(storage: str | None) -> RunStore:

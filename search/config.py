@@ -166,7 +166,7 @@ class SearchConfig(_Section):
         statistic: Channel statistic a_j used by smoothing.
         percentile: The percentile when ``statistic`` is ``percentile``.
         loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric (1 is as good
-            as the float model, lower is better).
+            as the float model, lower is better). A metric scores search and guard alike on its own data: keep a test set.
         single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha.
         device: Torch device of the search; None: the first GPU, else the CPU.
         guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,9 +49,9 @@ class Scarcity:
 
 
 def detect(device: str | None = None) -> HardwareBudget:
-    """The budget of this machine: the given GPU (default: the first), else the CPU's memory, logical cores and copy rate.
+    """The budget of this machine: memory, threads and copy rate of the given GPU (default: the first), else of the CPU.
 
-    The bandwidth of a GPU is read from its memory clock and bus width where the driver tells, else measured by a copy.
+    A CPU counts no threads: its few cores are no measure beside the thousands of GPU threads that the formula means.
     """
     if torch.cuda.is_available() and device != "cpu":
         properties = torch.cuda.get_device_properties(device or "cuda")
@@ -60,9 +59,7 @@ def detect(device: str | None = None) -> HardwareBudget:
         return HardwareBudget(
             memory=int(properties.total_memory), gpu_threads=int(threads), bandwidth=_copy_rate(device or "cuda")
         )
-    return HardwareBudget(
-        memory=int(psutil.virtual_memory().total), gpu_threads=os.cpu_count() or 1, bandwidth=_copy_rate("cpu")
-    )
+    return HardwareBudget(memory=int(psutil.virtual_memory().total), bandwidth=_copy_rate("cpu"))
 
 
 def target_budget(config: HardwareConfig) -> HardwareBudget:

@@ -161,7 +161,7 @@ def search_model(
         held_out=verdict.held_out,
         guarded=verdict.guarded,
         results=tuple(results),
-        exact_evaluations=len(grid) + len(results) + 4,
+        exact_evaluations=judge.evaluations + reserve.evaluations,
         seconds=clock() - start,
         study_name=study.study_name,
     )

@@ -161,7 +161,7 @@ def _search_sites(
         if site.mode == "fold":
             producers = replace(site, edits=tuple(e for e in site.edits if e.power < 0))
             weights |= folded_parameters(weights, producers, result.scales.to(device))
-        progress.advance(f"last loss {result.held_out_loss:.3g}")
+        progress.advance(f"best loss {result.held_out_loss:.3g} at the last site")
     return results
 
 

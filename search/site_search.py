@@ -18,7 +18,7 @@ from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.site_data import SiteData
 from alphasmith.objectives.site_objective import SiteObjective, linear_site_data
 from alphasmith.objectives.smoothing import expand_alphas, smoothing_scales
-from alphasmith.search.config import GroupsConfig, SearchConfig
+from alphasmith.search.config import GroupsConfig, RunConfig, SearchConfig
 from alphasmith.search.ranges import AlphaRange, group_ranges
 from alphasmith.search.spaces import SearchSpace
 from alphasmith.search.studies import (
@@ -147,12 +147,12 @@ def search_site(
         w: (O, C) weight.
         scheme: Scheme or its name, e.g. ``"w8a8-channel-static"``.
         groups: K.
-        trials: Trials of the study, baselines included.
+        trials: Trials of the study, baselines included; at least 4 are made.
         seed: Seed of the split, the sampler and nothing else.
         storage: SQLAlchemy URL that keeps the study; None keeps it in memory.
 
     Raises:
-        InputError: Wrong shapes, or non-finite x or w.
+        InputError: Wrong shapes, non-finite x or w, or a number or name that cannot be used.
     """
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
         raise InputError("x, w", f"shapes {tuple(x.shape)} and {tuple(w.shape)} do not match", "give (T, C) and (O, C)")
@@ -163,6 +163,7 @@ def search_site(
             raise InputError(name, "holds NaN or infinite values", "remove them")
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it logs a line per study
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    settings = RunConfig.build({"groups": {"k": groups}, "search": {"trials": max(trials, 4), "seed": seed}})
     order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed)).to(x.device)
     cut = max(1, min(x.shape[0] - 1, x.shape[0] * 3 // 4))
     data, held_out = (linear_site_data(x[rows], w) for rows in (order[:cut], order[cut:]))
@@ -174,8 +175,8 @@ def search_site(
         data,
         held_out,
         scheme=scheme,
-        groups=GroupsConfig(k=groups),
-        search=SearchConfig(trials=max(trials, 4), seed=seed),
+        groups=settings.groups,
+        search=settings.search,
         rho=0.0,
         storage=None if storage is None else open_optuna(storage),
         study_name=None if storage is None else f"search_site-{time.time_ns()}",

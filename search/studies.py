@@ -200,7 +200,7 @@ def run_study(
         study: Fresh or partly finished study; its finished trials count towards ``trials``.
         space: Frozen space of the sampler's proposals. Candidates may lie outside: ranges are defaults, not laws (T3).
         objective: Scores a candidate.
-        candidates: Enqueued first, in this order.
+        candidates: Enqueued first, in this order, as far as ``trials`` reach.
         trials: Total budget of the study.
         device: Recorded once with the study.
         clock: Seconds, monotonic.
@@ -215,7 +215,7 @@ def run_study(
     space.freeze_in(study)
     study.set_user_attr("device", device)
     results: list[TrialResult] = []
-    for number in range(len(study.trials), max(trials, len(candidates))):
+    for number in range(len(study.trials), trials):
         candidate = candidates[number] if number < len(candidates) else None
         results.append(_one_trial(study, space, objective, candidate, clock))
         if on_trial is not None:

@@ -104,6 +104,10 @@ def load_task(
 def _demo(config: RunConfig) -> Task:
     if config.data.path or config.data.factory:
         raise InputError("model.path", "is missing although data is given", "name the model, or drop the data")
+    if config.data.metric:
+        raise InputError("data.metric", "is given for a demo, which has its own", "name a model, or drop the metric")
+    if config.data != DataConfig():
+        raise InputError("data", "is given for a demo, which brings its own data", "name a model, or drop the section")
     demo = load_demo(config.model.demo or "image", seed=0)
     return Task(
         name=f"demo-{demo.name}",

@@ -22,7 +22,7 @@ def result_text(result: RunResult) -> str:
     """The end of ``alphasmith run``: sites, whole model, where everything lies."""
     manifest = result.manifest
     sites = sites_table(frame_rows(result.sites))
-    smoothed = [s for s in manifest.sites if s.mode != "left"]
+    searched = sum(bool(s.labels) for s in manifest.sites)
     modes = ", ".join(f"{sum(s.mode == m for s in manifest.sites)} {m}" for m in ("fold", "explicit", "left"))
     proof = manifest.proof
     payload = manifest.payload
@@ -32,7 +32,7 @@ def result_text(result: RunResult) -> str:
         *([groups_table([g.model_dump(mode="json") for g in manifest.groups])] if manifest.groups else []),
         model_table(manifest.model_dump(mode="json")),
         *_fallback(manifest.output.kept),
-        f"sites: {len(manifest.sites)} ({modes}), {len(smoothed)} searched, {len(result.trials)} trials",
+        f"sites: {len(manifest.sites)} ({modes}), {searched} searched, {len(result.trials)} trials",
         f"hardware: {manifest.hardware.explanation}",
         "equivalence: nothing was folded"
         if proof is None
@@ -156,12 +156,14 @@ def hardware_text(answer: Mapping[str, Any]) -> str:
         for name, key in (("this machine", "detected"), ("target, as given", "given"), ("model requires", "required"))
         if key in answer
     ]
-    ranges = [[f"{r['position']:.2f}", f"{r['low']:.3f}", f"{r['high']:.3f}"] for r in answer["ranges"]]
+    ranges = [
+        [f"{r['position']:.2f}", f"{r['low']:.3f}", f"{r['high']:.3f}", r["explanation"]] for r in answer["ranges"]
+    ]
     return "\n".join(
         [
             _table(("budget", "memory", "threads", "bandwidth"), rows),
             answer["explanation"],
-            _table(("group at", "alpha from", "to"), ranges, title="alpha ranges"),
+            _table(("group at", "alpha from", "to", "because"), ranges, title="alpha ranges"),
             "0 is the group of smallest, 1 that of largest magnitude; a run places its groups by what it measures",
         ]
     )

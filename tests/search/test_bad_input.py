@@ -195,6 +195,7 @@ def test_a_folder_that_cannot_be_used(
         ("model.factory", ("--factory", "no_such_module_anywhere:make")),
         ("model.factory_path", ("--factory-path", ".")),
         ("model.path", ("--data", "texts.jsonl")),
+        ("data.metric", ("--set", "data.metric=module:function")),
         ("CONFIG", ("absent.toml",)),
         ("storage", ("--storage", "nonsense")),
         ("storage", ("--storage", "oracle://host/name")),

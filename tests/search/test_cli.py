@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +250,28 @@ def test_hardware(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = Told(capsys, "hardware", *model).out
     assert "model requires" in text
     assert "memory is tightest" in text
+    assert all(r["explanation"] in text for r in given["ranges"])
+
+
+def test_the_dashboard_says_where_it_listens_and_answers_the_hosts_it_is_told(place: Place) -> None:
+    command = [sys.executable, "-m", "alphasmith.search.cli", "dashboard", "--port", "0", "--allow-host", "box.example"]
+    with subprocess.Popen(command, cwd=place.folder, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            told = server.stderr.readline()
+            found = re.fullmatch(r"dashboard at http://127\.0\.0\.1:(\d+)(/\S+), Ctrl-C stops it\n", told)
+            assert found
+            answers = {}
+            for host in ("localhost", "box.example", "other.example"):
+                connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
+                connection.request("GET", found[2], headers={"Host": host})
+                answers[host] = connection.getresponse().status
+                connection.close()
+            assert answers == {"localhost": 200, "box.example": 200, "other.example": 403}
+        finally:
+            server.send_signal(signal.SIGINT)
+            code = server.wait(timeout=20)
+    assert code == 0
 
 
 @pytest.mark.parametrize("command", sorted(app.commands))

@@ -34,9 +34,16 @@ def test_only_given_resources_count() -> None:
 def test_detection_fills_what_is_not_given() -> None:
     budget = target_budget(HardwareConfig(memory=2**30, detect=True))
     assert budget.memory == 2**30
-    assert budget.gpu_threads
+    assert (budget.gpu_threads is not None) == torch.cuda.is_available()
     assert budget.bandwidth
     assert detect("cpu").memory
+
+
+def test_the_cores_of_a_cpu_are_not_gpu_threads() -> None:
+    """Else every machine without a GPU would be scarce: two cores beside the channels of the widest operator."""
+    assert detect("cpu").gpu_threads is None
+    plenty = HardwareBudget(memory=1, gpu_threads=10**6, bandwidth=1)
+    assert scarcity(detect("cpu"), plenty).rho == 0.0
 
 
 def test_requirements_follow_the_scheme() -> None:

@@ -108,6 +108,18 @@ def test_tensors_that_cannot_be_searched(field: str, x: Tensor, w: Tensor) -> No
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(("field", "value"), [("groups.k", {"groups": 0}), ("search.seed", {"seed": -1})])
+def test_numbers_that_cannot_be_used(field: str, value: dict[str, int]) -> None:
+    with pytest.raises(InputError) as caught:
+        search_site(*layer(), scheme=SCHEME, **value)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("trials", [4, 5, 6])
+def test_proposals_do_not_exceed_the_trials(trials: int) -> None:
+    assert len(search_site(*layer(), scheme=SCHEME, trials=trials).trials) == trials
+
+
 def test_an_unknown_scheme_is_named() -> None:
     with pytest.raises(InputError, match="scheme"):
         search_site(*layer(), scheme="w2a2")

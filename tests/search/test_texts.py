@@ -71,10 +71,11 @@ def test_nothing_searched_is_an_empty_table() -> None:
 def test_failed_variants_are_words() -> None:
     losses = {"naive": None, "alpha_0.5": 0.25, "best_single": 0.125, "ours": 0.0625}
     metric = {"name": "accuracy", "higher_is_better": True, "float": 0.9, **losses}
-    text = texts.model_table({"output": losses | {"metrics": [metric]}})
+    text = texts.model_table({"output": losses | {"loss": "kl", "metrics": [metric]}})
     accuracy = next(line for line in text.splitlines() if "accuracy" in line)
     assert accuracy.split()[-5:] == ["0.9000", "failed", "0.2500", "0.1250", "0.0625"]
     assert "(higher is better)" in accuracy
+    assert "KL" in text
 
 
 def test_verify_says_what_it_could_not_check() -> None:
