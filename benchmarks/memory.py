@@ -19,7 +19,7 @@ import torch
 from alphasmith.search import RunConfig, run
 
 #: hidden size, layers, samples per batch, rows per site
-CASES = ((128, 4, 8, 1024), (256, 4, 8, 1024), (512, 4, 8, 1024), (512, 8, 4, 2048), (768, 6, 16, 1024))
+CASES = ((128, 4, 8, 1024), (256, 4, 8, 1024), (512, 4, 8, 1024), (512, 8, 4, 2048))
 _LENGTH = 128
 
 
