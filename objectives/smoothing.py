@@ -6,6 +6,8 @@ Larger alpha means larger s only where ``a_j * w_j > 1`` (trap T1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,28 @@ def smoothing_scales(activation: Tensor, weight: Tensor, alpha: float | Tensor, 
         if not torch.equal(low, high):
             raise InputError("alpha", "differs among tied channels", "put tied channels into one group")
     return _scales(tied_extreme(activation, index, "amax"), tied_extreme(weight, index, "amax"), strength)
+
+
+def group_scales(
+    activation: Tensor, weight: Tensor, alphas: Sequence[float] | None, labels: Tensor, *, ties: Tensor | None = None
+) -> Tensor:
+    """Scales (C,) of one candidate: its alpha of every group through formula fA1, or all ones for identity.
+
+    Args:
+        activation: (C,) a_j.
+        weight: (C,) w_j.
+        alphas: (K,) one per group; None is identity, which no alpha reaches.
+        labels: (C,) int64 group of each channel.
+        ties: See :func:`smoothing_scales`.
+
+    Raises:
+        InputError: As :func:`smoothing_scales` and :func:`expand_alphas`.
+    """
+    if alphas is None:
+        return torch.ones_like(activation)
+    labels = labels.to(activation.device)
+    per_channel = expand_alphas(torch.tensor(alphas, device=labels.device), labels)
+    return smoothing_scales(activation, weight, per_channel, ties=ties)
 
 
 def expand_alphas(alphas: Tensor, labels: Tensor) -> Tensor:

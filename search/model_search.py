@@ -12,7 +12,7 @@ import torch
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.groups import Grouping, group_channels
 from alphasmith.objectives.model_objective import ModelObjective
-from alphasmith.objectives.smoothing import expand_alphas, smoothing_scales
+from alphasmith.objectives.smoothing import group_scales
 from alphasmith.search.config import GroupsConfig, SearchConfig
 from alphasmith.search.ranges import AlphaRange
 from alphasmith.search.site_search import ranges_of
@@ -82,12 +82,8 @@ class ModelScales:
 
     def __call__(self, alphas: Sequence[float] | None) -> dict[str, torch.Tensor]:
         """Scales (C,) of every site; None: identity."""
-        if alphas is None:
-            return {n: torch.ones_like(s.activation) for n, s in self._sites.items()}
         return {
-            n: smoothing_scales(
-                s.activation, s.weight, expand_alphas(torch.tensor(alphas), self._labels[n]), ties=s.ties
-            )
+            n: group_scales(s.activation, s.weight, alphas, self._labels[n], ties=s.ties)
             for n, s in self._sites.items()
         }
 

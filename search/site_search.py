@@ -17,7 +17,7 @@ from alphasmith.objectives.noise import NoiseModel
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.site_data import SiteData
 from alphasmith.objectives.site_objective import SiteObjective, linear_site_data
-from alphasmith.objectives.smoothing import expand_alphas, smoothing_scales
+from alphasmith.objectives.smoothing import group_scales
 from alphasmith.search.config import GroupsConfig, RunConfig, SearchConfig
 from alphasmith.search.ranges import AlphaRange, group_ranges
 from alphasmith.search.spaces import SearchSpace
@@ -308,10 +308,7 @@ class _Scales:
 
     def __call__(self, alphas: Sequence[float] | None) -> torch.Tensor:
         data = self._data
-        if alphas is None:
-            return torch.ones_like(data.activation_statistic)
-        per_channel = expand_alphas(torch.tensor(alphas, device=self._labels.device), self._labels)
-        return smoothing_scales(data.activation_statistic, data.weight_absmax, per_channel, ties=data.ties)
+        return group_scales(data.activation_statistic, data.weight_absmax, alphas, self._labels, ties=data.ties)
 
 
 class _SiteCandidates:
