@@ -17,7 +17,11 @@ from alphasmith.dashboards.parts import (
     rows_height,
     segments,
 )
-from alphasmith.dashboards.theme import BY_COLUMN, OURS, SEQUENTIAL, log_axis, rounded, short_names, styled
+from alphasmith.dashboards.theme import BY_COLUMN, MUTED, OURS, SEQUENTIAL, log_axis, rounded, short_names, styled
+from alphasmith.dashboards.words import offset_text
+
+#: Up to this many groups have their factor printed beside the dot; beyond it the hover text has it.
+_LABELLED = 12
 
 
 def alphas_by_group(groups: pd.DataFrame) -> go.Figure:
@@ -29,7 +33,8 @@ def alphas_by_group(groups: pd.DataFrame) -> go.Figure:
         groups: Group frame; groups of magnitude 0 have no place on the axis and are counted in a note.
 
     Returns:
-        Range bars with dots; for more than 120 groups the typical range by magnitude as a band.
+        Range bars with dots, and the group's own factor where it has one; for more than 120 groups the typical range by
+        magnitude as a band.
 
     Raises:
         InputError: A column is missing or not numeric.
@@ -58,11 +63,15 @@ def alphas_by_group(groups: pd.DataFrame) -> go.Figure:
             go.Scatter(
                 x=at,
                 y=rounded(frame["alpha"]),
-                mode="markers",
+                mode="markers" if len(frame) > _LABELLED else "markers+text",
                 name="chosen alpha",
                 marker={"color": OURS, "size": 8, "line": {"width": 1, "color": "#ffffff"}},
-                text=_group_hover(frame),
-                hovertemplate="%{text}<br>alpha %{y:.3f} at magnitude %{x:.3~g}<extra></extra>",
+                text=None if len(frame) > _LABELLED else [offset_text(offset) for offset in frame["offset"]],
+                textposition="middle right",
+                cliponaxis=False,
+                textfont={"size": 11, "color": MUTED},
+                customdata=_group_hover(frame),
+                hovertemplate="%{customdata}<br>alpha %{y:.3f} at magnitude %{x:.3~g}<extra></extra>",
             )
         )
     else:
@@ -93,8 +102,10 @@ def alpha_heatmap(groups: pd.DataFrame) -> go.Figure:
     row_of = {name: index for index, name in enumerate(names)}
     column_of = {group: index for index, group in enumerate(columns)}
     table = np.full((len(names), len(columns)), np.nan)
-    for name, group, alpha in zip(frame["site"], frame["group"], frame["alpha"], strict=True):
+    factors = [[""] * len(columns) for _ in names]
+    for name, group, alpha, offset in zip(frame["site"], frame["group"], frame["alpha"], frame["offset"], strict=True):
         table[row_of[name], column_of[int(group)]] = alpha
+        factors[row_of[name]][column_of[int(group)]] = _factor(offset)
     named = len(names) <= NAMED_SITES
     rows = min(len(names), max(1, MOST_POINTS * 8 // max(len(columns), 8)))
     stretch = (np.arange(len(names)) * rows) // len(names)
@@ -124,7 +135,13 @@ def alpha_heatmap(groups: pd.DataFrame) -> go.Figure:
             xgap=1,
             ygap=1 if named else 0,
             hoverongaps=False,
-            customdata=[[name] * len(columns) for name in short_names(firsts, width=60)] if written else None,
+            # With every cell written no stretches are merged: a row is a site.
+            customdata=[
+                [name + factor for factor in row]
+                for name, row in zip(short_names(firsts, width=60), factors, strict=True)
+            ]
+            if written
+            else None,
             hovertemplate=("%{customdata}" if written else "site %{y}")
             + "<br>group %{x}<br>alpha %{z:.3f}<extra></extra>",
             colorbar={
@@ -187,5 +204,12 @@ def _add_alpha_band(figure: go.Figure, frame: pd.DataFrame) -> None:
 
 def _group_hover(frame: pd.DataFrame) -> list[str]:
     names = short_names(frame["site"].astype(str).replace("", "whole model").tolist(), width=60)
-    columns = zip(names, frame["group"], frame["size"], strict=True)
-    return [f"{site}, group {int(group)}<br>{int(size)} channels" for site, group, size in columns]
+    columns = zip(names, frame["group"], frame["size"], frame["offset"], strict=True)
+    return [
+        f"{site}, group {int(group)}<br>{int(size)} channels{_factor(offset)}" for site, group, size, offset in columns
+    ]
+
+
+def _factor(offset: float) -> str:
+    told = offset_text(offset)
+    return f"<br>own factor {told}" if told else ""

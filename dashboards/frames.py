@@ -67,8 +67,13 @@ def checked_sites(sites: pd.DataFrame) -> pd.DataFrame:
 
 
 def checked_groups(groups: pd.DataFrame) -> pd.DataFrame:
-    """A valid group frame. See :func:`checked`."""
-    return checked(groups, GROUP_COLUMNS, "groups", ("group", "size", "low", "high", "alpha", "magnitude"))
+    """A valid group frame; ``offset`` (natural logarithm of a group's own factor) is NaN where it is not given.
+
+    See :func:`checked`.
+    """
+    given = groups if "offset" in groups.columns else groups.assign(offset=np.nan)
+    numeric = ("group", "size", "low", "high", "alpha", "magnitude", "offset")
+    return checked(given, GROUP_COLUMNS, "groups", numeric)
 
 
 def checked_trials(trials: pd.DataFrame) -> pd.DataFrame:

@@ -28,7 +28,7 @@ def trial_history(trials: pd.DataFrame) -> go.Figure:
     single alpha of their site, and the best so far is summarised over the sites.
 
     Args:
-        trials: Trial frame: ``number``, ``kind`` (identity, alpha_0.5, best_single, noise_model or model, sampler),
+        trials: Trial frame: ``number``, ``kind`` (identity, alpha_0.5, best_single, noise_model or model, sampler, refined),
             ``loss``, ``state`` (Optuna's names or those of our records, any case); optionally ``site`` or
             ``study_name``.
 

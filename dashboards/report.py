@@ -21,7 +21,9 @@ from alphasmith.dashboards.figures import alpha_heatmap, alphas_by_group, gain_b
 from alphasmith.dashboards.frames import checked_groups, checked_sites, geometric_mean, ratio
 from alphasmith.dashboards.site_table import KEPT, SITE_TABLE, site_rows
 from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.words import verdict_of_refinement
 from alphasmith.objectives.errors import InputError
+from alphasmith.storage.frames import REFINEMENT
 
 #: Columns of the table of whole-model results: heading, key of a metric, key of a loss.
 _OUTPUT_LOSS = {"mse": "relative MSE of the output", "kl": "KL divergence of the output [nats]"}
@@ -38,7 +40,9 @@ _CAPTIONS = {
     "because every loss is relative to that site's own output.",
     "gain": "1 is the best alpha that the whole site could share. Green marks are the limit of a free scale per "
     "channel: what no choice of alphas can beat by much. Sites that were left alone are not shown.",
-    "alphas": "A bar is the range a group was given from its magnitude and the hardware; the dot is the alpha that won.",
+    "alphas": "A bar is the range a group was given from its magnitude and the hardware; the dot is the alpha that won. A "
+    "group's own factor, where it has one, stands beside the dot or shows when pointed at: its scales are that much larger than "
+    "the alpha alone would make them.",
     "heatmap": "One row per site, one column per group, from small to large activations.",
     "history": "The searches start with the baselines, then the optimum of the noise model, then sampled trials.",
 }
@@ -111,7 +115,8 @@ def render_report(
     Args:
         manifest: The run's manifest as a mapping. Every key is optional; what is missing is left out of the page.
         sites: Site frame (columns in ``frames.py``), held-out losses (relative squared error). Optional columns:
-            ``reason`` and ``winner``; otherwise both are taken from ``manifest["sites"]``.
+            ``reason`` and ``winner``, otherwise taken from ``manifest["sites"]``; ``stopped`` and what was chosen, see
+            ``words.choices_of_site``.
         groups: Group frame.
         trials: Trial frame of one study, or of all sites with a ``site`` column.
 
@@ -134,7 +139,9 @@ def render_report(
         _figure("heatmap", alpha_heatmap(group_frame)),
     ]
     if trials is not None:
-        figures.append(_figure("history", trial_history(trials)))
+        # Trials of the refinement have losses of the model's output, not of a site.
+        of_sites = trials[trials["site"] != REFINEMENT] if "site" in trials.columns else trials
+        figures.append(_figure("history", trial_history(of_sites)))
     rows = site_rows(site_frame, manifest)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -154,6 +161,7 @@ def render_report(
         tiles=_tiles(site_frame),
         asked=_asked(manifest, site_frame),
         metrics=_metrics(output),
+        refinement=_refinement(manifest.get("refinement")),
         figures=figures,
         columns=SITE_TABLE,
         rows=rows,
@@ -295,6 +303,26 @@ def _metrics(output: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": [(name, [value_text(values[index]) for index in used]) for name, values in rows],
         "kept": KEPT.get(str(output.get("kept")), ""),
     }
+
+
+def _refinement(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The sentence and the facts of the refinement; sites that changed alike share a line."""
+    if not entry:
+        return None
+    sentence = verdict_of_refinement(entry)
+    alike: dict[str, list[str]] = {}
+    for site, change in (entry.get("changed") or {}).items():
+        alike.setdefault(str(change), []).append(str(site))
+    facts = facts_of({"reason": entry.get("reason")}) if entry.get("accepted") else []  # the sentence has it otherwise
+    facts += [(f"alphas of {kind}", f"{delta:+.3f}") for kind, delta in (entry.get("deltas") or {}).items()]
+    facts += [(f"now {change}", _some(sites)) for change, sites in alike.items()]
+    facts += facts_of({key: entry.get(key) for key in ("trials", "seconds")})
+    return {"sentence": f"{sentence[0].upper()}{sentence[1:]}.", "facts": facts}
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _sections(manifest: Mapping[str, Any]) -> list[_Section]:

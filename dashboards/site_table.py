@@ -11,6 +11,7 @@ import pandas as pd
 
 from alphasmith.dashboards.frames import ratio
 from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.words import Row, choices_of_site, verdict_of_site
 from alphasmith.storage.urls import mask
 
 #: Heading and kind of every column; losses are held-out relative squared errors.
@@ -30,7 +31,12 @@ SITE_TABLE = (
     ("seconds", "number"),
 )
 #: Winners that are baselines, as people read them.
-KEPT = {"identity": "kept: no smoothing", "alpha_0.5": "kept: alpha 0.5", "best_single": "kept: best single alpha"}
+KEPT = {
+    "identity": "kept: no smoothing",
+    "alpha_0.5": "kept: alpha 0.5",
+    "best_single": "kept: best single alpha",
+    "refined": "refined at the model's output",
+}
 _MODES = {"fold": "folded", "explicit": "explicit multiply", "left": "left alone"}
 
 
@@ -41,12 +47,12 @@ class Cell:
     Attributes:
         text: What is shown.
         key: What the column is sorted by; empty sorts last.
-        note: A second, smaller line.
+        notes: Further, smaller lines.
     """
 
     text: str
     key: str
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def site_rows(sites: pd.DataFrame, manifest: Mapping[str, Any]) -> list[list[Cell]]:
@@ -54,7 +60,7 @@ def site_rows(sites: pd.DataFrame, manifest: Mapping[str, Any]) -> list[list[Cel
 
     Args:
         sites: A checked site frame; optional columns: ``reason`` (why a site is not folded), ``winner`` (kind of
-            the winning trial; a baseline is mentioned).
+            the winning trial; a baseline is mentioned), ``stopped`` and what ``words.choices_of_site`` reads.
         manifest: Its ``sites`` records give the reasons where the frame does not.
     """
     reasons = _reasons(manifest)
@@ -67,11 +73,12 @@ def site_rows(sites: pd.DataFrame, manifest: Mapping[str, Any]) -> list[list[Cel
         if not reason and mode != "left":
             reason = KEPT.get(str(row.get("winner")), "")
         treatment = _MODES.get(mode, mode)
+        masked = mask(reason) if "://" in reason else reason
         rows.append(
             [
                 Cell(text=str(index), key=str(index)),
-                Cell(text=name, key=name),
-                Cell(text=treatment, key=treatment, note=mask(reason) if "://" in reason else reason),
+                Cell(text=name, key=name, notes=_told(verdict_of_site(row))),
+                Cell(text=treatment, key=treatment, notes=_told(masked, choices_of_site(row), _stopped(row))),
                 Cell(text=str(row["channels"]), key=str(row["channels"])),
                 *(_number(row[key]) for key in ("identity", "alpha_half", "best_single", "best_single_alpha")),
                 *(_number(value) for value in (row["ours"], row["limit"], gain)),
@@ -80,6 +87,15 @@ def site_rows(sites: pd.DataFrame, manifest: Mapping[str, Any]) -> list[list[Cel
             ]
         )
     return rows
+
+
+def _told(*notes: str) -> tuple[str, ...]:
+    return tuple(note for note in notes if note)
+
+
+def _stopped(row: Row) -> str:
+    why = row.get("stopped")
+    return f"stopped: {why}" if isinstance(why, str) and why else ""
 
 
 def _number(value: float, text: str | None = None) -> Cell:

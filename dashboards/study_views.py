@@ -19,6 +19,7 @@ from alphasmith.dashboards.facts import Facts, facts_of
 from alphasmith.dashboards.figures import losses_by_site, trial_history
 from alphasmith.dashboards.frames import checked_sites, geometric_mean, ratio
 from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.words import Row, choices_of_site, verdict_of_site
 from alphasmith.objectives.errors import InputError
 
 LOSSES_ID = "alphasmith-losses"
@@ -104,13 +105,21 @@ def study_note(title: str, sites: pd.DataFrame, facts: Mapping[str, Any] | None 
     if len(done) > _LISTED:
         lines += [f"The {_LISTED} sites that gained most:", ""]
     lines += [
-        "| site | no smoothing | alpha 0.5 | best single | searched | limit | gain |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| site | no smoothing | alpha 0.5 | best single | searched | limit | gain | chosen |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     shown = ["identity", "alpha_half", "best_single", "ours", "limit", "gain"]
-    for row in best.to_dict("records"):
-        lines.append(f"| {_cell(row['site'])} | " + " | ".join(number(row[column]) for column in shown) + " |")
+    rows = best.to_dict("records")
+    for row in rows:
+        numbers = " | ".join(number(row[column]) for column in shown)
+        lines.append(f"| {_cell(row['site'])} | {numbers} | {_cell(choices_of_site(row))} |")
+    lines += ["", *(f"- {_cell(row['site'])}: {verdict_of_site(row)}{_stopped(row)}" for row in rows)]
     return "\n".join([*lines, ""])
+
+
+def _stopped(row: Row) -> str:
+    why = row.get("stopped")
+    return f" (stopped: {_cell(why)})" if isinstance(why, str) and why else ""
 
 
 def _card(figure: go.Figure) -> go.Figure:

@@ -32,11 +32,12 @@ from alphasmith.objectives.capture import (
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.site_data import SiteData, SitePart
 from alphasmith.objectives.sites.types import Operator, Site
+from alphasmith.objectives.smoothing import ChannelRange
 from alphasmith.objectives.statistics import ChannelStatistics, RowReservoir
 
 Statistic = Literal["absmax", "percentile", "rms"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,13 @@ class Calibration:
     Attributes:
         sites: Site name -> record.
         missing: Site name -> reason why it has no record.
-        statistic: The statistic that ``SiteData.activation_statistic`` carries.
-        percentile: Percent, used when ``statistic`` is ``percentile``.
+        statistics: The statistics that ``SiteData.activation_statistics`` carries, the default first.
+        percentile: Percent of the statistic ``percentile``.
     """
 
     sites: Mapping[str, SiteRecord]
     missing: Mapping[str, str]
-    statistic: Statistic
+    statistics: tuple[Statistic, ...]
     percentile: float
 
     @property
@@ -72,16 +73,25 @@ class Calibration:
             raise InputError(f"site {name}", f"has no calibration rows: {reason}", "leave it out of the search")
         return self.sites[name]
 
-    def activation_absmax(self, site: Site | str) -> torch.Tensor:
-        """(C,) float32 abs-max of a site over all calibration data: its static quantization range."""
-        return self.record(site).absmax.clone()
+    def input_range(self, site: Site | str) -> ChannelRange:
+        """Range of every channel of a site over all calibration data: its static quantization range."""
+        record = self.record(site)
+        return ChannelRange(record.low.clone(), record.high.clone())
 
     def activation_statistic(self, site: Site | str) -> torch.Tensor:
-        """(C,) float32 a_j of a site: the statistic chosen for smoothing (claims.md 2.1)."""
+        """(C,) float32 a_j of a site under the default statistic."""
+        return next(iter(self.activation_statistics(site).values()))
+
+    def activation_statistics(self, site: Site | str) -> dict[str, torch.Tensor]:
+        """(C,) float32 a_j of a site under every statistic, the default first (claims.md 2.1)."""
         record = self.record(site)
-        if self.statistic == "percentile" and record.percentile is not None:
-            return record.percentile.clone()
-        return (record.rms if self.statistic == "rms" else record.absmax).clone()
+        known = {"absmax": record.absmax, "rms": record.rms, "percentile": record.percentile}
+        found: dict[str, torch.Tensor] = {}
+        for name in self.statistics:
+            value = known[name]
+            if value is not None:
+                found[name] = value.clone()
+        return found
 
     def site_data(
         self, site: Site, parameters: Mapping[str, torch.Tensor], *, ranges_from: Calibration | None = None
@@ -110,8 +120,8 @@ class Calibration:
         return SiteData(
             name=site.name,
             parts=parts,
-            activation_statistic=ranges.activation_statistic(site),
-            activation_absmax=ranges.activation_absmax(site),
+            activation_statistics=ranges.activation_statistics(site),
+            input_range=ranges.input_range(site),
             weight_absmax=weight_absmax(site, parameters),
             ties=site.ties,
         )
@@ -127,12 +137,12 @@ class Calibration:
             parts = []
             for j, part in enumerate(record.parts):
                 parts.append({"operators": list(part.operators), "kernel_volume": part.kernel_volume})
-                tensors |= _present(f"{i}.{j}", part, ("x", "sample", "sample_absmax"))
-            tensors |= _present(f"{i}", record, ("absmax", "rms", "percentile"))
+                tensors |= _present(f"{i}.{j}", part, ("x", "sample", "sample_low", "sample_high"))
+            tensors |= _present(f"{i}", record, ("low", "high", "rms", "percentile"))
             sites.append({"name": name, "rows_seen": record.rows_seen, "parts": parts})
         structure = {
             "version": _STATE_VERSION,
-            "statistic": self.statistic,
+            "statistics": list(self.statistics),
             "percentile": self.percentile,
             "missing": dict(self.missing),
             "sites": sites,
@@ -157,7 +167,8 @@ class Calibration:
                 )
             sites = {
                 entry["name"]: SiteRecord(
-                    absmax=state[f"{i}.absmax"],
+                    low=state[f"{i}.low"],
+                    high=state[f"{i}.high"],
                     rms=state[f"{i}.rms"],
                     percentile=state.get(f"{i}.percentile"),
                     rows_seen=entry["rows_seen"],
@@ -167,7 +178,8 @@ class Calibration:
                             x=state[f"{i}.{j}.x"],
                             kernel_volume=part["kernel_volume"],
                             sample=state.get(f"{i}.{j}.sample"),
-                            sample_absmax=state.get(f"{i}.{j}.sample_absmax"),
+                            sample_low=state.get(f"{i}.{j}.sample_low"),
+                            sample_high=state.get(f"{i}.{j}.sample_high"),
                         )
                         for j, part in enumerate(entry["parts"])
                     ),
@@ -177,7 +189,7 @@ class Calibration:
             return cls(
                 sites=sites,
                 missing=structure["missing"],
-                statistic=structure["statistic"],
+                statistics=tuple(structure["statistics"]),
                 percentile=structure["percentile"],
             )
         except (KeyError, json.JSONDecodeError) as error:
@@ -191,7 +203,7 @@ def calibrate(
     *,
     rows: int,
     seed: int,
-    statistic: Statistic = "absmax",
+    statistics: Sequence[Statistic] = ("absmax",),
     percentile: float = 99.9,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
@@ -211,7 +223,7 @@ def calibrate(
         batches: Read once, one at a time.
         rows: Rows kept per part of a site.
         seed: Seed of the sampling.
-        statistic: a_j used for smoothing; the exact abs-max is kept in any case.
+        statistics: What a_j can be, the default first; the exact range is kept in any case.
         percentile: Percent of the magnitudes of a channel, in (0, 100]; see ``ChannelStatistics.percentile``.
         device: Where the batches are moved to.
         on_batch: Called with the number of batches done, after each.
@@ -219,7 +231,7 @@ def calibrate(
     Raises:
         InputError: A bad argument, no batches, only padding, or NaN or infinite activations (named by operator).
     """
-    _validate(rows, statistic, percentile)
+    _validate(rows, statistics, percentile)
     names = [site.name for site in sites]
     if len(set(names)) != len(names):
         raise InputError("sites", "two sites have the same name", "pass the sites of one discovery")
@@ -230,10 +242,10 @@ def calibrate(
         if reason:
             missing[site.name] = reason
             continue
-        statistics = ChannelStatistics(site.channels, percentiles=statistic == "percentile", device=device)
+        running = ChannelStatistics(site.channels, percentiles="percentile" in statistics, device=device)
         layouts = part_layouts(model, site)
         reservoirs = [RowReservoir(rows, part_generator(seed, site.name, j)) for j in range(len(layouts))]
-        watches.append(SiteWatch(site.name, statistics, [PartWatch(*p) for p in zip(layouts, reservoirs, strict=True)]))
+        watches.append(SiteWatch(site.name, running, [PartWatch(*p) for p in zip(layouts, reservoirs, strict=True)]))
     masked = _run(model, watches, batches, device, on_batch)
     records = {}
     watched = bool(watches)
@@ -242,14 +254,14 @@ def calibrate(
         if watch.statistics.count == 0 or any(part.reservoir.seen == 0 for part in watch.parts):
             missing[watch.name] = "no unpadded calibration row reached every operator of it"
         else:
-            records[watch.name] = watch.record(percentile if statistic == "percentile" else None)
+            records[watch.name] = watch.record(percentile if "percentile" in statistics else None)
     if watched and not records:
         problem = "no unpadded position reached any site" if masked else "no row reached any site"
         raise InputError("data", problem, "give calibration data with real content, and check its padding mask")
     return Calibration(
         sites=records,
         missing={name: missing[name] for name in names if name in missing},
-        statistic=statistic,
+        statistics=tuple(statistics),
         percentile=percentile,
     )
 
@@ -292,11 +304,13 @@ def weight_absmax(site: Site, parameters: Mapping[str, torch.Tensor]) -> torch.T
     return result
 
 
-def _validate(rows: int, statistic: str, percentile: float) -> None:
+def _validate(rows: int, statistics: Sequence[str], percentile: float) -> None:
     if rows < 1:
         raise InputError("rows", f"{rows} is below 1", "keep at least one row per site")
-    if statistic not in get_args(Statistic):
-        raise InputError("statistic", f"{statistic!r} is unknown", f"use one of {', '.join(get_args(Statistic))}")
+    unknown = [name for name in statistics if name not in get_args(Statistic)]
+    if unknown or not statistics or len(set(statistics)) != len(statistics):
+        problem = f"{unknown[0]!r} is unknown" if unknown else f"{list(statistics)} is empty or repeats one"
+        raise InputError("statistics", problem, f"give some of {', '.join(get_args(Statistic))}")
     if not 0.0 < percentile <= 100.0:
         raise InputError("percentile", f"{percentile} is not in (0, 100]", "use for example 99.9")
 
@@ -354,7 +368,8 @@ def _site_part(part: PartRows, operators: Sequence[Operator], parameters: Mappin
         channel=torch.arange(part.x.shape[1]) // part.kernel_volume,
         groups=operators[0].groups,
         sample=part.sample,
-        sample_absmax=part.sample_absmax,
+        sample_low=part.sample_low,
+        sample_high=part.sample_high,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from alphasmith.objectives.patches import ConvolutionTap, Window, gather_patches, kept_positions
+from alphasmith.objectives.patches import ConvolutionTap, Window, gather_patches, kept_positions, pads
 from alphasmith.objectives.sites.types import Operator, Site
 from alphasmith.objectives.statistics import ChannelStatistics, RowReservoir
 
@@ -61,15 +61,18 @@ class PartRows:
         operators: Names of the operators that read them.
         x: (T, D) float32 on the CPU.
         kernel_volume: Columns per channel.
-        sample: (T,) int64 row of ``sample_absmax`` each patch was cut from, None for linear.
-        sample_absmax: (S, C) float32 abs-max per channel of every sampled input of the convolution, None for linear.
+        sample: (T,) int64 row of ``sample_low`` each patch was cut from, None for linear.
+        sample_low: (S, C) float32 smallest value per channel of every sampled input of the convolution, at most 0 where it
+            pads with zeros; None for linear.
+        sample_high: (S, C) float32 likewise the largest value, at least 0 where it pads with zeros.
     """
 
     operators: tuple[str, ...]
     x: torch.Tensor
     kernel_volume: int
     sample: torch.Tensor | None = None
-    sample_absmax: torch.Tensor | None = None
+    sample_low: torch.Tensor | None = None
+    sample_high: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +80,25 @@ class SiteRecord:
     """What calibration saw at one site.
 
     Attributes:
-        absmax: (C,) float32 over all rows, exact.
-        rms: (C,) float32 over all rows.
+        low: (C,) float32 smallest value over all rows, exact; at most 0 where a convolution pads with zeros.
+        high: (C,) float32 largest value; at least 0 where a convolution pads with zeros.
+        rms: (C,) float32 over all rows, without padded zeros.
         percentile: (C,) float32 percentile of the magnitudes, None unless it was asked for.
         rows_seen: Unpadded rows (positions, for convolutions) that passed.
         parts: One per set of operators that read the same rows.
     """
 
-    absmax: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
     rms: torch.Tensor
     percentile: torch.Tensor | None
     rows_seen: int
     parts: tuple[PartRows, ...]
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """(C,) float32 largest magnitude over all rows."""
+        return torch.maximum(self.high, -self.low)
 
 
 def part_layouts(model: nn.Module, site: Site) -> tuple[PartLayout, ...]:
@@ -133,7 +143,8 @@ class PartWatch:
         self.reservoir = reservoir
         self._samples = 0
         self._ids = torch.empty(0, dtype=torch.int64)
-        self._absmax = torch.empty(0, layout.operators[0].in_channels)
+        self._low = torch.empty(0, layout.operators[0].in_channels)
+        self._high = self._low
 
     @property
     def operator(self) -> str:
@@ -155,8 +166,12 @@ class PartWatch:
             everyone = torch.cat([self._ids, torch.arange(self._samples, self._samples + x.shape[0])])
             needed = torch.isin(everyone, self.reservoir.tags)
             flat = x.flatten(2)
-            absmax = torch.maximum(flat.amax(dim=2).abs(), flat.amin(dim=2).abs()).to(device="cpu", dtype=torch.float32)
-            self._ids, self._absmax = everyone[needed], torch.cat([self._absmax, absmax])[needed]
+            low, high = (edge.to(device="cpu", dtype=torch.float32) for edge in (flat.amin(dim=2), flat.amax(dim=2)))
+            if pads(window):  # zeros around the edges are read, and shifted, like any other value
+                low, high = low.clamp_max(0), high.clamp_min(0)
+            self._ids = everyone[needed]
+            self._low = torch.cat([self._low, low])[needed]
+            self._high = torch.cat([self._high, high])[needed]
         self._samples += x.shape[0]
 
     def rows(self) -> PartRows:
@@ -167,7 +182,8 @@ class PartWatch:
             x=self.reservoir.rows,
             kernel_volume=self.layout.kernel_volume,
             sample=torch.searchsorted(self._ids, self.reservoir.tags) if convolution else None,
-            sample_absmax=self._absmax if convolution else None,
+            sample_low=self._low if convolution else None,
+            sample_high=self._high if convolution else None,
         )
 
 
@@ -178,6 +194,7 @@ class SiteWatch:
         self.name = name
         self.statistics = statistics
         self.parts = parts
+        self._padded = False
         self._last: tuple[weakref.ref[torch.Tensor], int] | None = None
 
     def is_new(self, x: torch.Tensor) -> bool:
@@ -204,12 +221,15 @@ class SiteWatch:
             for b in range(x.shape[0]):
                 positions = x[b].flatten(1).T
                 self.statistics.update(positions if keep is None else positions[keep[b].flatten()])
+        self._padded = self._padded or pads(window)
         part.patches(x, window, keep)
 
     def record(self, percentile: float | None) -> SiteRecord:
         """What was seen so far, on the CPU."""
+        low, high = self.statistics.minimum.cpu(), self.statistics.maximum.cpu()
         return SiteRecord(
-            absmax=self.statistics.absmax.cpu(),
+            low=low.clamp_max(0) if self._padded else low,
+            high=high.clamp_min(0) if self._padded else high,
             rms=self.statistics.rms.cpu(),
             percentile=None if percentile is None else self.statistics.percentile(percentile).cpu(),
             rows_seen=self.statistics.count,

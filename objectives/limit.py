@@ -5,12 +5,11 @@ Every report shows where a site stands between its best single alpha and this li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from alphasmith.objectives.noise import NoiseModel
 from alphasmith.objectives.site_objective import SiteObjective
+from alphasmith.objectives.smoothing import Smoothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,29 +17,33 @@ class Limit:
     """The best scales found without alphas.
 
     Attributes:
-        scales: (C,) float32, equal within ties.
+        smoothing: Those scales, equal within ties, with the shift and the range of the start.
         loss: Their exact loss on all rows. A floor in practice, not a proof: it is found by descent on the noise model.
     """
 
-    scales: Tensor
+    smoothing: Smoothing
     loss: float
 
 
-def per_channel_limit(objective: SiteObjective, model: NoiseModel, start_scales: Tensor, steps: int = 200) -> Limit:
+def per_channel_limit(
+    objective: SiteObjective, model: NoiseModel, start: Smoothing, *, start_loss: float | None = None, steps: int = 60
+) -> Limit:
     """Optimise every scale on the noise model and judge the outcome exactly; the better of outcome and start.
 
-    Costs two exact evaluations.
+    Costs one exact evaluation, two where the loss of the start is not given.
 
     Args:
         objective: The exact judge of the site.
-        model: Noise model of the same site and scheme.
-        start_scales: (C,) positive scales that respect the site's ties, best those of the best single alpha.
-        steps: Gradient steps, at least 1.
+        model: Noise model of the same site and scheme, for the shift and the range of ``start``.
+        start: Scales that respect the site's ties, best the best found so far.
+        start_loss: Its exact loss, where it is known.
+        steps: Steps of the descent, at least 1.
 
     Raises:
-        InputError: ``start_scales`` is not (C,) and positive, or ``steps`` is below 1.
+        InputError: The start does not fit the site, or ``steps`` is below 1.
         NonFiniteError: A scale or a loss is NaN or infinite.
     """
-    free = model.limit_scales(start_scales, steps)
-    free_loss, start_loss = objective.loss(free), objective.loss(start_scales)
-    return Limit(free, free_loss) if free_loss < start_loss else Limit(start_scales, start_loss)
+    free = replace(start, scales=model.limit_scales(start.scales, steps))
+    free_loss = objective.loss(free)
+    start_loss = objective.loss(start) if start_loss is None else start_loss
+    return Limit(free, free_loss) if free_loss < start_loss else Limit(start, start_loss)

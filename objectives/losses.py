@@ -61,27 +61,48 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
         NonFiniteError: A logit is NaN or plus infinity, or the divergence is infinite.
     """
     _check_pair(logits, ref_logits)
-    if logits.dim() < 1:
-        raise InputError("logits", "is a single number", "give logits (..., classes)")
-    rows, ref_rows = logits.reshape(-1, logits.shape[-1]), ref_logits.reshape(-1, logits.shape[-1])
     if mask is not None:
         if mask.shape != logits.shape[:-1]:
             raise InputError("mask", f"has shape {tuple(mask.shape)}", f"give {tuple(logits.shape[:-1])}, one per row")
-        keep = mask.reshape(-1).to(torch.bool)
-        rows, ref_rows = rows[keep], ref_rows[keep]
-    if rows.shape[0] == 0:
-        raise InputError("mask", "leaves no row", "mark at least one position as real")
-    total = 0.0
-    step = max(1, _CHUNK // rows.shape[1])
-    for log_q, log_p in (
-        (part.to(torch.float64).log_softmax(-1), ref.to(torch.float64).log_softmax(-1))
-        for part, ref in zip(torch.split(rows, step), torch.split(ref_rows, step), strict=True)
-    ):
-        probability = log_p.exp()
-        # p * (log p - log q) tends to 0 with p; written out, it would be 0 * NaN for forbidden classes.
-        total += float(torch.where(probability == 0, 0.0, probability * (log_p - log_q)).sum())
+        keep = mask.to(device=logits.device, dtype=torch.bool)
+        logits, ref_logits = logits[keep], ref_logits[keep]
+        if logits.shape[0] == 0:
+            raise InputError("mask", "leaves no row", "mark at least one position as real")
     # Rounding can leave a divergence of equal distributions a few 1e-17 below zero.
-    return max(0.0, _finite(total / rows.shape[0], "divergence"))
+    return max(0.0, _finite(float(divergences(logits, ref_logits).mean()), "divergence"))
+
+
+def divergences(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """``KL(softmax(ref_logits) || softmax(logits))`` of every row in nats. Source: formula fA5, on probabilities.
+
+    Args:
+        logits: (..., V) of the quantized model.
+        ref_logits: (..., V) of the float model.
+
+    Returns:
+        (...) float64; rounding can leave a few 1e-17 below zero.
+
+    Raises:
+        InputError: Shapes differ or are empty.
+        NonFiniteError: A logit is NaN or plus infinity, or a divergence is infinite.
+    """
+    _check_pair(logits, ref_logits)
+    if logits.dim() < 1:
+        raise InputError("logits", "is a single number", "give logits (..., classes)")
+    classes = logits.shape[-1]
+    step = max(1, _CHUNK // classes)
+    pairs = (torch.split(values.reshape(-1, classes), step) for values in (logits, ref_logits))
+    rows = torch.cat([_divergence(part, reference) for part, reference in zip(*pairs, strict=True)])
+    if not bool(torch.isfinite(rows).all()):
+        raise NonFiniteError("the divergence of a row is NaN or infinite")
+    return rows.reshape(logits.shape[:-1])
+
+
+def _divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    log_q, log_p = (values.to(torch.float64).log_softmax(-1) for values in (logits, ref_logits))
+    probability = log_p.exp()
+    # p * (log p - log q) tends to 0 with p; written out, it would be 0 * NaN for forbidden classes.
+    return torch.where(probability == 0, 0.0, probability * (log_p - log_q)).sum(-1)
 
 
 def squared_sum(values: Tensor) -> float:

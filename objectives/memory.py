@@ -9,7 +9,7 @@ import math
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from alphasmith.objectives.batch import Batch, call
 from alphasmith.objectives.capture import PartLayout, evaluating, part_layouts, unwatchable
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.statistics import CHUNK_BYTES, CHUNK_ELEMENTS, PERCENTILE_BINS
 
@@ -32,14 +33,54 @@ _FLOAT = 4
 #: Rows the exact judge works on at a time, and rows the noise model looks at.
 _JUDGE_ROWS = 1024
 _NOISE_ROWS = 512
-#: Thread pools, packing buffers and lazily loaded code of the numeric libraries; 4 to 12 MiB were measured.
-_LIBRARIES = 16 * 2**20
-#: One part in this many is lost to fragmentation and rounding; up to 7 % were measured.
-_LOSS_DIVISOR = 10
+#: Candidates of one call of the exact judge, whose quantized weights exist together, and the most these may take [bytes].
+_JUDGE_CANDIDATES = 24
+_JUDGE_WEIGHTS = 256 * 2**20
+#: Bytes per element of one parameter while it is smoothed in float64 and quantized, and while it is folded.
+_REBUILT = 32
+_FOLDED = 20
+#: Thread pools, packing buffers and lazily loaded code of the numeric libraries; 4 to 22 MiB were measured.
+_LIBRARIES = 24 * 2**20
+#: One part in this many is lost to fragmentation and rounding; up to 12 % were measured.
+_LOSS_DIVISOR = 8
 #: float32 and float64 accumulators (low, high, squares) and the records made of them (abs-max, RMS, percentile), per channel.
 _STATISTICS_PER_CHANNEL = 16 + 12
 #: Priority, tag and sample number of a kept row.
 _ROW_OVERHEAD = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryDemand:
+    """What a run keeps and does, as far as its memory depends on it.
+
+    Attributes:
+        batch: An example, as small as the model accepts.
+        batch_size: Samples per batch of the run; None: that of ``batch``.
+        scheme: Number formats of the quantized model.
+        splits: Calibrations kept at a time: calibration and held-out.
+        model_copies: Models alive at a time; candidates and folding work in place on one.
+        evaluators: Sites scored at a time.
+        percentiles: Whether the percentile histogram is kept.
+        outputs: Model outputs kept for comparison [bytes].
+        float64_limit: Largest float64 copy that may be made for the proof [bytes].
+
+    Raises:
+        InputError: A number is below 1.
+    """
+
+    batch: Batch
+    batch_size: int | None = None
+    scheme: Scheme = field(default_factory=Scheme)
+    splits: int = 2
+    model_copies: int = 1
+    evaluators: int = 1
+    percentiles: bool = False
+    outputs: int = 0
+    float64_limit: int = 0
+
+    def __post_init__(self) -> None:
+        _validate(splits=self.splits, model_copies=self.model_copies, evaluators=self.evaluators)
+        _validate(batch_size=1 if self.batch_size is None else self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +92,15 @@ class MemoryPlan:
         parameters: Parameters and buffers, all copies of the model together.
         reservoirs: Sampled rows of all splits.
         statistics: Running statistics per channel of all splits.
-        activations: Live activations of one forward at their peak, in float64 where the proof runs it, or with what
-            calibration copies of them.
+        activations: Live activations of one forward at their peak, with what calibration copies of them.
         evaluator: Buffers that score the largest site.
+        candidate: Quantized weights of one candidate of the model, with its forward or with one parameter being rebuilt.
+        proof: The same quantized weights, kept to be written, with the folding of one site or the float64 copy of the proof.
         outputs: Model outputs kept for comparison.
+        dense: Dequantized weights that candidates keep between calls, part of ``candidate``; 0 where they are not kept.
+        float64: Size of the float64 copy that the proof makes, part of ``proof``; 0 where it uses the model's own type.
         overhead: What libraries keep for themselves and allocators lose; not covered by the parts.
-        total: Peak. Activations and evaluator are never live together, so the larger one counts.
+        total: Peak. Activations, evaluator, candidate and proof are never live together, so the largest one counts.
     """
 
     rows: int
@@ -65,7 +109,11 @@ class MemoryPlan:
     statistics: int
     activations: int
     evaluator: int
+    candidate: int = 0
+    proof: int = 0
     outputs: int = 0
+    dense: int = 0
+    float64: int = 0
 
     @property
     def total(self) -> int:
@@ -78,110 +126,67 @@ class MemoryPlan:
         return _LIBRARIES + self._parts // _LOSS_DIVISOR
 
     @property
+    def working_set(self) -> int:
+        """What the largest site and the largest step need beside the model and the rows of other sites [bytes]."""
+        return max(self.activations, self.evaluator, self.candidate, self.proof)
+
+    @property
     def _parts(self) -> int:
-        return (
-            self.parameters + self.reservoirs + self.statistics + self.outputs + max(self.activations, self.evaluator)
-        )
+        return self.parameters + self.reservoirs + self.statistics + self.outputs + self.working_set
 
     def __str__(self) -> str:
-        parts = ("parameters", "reservoirs", "statistics", "activations", "evaluator", "outputs", "overhead")
-        return f"{readable(self.total)} (" + ", ".join(f"{p} {readable(getattr(self, p))}" for p in parts) + ")"
+        parts = ("parameters", "reservoirs", "statistics", "outputs", "activations", "evaluator", "candidate", "proof")
+        listed = ", ".join(f"{part} {readable(getattr(self, part))}" for part in (*parts, "overhead"))
+        return f"{readable(self.total)} ({listed})"
 
 
-def predict_peak(
-    model: nn.Module,
-    sites: Sequence[Site],
-    *,
-    rows: int,
-    batch: Batch,
-    batch_size: int | None = None,
-    splits: int = 2,
-    model_copies: int = 2,
-    evaluators: int = 1,
-    percentiles: bool = False,
-    outputs: int = 0,
-) -> MemoryPlan:
-    """Predict the peak memory of calibrating and searching.
+def predict_peak(model: nn.Module, sites: Sequence[Site], *, rows: int, demand: MemoryDemand) -> MemoryPlan:
+    """Predict the peak memory of calibrating, searching, proving and quantizing.
 
-    A forward of ``batch`` and one of the batch doubled measure the activations: what grows between them is extrapolated to
-    ``batch_size``, what does not counts once.
+    A forward of the example and one of it doubled measure the activations: what grows between them is extrapolated to the
+    batch size, what does not counts once.
 
     Args:
         model: The float model.
         sites: Its sites.
         rows: Rows kept per part of a site.
-        batch: An example, as small as the model accepts.
-        batch_size: Samples per batch of the run; None: that of ``batch``.
-        splits: Calibrations kept at a time: calibration and held-out.
-        model_copies: Models alive at a time: the pristine one and the candidate.
-        evaluators: Sites scored at a time.
-        percentiles: Whether the percentile histogram is kept.
-        outputs: Model outputs kept for comparison [bytes].
+        demand: What else the run keeps.
 
     Raises:
-        InputError: A number is below 1.
+        InputError: ``rows`` is below 1.
     """
-    _validate(rows=rows, splits=splits, model_copies=model_copies, evaluators=evaluators, batch_size=batch_size or 1)
-    forward, largest = _forward_bytes(model, batch, batch_size or batch.size)
-    # Calibration copies one tensor at a time without its padding, and converts it chunk by chunk.
-    copies = largest + min(CHUNK_ELEMENTS, largest) * CHUNK_BYTES
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    layouts = [(site, part_layouts(model, site)) for site in sites if not unwatchable(site)]
-    channels = sum(site.channels for site, _ in layouts)
-    plan = MemoryPlan(
-        rows=0,
-        parameters=model_copies * sum(t.nbytes for t in tensors),
-        reservoirs=0,
-        # A histogram lives only as long as its calibration, so there is one at a time.
-        statistics=channels * (splits * _STATISTICS_PER_CHANNEL + (PERCENTILE_BINS * _FLOAT if percentiles else 0)),
-        activations=max(forward + copies, 2 * forward),
-        evaluator=0,
-        outputs=outputs,
-    )
-    return _with_rows(plan, rows, [parts for _, parts in layouts], splits, evaluators)
+    return _Predictor(model, sites, demand).plan(rows, dense=True, float64=True)
 
 
-def fit_rows(
-    model: nn.Module,
-    sites: Sequence[Site],
-    *,
-    rows: int,
-    budget: int,
-    batch: Batch,
-    batch_size: int | None = None,
-    splits: int = 2,
-    model_copies: int = 2,
-    evaluators: int = 1,
-    percentiles: bool = False,
-    outputs: int = 0,
-) -> MemoryPlan:
+def fit_rows(model: nn.Module, sites: Sequence[Site], *, rows: int, budget: int, demand: MemoryDemand) -> MemoryPlan:
     """The plan with the most rows, at most ``rows`` and at least ``MINIMUM_ROWS`` (or ``rows``), that fits the budget.
 
+    Dequantized weights are kept, and the proof is run in float64, where that costs no row.
+
     Args:
-        budget: Memory available to the run beyond the interpreter and its libraries [bytes].
-        model, sites, rows, batch, batch_size, splits, model_copies, evaluators, percentiles, outputs: As ``predict_peak`` takes them.
+        model: The float model.
+        sites: Its sites.
+        rows: Rows kept per part of a site, if they fit.
+        budget: Memory available to the run, its model included, beyond the interpreter and its libraries [bytes].
+        demand: What else the run keeps.
 
     Returns:
         The plan; its ``rows`` is the reservoir size to calibrate with.
 
     Raises:
-        InputError: Not even the fewest rows fit, or a number is below 1.
+        InputError: Not even the fewest rows fit, or ``rows`` is below 1.
     """
-    plan = predict_peak(
-        model,
-        sites,
-        rows=rows,
-        batch=batch,
-        batch_size=batch_size,
-        splits=splits,
-        model_copies=model_copies,
-        evaluators=evaluators,
-        percentiles=percentiles,
-        outputs=outputs,
-    )
-    layouts = [part_layouts(model, site) for site in sites if not unwatchable(site)]
+    predictor = _Predictor(model, sites, demand)
+    for dense, float64 in ((True, True), (False, True), (True, False)):
+        plan = predictor.plan(rows, dense=dense, float64=float64)
+        if plan.total <= budget:
+            return plan
+
+    def lean(count: int) -> MemoryPlan:
+        return predictor.plan(count, dense=False, float64=False)
+
     low, high = min(MINIMUM_ROWS, rows), rows
-    least = _with_rows(plan, low, layouts, splits, evaluators)
+    least = lean(low)
     if least.total > budget:
         raise InputError(
             "hardware.search_memory",
@@ -191,11 +196,75 @@ def fit_rows(
     # The total grows with the rows, so the largest one that fits is found by bisection.
     while low < high:
         middle = (low + high + 1) // 2
-        if _with_rows(plan, middle, layouts, splits, evaluators).total <= budget:
+        if lean(middle).total <= budget:
             low = middle
         else:
             high = middle - 1
-    return _with_rows(plan, low, layouts, splits, evaluators)
+    return lean(low)
+
+
+class _Predictor:
+    """What does not depend on the rows, measured once."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], demand: MemoryDemand) -> None:
+        self._demand = demand
+        size = demand.batch.size if demand.batch_size is None else demand.batch_size
+        self._forward, self._largest = _forward_bytes(model, demand.batch, size)
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+        self._parameters = demand.model_copies * sum(t.nbytes for t in tensors)
+        self._copy64 = sum(8 * t.numel() if t.is_floating_point() else t.nbytes for t in tensors)
+        watched = [(site, part_layouts(model, site)) for site in sites if not unwatchable(site)]
+        self._channels = sum(site.channels for site, _ in watched)
+        self._layouts = [parts for _, parts in watched]
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        self._weights = [
+            (operator, weights[operator.weight].numel())
+            for site, _ in watched
+            for operator in site.operators
+            if not operator.raw and operator.weight in weights
+        ]
+        self._largest_weight = max((t.numel() for t in tensors), default=0)
+        self._largest_fold = max(
+            (sum(weights[n].nbytes for n in {e.parameter for e in site.edits} if n in weights) for site in sites),
+            default=0,
+        )
+
+    def plan(self, rows: int, *, dense: bool, float64: bool) -> MemoryPlan:
+        """The plan for one reservoir size."""
+        _validate(rows=rows)
+        demand = self._demand
+        kept = [_kept_bytes(part, rows) for parts in self._layouts for part in parts]
+        payload = sum(_payload_bytes(count, demand.scheme) for _, count in self._weights)
+        kept_dense = self._dense_bytes() if dense else 0
+        copy64 = self._copy64 if float64 and self._copy64 <= demand.float64_limit else 0
+        # Calibration copies one tensor at a time without its padding, and converts it chunk by chunk.
+        copies = self._largest + min(CHUNK_ELEMENTS, self._largest) * CHUNK_BYTES
+        # A quantized operator rounds its input, and turns integers into outputs, in steps of one tensor each.
+        quantized_forward = self._forward + 4 * self._largest
+        return MemoryPlan(
+            rows=rows,
+            parameters=self._parameters,
+            # While calibration sorts out what it saw, one reservoir is alive twice.
+            reservoirs=demand.splits * sum(kept) + max(kept, default=0),
+            # A histogram lives only as long as its calibration, so there is one at a time.
+            statistics=self._channels
+            * (demand.splits * _STATISTICS_PER_CHANNEL + (PERCENTILE_BINS * _FLOAT if demand.percentiles else 0)),
+            activations=self._forward + copies,
+            evaluator=demand.evaluators
+            * max((sum(_evaluator_bytes(p, rows, demand.scheme) for p in parts) for parts in self._layouts), default=0),
+            candidate=payload + max(kept_dense + quantized_forward, kept_dense + _REBUILT * self._largest_weight),
+            proof=payload
+            + max(copy64 + (2 if copy64 else 1) * self._forward, self._largest_fold + _FOLDED * self._largest_weight),
+            outputs=demand.outputs,
+            dense=kept_dense,
+            float64=copy64,
+        )
+
+    def _dense_bytes(self) -> int:
+        """Dequantized weights of the operators that integer products do not serve."""
+        scheme = self._demand.scheme
+        integers = scheme.activations == "int8" and scheme.weight_granularity != "group"
+        return _FLOAT * sum(n for operator, n in self._weights if not (integers and operator.kind == "linear"))
 
 
 def activation_bytes(model: nn.Module, batch: Batch) -> int:
@@ -224,6 +293,12 @@ def measured_peak(baseline: int = 0, device: torch.device | str = "cpu") -> int:
 def resident_bytes() -> int:
     """Resident memory of this process now [bytes]."""
     return int(psutil.Process().memory_info().rss)
+
+
+def resident_model_bytes(model: nn.Module) -> int:
+    """Parameters and buffers that a model holds in main memory, shared ones once [bytes]."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return sum(t.nbytes for t in tensors if t.device.type == "cpu")
 
 
 def readable(size: int) -> str:
@@ -331,20 +406,9 @@ def _measure(model: nn.Module, batch: Batch) -> _StorageMeter:
 
 
 def _validate(**numbers: int) -> None:
-    for field, value in numbers.items():
+    for name, value in numbers.items():
         if value < 1:
-            raise InputError(field, f"{value} is below 1", "give a positive number")
-
-
-def _with_rows(
-    plan: MemoryPlan, rows: int, layouts: Sequence[Sequence[PartLayout]], splits: int, evaluators: int
-) -> MemoryPlan:
-    """The plan for another reservoir size; ``plan.activations`` holds the forward and the copies made of it."""
-    kept = sum(_kept_bytes(part, rows) for parts in layouts for part in parts)
-    # While calibration sorts out what it saw, one reservoir is alive twice.
-    largest = max((_kept_bytes(part, rows) for parts in layouts for part in parts), default=0)
-    evaluator = max((sum(_evaluator_bytes(part, rows) for part in parts) for parts in layouts), default=0)
-    return replace(plan, rows=rows, reservoirs=splits * kept + largest, evaluator=evaluators * evaluator)
+            raise InputError(name, f"{value} is below 1", "give a positive number")
 
 
 def _kept_bytes(part: PartLayout, rows: int) -> int:
@@ -352,17 +416,25 @@ def _kept_bytes(part: PartLayout, rows: int) -> int:
     return rows * (part.columns * _FLOAT + ranges + _ROW_OVERHEAD)
 
 
-def _evaluator_bytes(part: PartLayout, rows: int) -> int:
+def _payload_bytes(count: int, scheme: Scheme) -> int:
+    """Stored weights of an operator with ``count`` of them, with the scales of groups."""
+    values = -(-count // 2) if scheme.weights == "int4" else count
+    return values + (_FLOAT * count // scheme.group_size if scheme.group_size is not None else 0)
+
+
+def _evaluator_bytes(part: PartLayout, rows: int, scheme: Scheme) -> int:
     """What scoring one part keeps: a judge of the calibration rows, one of the held-out rows, and the noise model.
 
-    T rows, D columns, O outputs. A judge: reference (T, O), one chunk of rows and of outputs with its temporaries; both
-    together: weights concatenated twice, scaled, and quantized with a temporary. The noise model: magnitudes of some
-    rows and weights in float64 with their gradients.
+    T rows, D columns, O outputs. A judge: its weights and its reference (T, O), one chunk of rows and of outputs with its
+    temporaries; both together: quantized weights of the candidates of one call. The noise model: magnitudes of some rows
+    and weights in float64 with their gradients.
     """
     outputs = sum(operator.out_channels for operator in part.operators)
     fan_in = part.columns // part.operators[0].groups
+    weights = outputs * fan_in
     chunk, sampled = min(rows, _JUDGE_ROWS), min(rows, _NOISE_ROWS)
-    judges = 2 * _FLOAT * (rows * outputs + chunk * (part.columns + outputs)) + 8 * chunk * (part.columns + outputs)
-    weights = 5 * _FLOAT * outputs * fan_in
+    judges = 2 * _FLOAT * (rows * outputs + weights) + 12 * chunk * (part.columns + outputs)
+    stored = weights if scheme.activations == "int8" and scheme.weight_granularity != "group" else _FLOAT * weights
+    candidates = min(_JUDGE_CANDIDATES * stored, max(_JUDGE_WEIGHTS, stored)) + 3 * _FLOAT * weights
     noise = 4 * 8 * (sampled * part.columns + min(outputs, _NOISE_ROWS * len(part.operators)) * fan_in)
-    return judges + weights + noise
+    return judges + candidates + noise

@@ -75,6 +75,11 @@ def conv_window(
     return Window(kernel=tuple(kernel), stride=_spread(stride, n), padding=pads, dilation=gaps)
 
 
+def pads(window: Window) -> bool:
+    """Whether the convolution reads zeros around its input."""
+    return any(before or after for before, after in window.padding)
+
+
 def gather_patches(x: torch.Tensor, window: Window, positions: torch.Tensor) -> torch.Tensor:
     """Patches at chosen output positions.
 

@@ -1,4 +1,4 @@
-"""What quantizing a model changes: which tensors, from which sites' scales, and how many bytes that leaves.
+"""What quantizing a model changes: which tensors, from which sites' smoothings, and how many bytes that leaves.
 
 The plan is built once per model and holds none of its tensors; ``quantized.py`` builds models from it.
 """
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.quantized_operator import (
+    OperatorTensors,
     QuantizedOperator,
     compute_dtype,
     operator_module,
     weight_parameter,
 )
 from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.sites.folding import edit_parameter
-from alphasmith.objectives.sites.types import Operator, ParameterEdit, Site
+from alphasmith.objectives.sites.folding import check_smoothing, edit_parameter, shift_bias, shift_product
+from alphasmith.objectives.sites.types import Operator, ParameterEdit, ShiftEdit, Site
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
 _FLOAT32_BYTES = 4
 
@@ -35,10 +37,10 @@ class OperatorRecord:
         name: Operator.
         site: Its site.
         scheme: Scheme name.
-        smoothing: ``folded`` into the producers, ``explicit`` division at the input, or ``none`` (scales 1).
+        smoothing: ``folded`` into the producers, ``explicit`` division at the input, or ``none`` (scales 1, no shift).
         float_bytes: The weight in float32 [bytes].
         payload_bytes: The stored integers or fp8 values [bytes].
-        scale_bytes: Weight scales, activation scale and explicit smoothing scales [bytes].
+        scale_bytes: Weight scales, activation scale, explicit smoothing scales, shifts and their corrections [bytes].
     """
 
     name: str
@@ -82,7 +84,7 @@ class QuantizationSummary:
 
     @property
     def scale_bytes(self) -> int:
-        """All scales [bytes]."""
+        """All scales and shifts [bytes]."""
         return sum(record.scale_bytes for record in self.operators)
 
     @property
@@ -102,7 +104,7 @@ class Target:
 
 
 class Plan:
-    """Which tensors change and from which sites' scales; built once per model, holds no model tensors."""
+    """Which tensors change and from which sites' smoothings; built once per model, holds no model tensors."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], skip: Sequence[str], scheme: Scheme) -> None:
         self.scheme = scheme
@@ -142,83 +144,166 @@ class Plan:
                     continue
                 edit = replace(edit, channel=edit.channel.to(tensors[name].device))
                 self.edits.setdefault(name, []).append((site.name, edit))
-        shared = {name for name in quantized if names[id(tensors[name])] > 1}
-        self.others = [name for name in self.edits if name not in quantized or name in shared]
+        # A quantized operator adds what its weight makes of a shift by itself; float ones need it in their bias.
+        corrected = {canonical(target.operator.bias) for target in self.targets if target.operator.bias}
+        self.shifts: dict[str, list[tuple[str, ShiftEdit]]] = {}
+        for site in sites:
+            for shifted in site.shift_edits:
+                name = canonical(shifted.parameter)
+                if shifted.weight and name in corrected:
+                    continue
+                weight = canonical(shifted.weight) if shifted.weight else ""
+                self.shifts.setdefault(name, []).append((site.name, replace(shifted, parameter=name, weight=weight)))
+        self.shared = {name for name in quantized if names[id(tensors[name])] > 1}
+        # Shifted biases first: what is added to them comes from weights that are still pristine.
+        edited = dict.fromkeys((*self.shifts, *self.edits))
+        self.others = [name for name in edited if name not in quantized or name in self.shared]
 
-    def checked_scales(self, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Validated scales of the sites they are not 1 at, float32; leaving the others out keeps their tensors' bits."""
-        kept: dict[str, Tensor] = {}
-        for name, value in scales.items():
+    def checked_smoothings(self, smoothings: Mapping[str, Smoothing]) -> dict[str, Smoothing]:
+        """Validated smoothings, float32, of the sites that they change; leaving the others out keeps their tensors' bits."""
+        kept: dict[str, Smoothing] = {}
+        for name, given in smoothings.items():
             site = self.sites.get(name)
             if site is None:
-                raise InputError("scales", f"no site is named {name!r}", "use the names of the discovered sites")
-            s = value.detach().to(torch.float32)
-            if s.shape != (site.channels,):
-                raise InputError(f"scales[{name}]", f"shape {tuple(s.shape)} is not ({site.channels},)", "give (C,)")
-            if not bool(torch.isfinite(s).all()):
-                raise NonFiniteError(f"site {name}: a scale is NaN or infinite")
-            if not bool((s > 0).all()):
-                raise InputError(f"scales[{name}]", "a scale is not positive", "use 1 for channels left alone")
-            if bool((s == 1).all()):
-                continue
-            if site.mode == "left":
-                raise InputError(f"scales[{name}]", f"the site takes no scales ({site.reason})", "leave it out")
-            _check_ties(site, s)
-            kept[name] = s
+                raise InputError("smoothings", f"no site is named {name!r}", "use the names of the discovered sites")
+            shift = given.shift
+            if shift is not None:
+                shift = None if bool((shift == 0).all()) else shift.detach().to(torch.float32)
+            smoothing = replace(given, scales=given.scales.detach().to(torch.float32), shift=shift)
+            check_smoothing(site, smoothing)
+            if smooths(smoothing) or smoothing.range_factor != 1:
+                kept[name] = smoothing
         return kept
 
-    def checked_absmax(self, absmax: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def checked_ranges(self, ranges: Mapping[str, ChannelRange]) -> dict[str, ChannelRange]:
         """Validated calibration ranges, float32, of every site with something to quantize; {} where none is needed."""
-        ranges: dict[str, Tensor] = {}
+        kept: dict[str, ChannelRange] = {}
         if self.scheme.activations == "none" or self.scheme.activation_granularity == "token":
-            return ranges
+            return kept
         for name in {target.site.name: None for target in self.targets}:
-            value, channels = absmax.get(name), self.sites[name].channels
-            if value is None or value.shape != (channels,):
-                found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
-                raise InputError(f"absmax[{name}]", found, f"give the calibrated abs-max of its {channels} channels")
-            if not bool(torch.isfinite(value).all()):
+            value, channels = ranges.get(name), self.sites[name].channels
+            if value is None or value.low.shape != (channels,) or value.high.shape != (channels,):
+                found = (
+                    "is missing" if value is None else f"has shapes {tuple(value.low.shape)}, {tuple(value.high.shape)}"
+                )
+                raise InputError(f"ranges[{name}]", found, f"give the calibrated range of its {channels} channels")
+            low, high = (edge.detach().to(torch.float32) for edge in (value.low, value.high))
+            if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
                 raise NonFiniteError(f"site {name}: the calibrated range of an input channel is NaN or infinite")
-            ranges[name] = value.detach().to(torch.float32)
-        return ranges
+            if bool((low > high).any()):
+                raise InputError(f"ranges[{name}]", "the smallest value is above the largest", "give low <= high")
+            kept[name] = ChannelRange(low, high)
+        return kept
 
-    def edited(self, name: str, pristine: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
-        """``pristine`` after every edit of the tensor ``name`` whose site has scales."""
-        value = pristine
-        for site, edit in self.edits.get(name, ()):
-            if site in scales:
-                value = edit_parameter(value, edit, scales[site].to(value.device))
+    def edited(
+        self,
+        name: str,
+        source: Mapping[str, Tensor],
+        smoothings: Mapping[str, Smoothing],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The tensor ``name`` after every edit of it whose site is smoothed.
+
+        Args:
+            name: A tensor with edits.
+            source: Pristine tensors: this one and, for biases of float operators, which take a shift's product, their weights.
+            smoothings: See :meth:`checked_smoothings`.
+            dtype: What to cast to before the edits; None: keep.
+        """
+        value = source[name].detach().to(dtype or source[name].dtype)
+        shifts = [(smoothings[site], edit) for site, edit in self.shifts.get(name, ()) if site in smoothings]
+        for smoothing, edit in shifts:
+            if smoothing.shift is not None and not edit.weight:
+                value = shift_bias(value, edit, smoothing.shift)
+        value = self._scaled(name, value, smoothings)
+        for smoothing, edit in shifts:
+            if smoothing.shift is not None and edit.weight:
+                weight = self._scaled(edit.weight, source[edit.weight].detach().double(), smoothings)
+                z = _divided(smoothing.shift, smoothing.scales)
+                value = (value + shift_product(weight, edit.channel, edit.transposed, z)).to(value.dtype)
         return value
 
     def rebuilt(
-        self, target: Target, source: Mapping[str, Tensor], scales: Mapping[str, Tensor], absmax: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Smoothed weight, largest smoothed input () and explicit scales (C,) of an operator, from pristine weights."""
+        self,
+        target: Target,
+        source: Mapping[str, Tensor],
+        smoothings: Mapping[str, Smoothing],
+        ranges: Mapping[str, ChannelRange],
+    ) -> OperatorTensors:
+        """What an operator is quantized from, from pristine weights.
+
+        The static range is ``range_factor * max_c(peak_c / s_c)`` with the peaks after the shift. At folded sites the operator
+        reads x / s, so the shift it subtracts is z / s; where the producers' biases absorb the shift it subtracts nothing.
+
+        Raises:
+            NonFiniteError: The smoothed weight is NaN or infinite.
+        """
         site = target.site
         pristine = source[target.weight].detach()
-        weight = self.edited(target.weight, pristine.to(compute_dtype(pristine.dtype)), scales)
+        dtype = compute_dtype(pristine.dtype)
+        weight = self._scaled(target.weight, pristine.to(dtype), smoothings)
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(f"site {site.name}: the smoothed weight of {target.operator.name} is NaN or infinite")
-        s = scales.get(site.name)
-        peak = absmax.get(site.name)
-        if peak is not None:
-            peak = (peak if s is None else peak / s.to(peak.device)).max().to(weight.device)
-        smooth = s.to(weight.device) if s is not None and site.mode == "explicit" else None
-        return weight, peak, smooth
+        smoothing = smoothings.get(site.name)
+        absmax = _peak(ranges.get(site.name), smoothing, weight.device)
+        if smoothing is None or not smooths(smoothing):
+            return OperatorTensors(weight=weight, absmax=absmax)
+        explicit = site.mode == "explicit"
+        smooth = smoothing.scales.to(weight.device) if explicit else None
+        if smoothing.shift is None:
+            return OperatorTensors(weight=weight, absmax=absmax, smooth=smooth)
+        z = _divided(smoothing.shift, smoothing.scales)
+        shift = None if site.shift_edits else (smoothing.shift if explicit else z).to(weight.device, dtype)
+        exact = self._scaled(target.weight, pristine.double(), smoothings)
+        correction = shift_product(exact, self._inputs(target), target.operator.transposed, z).to(dtype)
+        return OperatorTensors(weight=weight, absmax=absmax, smooth=smooth, shift=shift, correction=correction)
+
+    def _scaled(self, name: str, value: Tensor, smoothings: Mapping[str, Smoothing]) -> Tensor:
+        for site, edit in self.edits.get(name, ()):
+            if site in smoothings:
+                value = edit_parameter(value, edit, smoothings[site].scales.to(value.device))
+        return value
+
+    def _inputs(self, target: Target) -> Tensor:
+        """Site channel of every element of a target's weight."""
+        for site, edit in self.edits.get(target.weight, ()):
+            if site == target.site.name and edit.power > 0:
+                return edit.channel
+        raise InputError(
+            f"site {target.site.name}",
+            f"does not say which channels {target.operator.name} reads",
+            "discover the sites of this very model",
+        )
 
     def dependencies(self, target: Target) -> set[str]:
-        """Names of the sites whose scales change what :meth:`rebuilt` returns."""
+        """Names of the sites whose smoothing changes what :meth:`rebuilt` returns."""
         return {target.site.name, *(site for site, _ in self.edits.get(target.weight, ()))}
 
+    def editors(self, name: str) -> set[str]:
+        """Names of the sites whose smoothing changes what :meth:`edited` returns for the tensor ``name``."""
+        shifts = self.shifts.get(name, ())
+        weights = [
+            edit.weight for _, edit in shifts if edit.weight
+        ]  # what is added to a bias comes from scaled weights
+        scaled = (site for tensor in (name, *weights) for site, _ in self.edits.get(tensor, ()))
+        return {*(site for site, _ in shifts), *scaled}
+
     def summary(
-        self, model: nn.Module, operators: Mapping[str, QuantizedOperator], scales: Mapping[str, Tensor]
+        self, model: nn.Module, operators: Mapping[str, QuantizedOperator], smoothings: Mapping[str, Smoothing]
     ) -> QuantizationSummary:
         """Sizes of the model these operators are part of."""
         records = []
         for target in self.targets:
             operator = operators[target.operator.name]
-            applied = target.site.name in scales
-            scale_tensors = (operator.weight_scale, operator.input_scale, operator.smooth)
+            smoothing = smoothings.get(target.site.name)
+            applied = smoothing is not None and smooths(smoothing)
+            scale_tensors = (
+                operator.weight_scale,
+                operator.input_scale,
+                operator.smooth,
+                operator.shift,
+                operator.correction,
+            )
             records.append(
                 OperatorRecord(
                     name=target.operator.name,
@@ -242,12 +327,35 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_ties(site: Site, s: Tensor) -> None:
-    _, tie = torch.unique(site.ties.to(s.device), return_inverse=True)
-    first = torch.zeros(int(tie.max()) + 1, dtype=s.dtype, device=s.device)
-    first[tie] = s  # whichever member lands here, all others must equal it
-    if not torch.equal(first[tie], s):
-        raise InputError(f"scales[{site.name}]", "tied channels have different scales", "give tied channels one scale")
+def smooths(smoothing: Smoothing) -> bool:
+    """Whether a smoothing changes any parameter: scales other than 1, or a shift."""
+    return smoothing.shift is not None or not bool((smoothing.scales == 1).all())
+
+
+def same_smoothing(left: Smoothing | None, right: Smoothing | None) -> bool:
+    """Whether two smoothings (None: none) are equal to the bit."""
+    if left is None or right is None:
+        return left is right
+    if left.range_factor != right.range_factor or not torch.equal(left.scales, right.scales.to(left.scales.device)):
+        return False
+    if left.shift is None or right.shift is None:
+        return left.shift is right.shift
+    return torch.equal(left.shift, right.shift.to(left.shift.device))
+
+
+def _divided(shift: Tensor, scales: Tensor) -> Tensor:
+    """(C,) float64 shift in units of the smoothed input."""
+    return shift.double() / scales.to(shift.device).double()
+
+
+def _peak(found: ChannelRange | None, smoothing: Smoothing | None, device: torch.device) -> Tensor | None:
+    """() largest magnitude of a site's smoothed input, times its range factor; None without a calibrated range."""
+    if found is None:
+        return None
+    if smoothing is None:
+        return found.peaks().max().to(device)
+    peaks = found.peaks(smoothing.shift) / smoothing.scales.to(found.low.device)
+    return (peaks.max() * smoothing.range_factor).to(device)
 
 
 def _kept_bytes(model: nn.Module, skipped: set[str]) -> dict[str, int]:

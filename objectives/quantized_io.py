@@ -1,8 +1,9 @@
 """A quantized model as plain tensors and a JSON-able description, and back, bit for bit. Files are written elsewhere.
 
 Tensors are named as in the float model (``model.layers.0.mlp.up_proj.bias``); a quantized operator adds
-``weight_values``, ``weight_scale``, ``input_scale`` (static activations) and ``smooth`` (explicit sites) in place of
-``weight``. Buffers are kept whether the model saves them or not, because folding may have written into any of them.
+``weight_values``, ``weight_scale``, ``input_scale`` (static activations), ``smooth`` (explicit sites), ``shift`` and
+``correction`` (shifted sites) in place of ``weight``. Buffers are kept whether the model saves them or not, because folding
+may have written into any of them.
 """
 
 from __future__ import annotations
@@ -158,6 +159,8 @@ def _restored_operator(
         weight_scale=scale,
         input_scale=found["input_scale"],
         smooth=found["smooth"],
+        shift=found["shift"],
+        correction=found["correction"],
         scheme=Scheme.parse(entry["scheme"]),
         kind=entry["kind"],
         transposed=entry["transposed"],

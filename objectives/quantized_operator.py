@@ -8,14 +8,17 @@ reshapes before it multiplies keeps its behaviour.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.integer_product import integer_product
+from alphasmith.objectives.patches import conv_window, pads
 from alphasmith.objectives.quantizers import (
     QuantizedTensor,
     activation_scale,
@@ -33,7 +36,27 @@ Execution = Literal["integer", "simulated"]
 
 
 #: Tensors a quantized operator holds beside those of the module it replaced.
-TENSORS = ("weight_values", "weight_scale", "input_scale", "smooth")
+TENSORS = ("weight_values", "weight_scale", "input_scale", "smooth", "shift", "correction")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OperatorTensors:
+    """What a quantized operator is made from, in float.
+
+    Attributes:
+        weight: The (smoothed) weight to quantize, shaped like the float operator's.
+        absmax: () largest magnitude of the input after shift and division, over calibration and times the range factor; None
+            where activations are not static.
+        smooth: (C,) the input is divided by (explicit sites), or None.
+        shift: (C,) subtracted from the input before that, or None.
+        correction: (O,) what the weight makes of the shift, added to the output beside the bias; None without a shift.
+    """
+
+    weight: Tensor
+    absmax: Tensor | None = None
+    smooth: Tensor | None = None
+    shift: Tensor | None = None
+    correction: Tensor | None = None
 
 
 class DequantizedWeight(Tensor):
@@ -47,9 +70,9 @@ class DequantizedWeight(Tensor):
 class QuantizedOperator(nn.Module):
     """A quantized ``nn.Linear``, transformers ``Conv1D`` or ``nn.Conv1d/2d/3d`` (or subclass) that replaces the float one.
 
-    Computes ``op(dequantize(quantize(x / smooth)), dequantize(weight)) + bias``; where integer execution applies (linear
-    forward not overridden, int8 activations, integer weights per tensor or channel) the product is taken between the
-    integers and scaled afterwards, which differs by float rounding only. Source: claim A-12, formula fA4.
+    Computes ``op(dequantize(quantize((x - shift) / smooth)), dequantize(weight)) + bias + correction``. Where integer
+    execution applies (linear forward not overridden, int8 activations, integer weights per tensor or channel) the product is
+    taken between the integers and scaled afterwards, which differs by float rounding only. Source: claim A-12, formula fA4.
 
     The product runs in float32 (float64 for float64 models) whatever the input's dtype, as integer kernels accumulate,
     and returns the input's dtype. Attributes of the replaced module (``bias``, ``in_features``, ``stride`` ...) are
@@ -61,6 +84,8 @@ class QuantizedOperator(nn.Module):
         weight_scale: float32, shaped as ``quantize_weight`` returns it.
         input_scale: () float32 for static activations, else None.
         smooth: (C,) float32 the input is divided by (explicit sites), or None.
+        shift: (C,) subtracted from the input before that, or None. Zeros that a convolution pads with are shifted too.
+        correction: (O,) what the float weight makes of the shift, added to the output; or None.
         scheme: Number formats and granularity.
         kind: ``linear`` or ``conv``.
         transposed: True when ``inner.weight`` is stored (in, out).
@@ -77,6 +102,8 @@ class QuantizedOperator(nn.Module):
     weight_scale: Tensor
     input_scale: Tensor | None
     smooth: Tensor | None
+    shift: Tensor | None
+    correction: Tensor | None
 
     def __init__(
         self,
@@ -86,6 +113,8 @@ class QuantizedOperator(nn.Module):
         weight_scale: Tensor,
         input_scale: Tensor | None,
         smooth: Tensor | None,
+        shift: Tensor | None = None,
+        correction: Tensor | None = None,
         scheme: Scheme,
         kind: OperatorKind,
         transposed: bool,
@@ -114,10 +143,13 @@ class QuantizedOperator(nn.Module):
             )
         if (input_scale is None) != (scheme.activations == "none" or scheme.activation_granularity == "token"):
             raise InputError("input_scale", "contradicts the scheme", "give one scale for static activations only")
-        if smooth is not None and smooth.shape != (self._channels,):
-            raise InputError(
-                "smooth", f"shape {tuple(smooth.shape)} is not ({self._channels},)", "give one per channel"
-            )
+        for field, vector, size in (
+            ("smooth", smooth, self._channels),
+            ("shift", shift, self._channels),
+            ("correction", correction, outputs),
+        ):
+            if vector is not None and vector.shape != (size,):
+                raise InputError(field, f"shape {tuple(vector.shape)} is not ({size},)", "give one per channel")
         device = weight.device if weight.device.type != "meta" else values.device
         del inner.weight
         self.inner = inner.to(self._dtype)
@@ -126,6 +158,8 @@ class QuantizedOperator(nn.Module):
             ("weight_scale", weight_scale),
             ("input_scale", input_scale),
             ("smooth", smooth),
+            ("shift", shift),
+            ("correction", correction),
         ):
             self.register_buffer(name, None if tensor is None else tensor.detach().to(device))
         self.train(inner.training)
@@ -134,23 +168,19 @@ class QuantizedOperator(nn.Module):
     def quantize(
         cls,
         inner: nn.Module,
+        tensors: OperatorTensors,
         *,
-        weight: Tensor,
-        absmax: Tensor | None,
-        smooth: Tensor | None,
         scheme: Scheme,
         kind: OperatorKind,
         transposed: bool,
         execution: Execution = "integer",
         keep_dense: bool = False,
     ) -> Self:
-        """Quantize ``weight`` and take the place of ``inner``.
+        """Quantize a weight and take the place of ``inner``.
 
         Args:
             inner: The float operator; its own weight is dropped.
-            weight: The (smoothed) weight to quantize, shaped like ``inner.weight``.
-            absmax: () largest magnitude of the smoothed input over calibration; needed for static activations.
-            smooth: See the class.
+            tensors: The weight and what happens to the input.
             scheme: See the class.
             kind: See the class.
             transposed: See the class.
@@ -161,13 +191,15 @@ class QuantizedOperator(nn.Module):
             InputError: As the class; or static activations without ``absmax``.
             NonFiniteError: The weight or ``absmax`` is NaN or infinite.
         """
-        payload, scale, input_scale = _payload(weight, absmax, scheme, transposed)
+        payload, scale, input_scale = _payload(tensors, scheme, transposed)
         return cls(
             inner,
             values=payload,
             weight_scale=scale,
             input_scale=input_scale,
-            smooth=smooth,
+            smooth=tensors.smooth,
+            shift=tensors.shift,
+            correction=tensors.correction,
             scheme=scheme,
             kind=kind,
             transposed=transposed,
@@ -175,24 +207,21 @@ class QuantizedOperator(nn.Module):
             keep_dense=keep_dense,
         )
 
-    def requantize(self, *, weight: Tensor, absmax: Tensor | None, smooth: Tensor | None) -> None:
-        """Take another weight and input range in place, as ``quantize`` would.
-
-        Args:
-            weight: Shaped like the float operator's weight.
-            absmax: See ``quantize``.
-            smooth: (C,) or None, as at construction.
+    def requantize(self, tensors: OperatorTensors) -> None:
+        """Take another weight, input range, division and shift in place, as ``quantize`` would.
 
         Raises:
             InputError: The weight's shape is another one.
             NonFiniteError: See ``quantize``.
         """
+        weight = tensors.weight
         if tuple(weight.shape) != self._shape:
             raise InputError(
                 "weight", f"shape {tuple(weight.shape)} is not {self._shape}", "give this operator's weight"
             )
-        self.weight_values, self.weight_scale, self.input_scale = _payload(weight, absmax, self.scheme, self.transposed)
-        self.smooth = None if smooth is None else smooth.detach().to(weight.device)
+        self.weight_values, self.weight_scale, self.input_scale = _payload(tensors, self.scheme, self.transposed)
+        for name, value in (("smooth", tensors.smooth), ("shift", tensors.shift), ("correction", tensors.correction)):
+            setattr(self, name, None if value is None else value.detach().to(weight.device))
         self._dense = None
 
     @property
@@ -234,20 +263,18 @@ class QuantizedOperator(nn.Module):
         input, *more = args
         if self.uses_integers and not more and not kwargs:
             return self._integer_forward(input)
-        x = self._smoothed(input.to(self._dtype))
+        padding = self._zero_padding()
+        x = self._smoothed(functional.pad(input.to(self._dtype), padding) if padding else input.to(self._dtype))
         if self.scheme.activations != "none":
             x = fake_quantize_activation(x, self._scale_of(x), self.scheme.activations).to(self._dtype)
-        self.inner.weight = self._dequantized()  # a plain attribute: the forward of any subclass finds it there
-        try:
-            output = self.inner(x, *more, **kwargs)
-        finally:
-            del self.inner.weight
+        output = self._float_forward(x, more, kwargs, padded=bool(padding))
         return output.to(input.dtype) if isinstance(output, Tensor) else output
 
     def extra_repr(self) -> str:
         """Scheme and execution, shown by ``print(model)``."""
         explicit = ", explicit" if self.smooth is not None else ""
-        return f"{self.scheme.name}, {self.execution}{explicit}"
+        shifted = ", shifted" if self.shift is not None else ""
+        return f"{self.scheme.name}, {self.execution}{explicit}{shifted}"
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the replaced module that models read from their children (``bias``, ``in_features`` ...)."""
@@ -278,10 +305,48 @@ class QuantizedOperator(nn.Module):
         scale = self._scale_of(rows)
         product = integer_product(quantize_activation(rows, scale, "int8").values, self.integer_weight())
         output = product.to(self._dtype) * scale * self.weight_scale.reshape(-1)
-        bias = self.inner.bias
-        if isinstance(bias, Tensor):
+        bias = self._corrected(self.inner.bias)
+        if bias is not None:
             output = output + bias
         return output.reshape(*x.shape[:-1], output.shape[-1]).to(x.dtype)
+
+    def _corrected(self, bias: object) -> Tensor | None:
+        """(O,) what is added to the product: the bias, the correction, or both."""
+        if not isinstance(bias, Tensor):
+            return self.correction
+        return bias if self.correction is None else bias + self.correction
+
+    def _float_forward(self, x: Tensor, more: list[Any], kwargs: dict[str, Any], *, padded: bool) -> Any:
+        """The inner module's own forward, lent the dequantized weight, the corrected bias and, if x is padded, no padding."""
+        inner, parameters = self.inner, self.inner._parameters
+        bias, padding = parameters.get("bias"), getattr(inner, "padding", None)
+        inner.weight = self._dequantized()  # a plain attribute: the forward of any subclass finds it there
+        try:
+            if self.correction is not None:
+                total = self._corrected(bias)
+                parameters["bias"] = None if total is None else nn.Parameter(total, requires_grad=False)
+            if padded:
+                vars(inner)["padding"] = (0,) * (len(self._shape) - 2)
+            return inner(x, *more, **kwargs)
+        finally:
+            del inner.weight
+            if self.correction is not None:
+                parameters["bias"] = bias
+            if padded:
+                vars(inner)["padding"] = padding
+
+    def _zero_padding(self) -> list[int]:
+        """Zeros to put around the input before it is shifted, as ``functional.pad`` takes them; [] when there are none.
+
+        A padded zero is an input value like any other: the exact correction ``W z`` counts on every one being shifted.
+        """
+        inner = self.inner
+        if self.shift is None or not isinstance(inner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return []
+        if inner.padding_mode != "zeros":  # the inner module then pads with values of the input, which are shifted
+            return []
+        window = conv_window(self._shape[2:], inner.stride, inner.padding, inner.dilation)
+        return [count for pair in reversed(window.padding) for count in pair] if pads(window) else []
 
     def _dequantized(self) -> Tensor:
         if self._dense is not None:
@@ -294,11 +359,10 @@ class QuantizedOperator(nn.Module):
         return dense
 
     def _smoothed(self, x: Tensor) -> Tensor:
-        if self.smooth is None:
-            return x
-        if self.kind == "linear":
-            return x / self.smooth
-        return x / self.smooth.reshape(-1, *[1] * (len(self._shape) - 2))
+        trailing = [1] * (0 if self.kind == "linear" else len(self._shape) - 2)
+        if self.shift is not None:
+            x = x - self.shift.reshape(-1, *trailing)
+        return x if self.smooth is None else x / self.smooth.reshape(-1, *trailing)
 
     def _scale_of(self, x: Tensor) -> Tensor:
         """Activation scale: the calibrated one, or that of every row (linear) or sample (conv) of a smoothed input."""
@@ -360,18 +424,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _payload(
-    weight: Tensor, absmax: Tensor | None, scheme: Scheme, transposed: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _payload(tensors: OperatorTensors, scheme: Scheme, transposed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Stored weight (O, D) (packed if int4), its scale, and the static activation scale () if the scheme has one."""
+    weight = tensors.weight.detach()
     # Contiguous, as it comes back from a file: memory order decides the order of additions, hence the last bits.
-    flat = weight.detach().t().contiguous() if transposed else weight.detach().flatten(1).contiguous()
+    flat = weight.t().contiguous() if transposed else weight.flatten(1).contiguous()
     quantized = quantize_weight(flat, scheme)
     values = pack_int4(quantized.values) if scheme.weights == "int4" else quantized.values
     if scheme.activations == "none" or scheme.activation_granularity == "token":
         return values, quantized.scale, None
-    if absmax is None:
+    if tensors.absmax is None:
         raise InputError(
             "absmax", "is missing for static activations", "calibrate this site, or use granularity 'token'"
         )
-    return values, quantized.scale, activation_scale(absmax.detach().to(weight.device), scheme.activations)
+    return values, quantized.scale, activation_scale(tensors.absmax.detach().to(weight.device), scheme.activations)

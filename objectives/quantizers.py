@@ -55,7 +55,7 @@ def quantize_weight(w: Tensor, scheme: Scheme) -> QuantizedTensor:
     """
     w = _checked_matrix(w)
     absmax = _block_absmax(w, scheme)
-    scale = _scale(absmax, QMAX[scheme.weights])
+    scale = code_scale(absmax, scheme.weights)
     codes = round_codes_(w / _spread(scale, scheme, w.shape[1]), scheme.weights)
     return QuantizedTensor(codes.to(_storage_dtype(scheme.weights)), scale)
 
@@ -110,7 +110,7 @@ def fake_quantize_weight_(w: Tensor, scheme: Scheme, out_features: tuple[int, ..
     # Only a per-tensor scale depends on where one operator ends and the next begins.
     per_operator = scheme.weight_granularity == "tensor"
     for block in torch.split(w, list(out_features)) if per_operator else (w,):
-        scale = _spread(_scale(_block_absmax(block, scheme), QMAX[scheme.weights]), scheme, block.shape[1])
+        scale = _spread(code_scale(_block_absmax(block, scheme), scheme.weights), scheme, block.shape[1])
         round_codes_(block.div_(scale), scheme.weights).mul_(scale)
     return w
 
@@ -134,7 +134,7 @@ def activation_scale(absmax: Tensor, fmt: ActivationFormat) -> Tensor:
         raise NonFiniteError("the activation range holds NaN or infinity")
     if bool((absmax < 0).any()):
         raise InputError("absmax", "is negative", "give the largest magnitude, not the largest value")
-    return _scale(absmax.to(torch.float32), QMAX[fmt])
+    return code_scale(absmax.to(torch.float32), fmt)
 
 
 def quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> QuantizedTensor:
@@ -176,6 +176,12 @@ def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat) ->
 def fake_quantize_activation_(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> Tensor:
     """:func:`fake_quantize_activation` in place and unchecked: for callers who own ``x``, float32 and finite; not ``none``."""
     return round_codes_(x.div_(scale), fmt).mul_(scale)
+
+
+def code_scale(absmax: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
+    """Scale that maps float32 ``absmax`` of any shape onto the largest code of ``fmt``; 1 where it is 0. Unchecked; NaN stays."""
+    qmax = QMAX[fmt]
+    return torch.where(absmax == 0, 1.0, (absmax / qmax).clamp(_TINY, _HUGE / qmax))
 
 
 def round_codes_(codes: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
@@ -236,10 +242,6 @@ def unpack_int4(packed: Tensor, last_dim: int) -> Tensor:
 
 def _storage_dtype(fmt: WeightFormat | ActivationFormat) -> torch.dtype:
     return torch.float8_e4m3fn if fmt == "fp8" else torch.int8
-
-
-def _scale(absmax: Tensor, qmax: float) -> Tensor:
-    return torch.where(absmax == 0, 1.0, (absmax / qmax).clamp(_TINY, _HUGE / qmax))
 
 
 def _block_absmax(w: Tensor, scheme: Scheme) -> Tensor:

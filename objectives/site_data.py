@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+
+from alphasmith.objectives.smoothing import ChannelRange, tie_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,10 @@ class SitePart:
         out_features: Rows of ``weight`` that belong to each operator; sums to O. A per-tensor weight scale is one per operator.
         channel: (D,) int64: the site channel of every column of x.
         groups: Convolution groups: outputs o in block g see columns of block g only. 1 = dense.
-        sample: (T,) int64 or None: for conv, the row of ``sample_absmax`` each patch was cut from.
-        sample_absmax: (S, C) float32 or None: for conv, abs-max per channel of every sampled input (its dynamic range).
+        sample: (T,) int64 or None: for conv, the row of ``sample_low`` each patch was cut from.
+        sample_low: (S, C) float32 or None: for conv, smallest value per channel of every sampled input, at most 0 where the
+            convolution pads with zeros.
+        sample_high: (S, C) float32 or None: likewise the largest value; together the input's dynamic range.
     """
 
     operators: tuple[str, ...]
@@ -32,7 +38,8 @@ class SitePart:
     channel: torch.Tensor
     groups: int = 1
     sample: torch.Tensor | None = None
-    sample_absmax: torch.Tensor | None = None
+    sample_low: torch.Tensor | None = None
+    sample_high: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,26 +49,70 @@ class SiteData:
     Attributes:
         name: Site name.
         parts: One or more parts that share the C channels.
-        activation_statistic: (C,) the statistic a_j chosen for smoothing (abs-max, percentile or RMS), float32.
-        activation_absmax: (C,) abs-max over ALL calibration data: the static quantization range.
+        activation_statistics: Statistic name (``absmax``, ``percentile``, ``rms``) -> (C,) a_j, float32; the first one is the
+            default. All are over ALL calibration data.
+        input_range: Range of every channel over ALL calibration data: the static quantization range.
         weight_absmax: (C,) w_j = max over every output of every operator of |W_:j|.
         ties: (C,) int64, see ``Site.ties``.
     """
 
     name: str
     parts: tuple[SitePart, ...]
-    activation_statistic: torch.Tensor
-    activation_absmax: torch.Tensor
+    activation_statistics: Mapping[str, torch.Tensor]
+    input_range: ChannelRange
     weight_absmax: torch.Tensor
     ties: torch.Tensor
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return int(self.weight_absmax.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.weight_absmax.device
+
+    @property
+    def activation_statistic(self) -> torch.Tensor:
+        """(C,) a_j of the default statistic."""
+        return next(iter(self.activation_statistics.values()))
+
+    def mean(self) -> torch.Tensor:
+        """(C,) mean of every channel over the rows, one value within a tie: a shift that rows outside the calibrated range
+        do not turn against, unlike the middle of that range.
+        """
+        index = tie_index(self.ties, self.channels)
+        total = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=self.device)
+        count = torch.zeros_like(total)
+        for part in self.parts:
+            tie = index[part.channel]
+            total.index_add_(0, tie, part.x.sum(dim=0, dtype=torch.float64))
+            count.index_add_(0, tie, torch.full_like(tie, part.x.shape[0], dtype=torch.float64))
+        return (total / count)[index].to(torch.float32)
+
+    def magnitudes(self, statistic: str, shift: torch.Tensor | None = None) -> torch.Tensor:
+        """(C,) a_j of ``statistic`` after ``shift`` (C,) is subtracted from the rows.
+
+        Under abs-max that is exactly the largest shifted magnitude. Percentile and RMS of shifted rows are not known after
+        calibration; they are taken to shrink as the abs-max does.
+        """
+        values = self.activation_statistics[statistic]
+        if shift is None:
+            return values
+        before, after = self.input_range.peaks(), self.input_range.peaks(shift)
+        return torch.where(before > 0, values * (after / before.clamp_min(torch.finfo(before.dtype).tiny)), values)
 
 
 def to_device(data: SiteData, device: torch.device | str) -> SiteData:
     """The same data with every tensor on ``device``."""
 
-    def move(record: SiteData | SitePart) -> dict[str, torch.Tensor]:
+    def move(record: SiteData | SitePart) -> dict[str, Any]:
         values = {f.name: getattr(record, f.name) for f in fields(record)}
         return {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
 
-    parts = tuple(replace(part, **move(part)) for part in data.parts)  # type: ignore[arg-type]
-    return replace(data, parts=parts, **move(data))  # type: ignore[arg-type]
+    parts = tuple(replace(part, **move(part)) for part in data.parts)
+    statistics = {name: value.to(device) for name, value in data.activation_statistics.items()}
+    return replace(
+        data, parts=parts, activation_statistics=statistics, input_range=data.input_range.to(device), **move(data)
+    )

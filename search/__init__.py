@@ -6,6 +6,7 @@ from alphasmith.search.config import RunConfig
 from alphasmith.search.pipeline import run
 from alphasmith.search.recorder import RunResult
 from alphasmith.search.reload import load_quantized, load_smoothed
-from alphasmith.search.site_search import SiteResult, search_site
+from alphasmith.search.site_result import SiteResult
+from alphasmith.search.site_search import search_site
 
 __all__ = ["RunConfig", "RunResult", "SiteResult", "load_quantized", "load_smoothed", "run", "search_site"]

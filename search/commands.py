@@ -22,6 +22,9 @@ from alphasmith.storage.manifest import read_manifest
 from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
 
+#: Groups whose ranges ``hardware`` shows where every site chooses its own number.
+_SHOWN_GROUPS = 4
+
 
 def list_runs(storage: str | None) -> list[dict[str, Any]]:
     """One mapping per run, newest first."""
@@ -36,6 +39,7 @@ def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
     return _run_facts(record) | {
         "config": dict(record.config),
         "hardware": dict(record.hardware),
+        "refinement": None if record.refinement is None else dict(record.refinement),
         "trials": len(trials),
         "failed_trials": int((trials["state"] == "failed").sum()),
         "sites": frame_rows(sites),
@@ -55,7 +59,8 @@ def hardware(config: RunConfig) -> dict[str, Any]:
         rho, explanation = found.scarcity.rho, found.scarcity.explanation
         answer["required"] = _budget(found.scarcity.required)
         answer["this_machine"] = {"rho": scarcity(detect(), found.scarcity.required).rho}
-    positions = [k / max(config.groups.k - 1, 1) for k in range(config.groups.k)]
+    shown = _SHOWN_GROUPS if config.groups.k == "auto" else config.groups.k
+    positions = [k / max(shown - 1, 1) for k in range(shown)]
     ranges = group_ranges(positions, rho=rho, kind="wide" if config.groups.ranges == "wide" else "magnitude")
     answer["rho"] = rho
     answer["explanation"] = explanation

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.candidate_model import CandidateModel
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.model_objective import ModelObjective
-from alphasmith.objectives.quantized import CandidateModel
+from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.progress import Progress
 from alphasmith.search.task import Metric
 
@@ -79,7 +80,7 @@ def score_variants(
     candidate: CandidateModel,
     reserve: ModelObjective,
     loss: Literal["mse", "kl", "task"],
-    scales: Mapping[Variant, Mapping[str, Tensor]],
+    smoothings: Mapping[Variant, Mapping[str, Smoothing]],
     metric: Metric | None,
     float_metric: float | None,
     progress: Progress,
@@ -87,18 +88,18 @@ def score_variants(
     """Quantize the model once per variant and score it.
 
     Args:
-        candidate: The working copy; holds the last variant afterwards.
+        candidate: The model; the float one again afterwards.
         reserve: Held-out output loss on ``candidate``.
         loss: Which loss that is.
-        scales: Variant -> site -> (C,).
+        smoothings: Variant -> site -> smoothing.
         metric: Task metric, or None.
         float_metric: Its value for the float model.
         progress: Told after each variant.
     """
     losses: dict[Variant, float | None] = {}
     metrics: dict[str, float | None] = {} if metric is None else {"float": float_metric}
-    progress.stage("whole model", len(scales))
-    for variant, of_sites in scales.items():
+    progress.stage("whole model", len(smoothings))
+    for variant, of_sites in smoothings.items():
         try:
             losses[variant] = reserve.loss(of_sites)
             if metric is not None:
@@ -108,6 +109,7 @@ def score_variants(
             losses.setdefault(variant, None)
             metrics[variant] = None
         progress.advance()
+    candidate.reset()
     return ModelScores(loss=loss, losses=losses, metrics=metrics)
 
 

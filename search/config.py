@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.scheme import (
@@ -21,8 +21,11 @@ from alphasmith.objectives.scheme import (
 )
 
 SamplerName = Literal["tpe", "qmc", "random", "cmaes", "gp"]
-PrunerName = Literal["none", "median", "successive_halving", "hyperband"]
+PrunerName = Literal["paired", "none", "median", "successive_halving", "hyperband"]
 GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_difference"]
+ChannelStatistic = Literal["absmax", "percentile", "rms"]
+RangeStatistic = Literal["absmax", "percentile", "margin"]
+ShiftStatistic = Literal["none", "mean", "middle"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -37,6 +40,21 @@ def parse_bytes(value: object) -> object:
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 
+def one_or_more(value: object) -> object:
+    """A single choice -> a tuple of one; lists pass through to pydantic."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values or len(set(values)) != len(values):
+        raise ValueError(f"{list(values)} is empty or names a choice twice")
+    return values
+
+
+GroupMethods = Annotated[tuple[GroupMethod, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
+ChannelStatistics = Annotated[tuple[ChannelStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
+ShiftStatistics = Annotated[tuple[ShiftStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
+RangeStatistics = Annotated[tuple[RangeStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
@@ -119,17 +137,24 @@ class GroupsConfig(_Section):
     """How channels are grouped (claims A-6, A-8, A-10) and how wide each group's alpha range is (claim A-3).
 
     Attributes:
-        method: ``kmeans`` on log magnitude, equal-width ``range`` bins, ``outlier``, ``multi_outlier``, ``mean_difference``.
-        k: Groups per site (scope ``site``) or for the whole model (scope ``model``).
+        method: ``kmeans`` on log magnitude, equal-width ``range`` bins, ``outlier``, ``multi_outlier``, ``mean_difference``;
+            several: the study of a site chooses among them (scope ``site``; scope ``model`` takes the first).
+        k: Groups per site (scope ``site``) or for the whole model (scope ``model``). ``auto``: at every site K is doubled from
+            1 while the held-out loss of the noise model's proposal falls by more than its paired standard error.
         bins: Bins of the range methods.
         ranges: ``magnitude``: formula fA6 by the group's magnitude, widened where needed to hold the best single alpha.
             ``strict``: not widened. ``wide``: the overall range 0.1 to 0.9 for every group, widened likewise.
+        offsets: Give every group a factor of its own, ``s = c_k a^alpha / w^(1-alpha)``, searched as its logarithm (scope
+            ``site``).
+        betas: Give every group an exponent of w of its own, ``s = a^alpha / w^beta`` (scope ``site``).
     """
 
-    method: GroupMethod = "kmeans"
-    k: int = Field(default=4, gt=0)
+    method: GroupMethods = ("kmeans",)
+    k: Annotated[int, Field(gt=0)] | Literal["auto"] = 4
     bins: int = Field(default=10, gt=0)
     ranges: Literal["magnitude", "strict", "wide"] = "magnitude"
+    offsets: bool = True
+    betas: bool = False
 
 
 class HardwareConfig(_Section):
@@ -159,33 +184,56 @@ class SearchConfig(_Section):
         scope: ``site``: a study per site. ``model``: one study, K alphas over all channels of the model (claim A-2).
         trials: Trials per study, baselines included; at least 4.
         sampler: Optuna sampler.
-        pruner: Optuna pruner on growing row subsets (scope ``site``) or batches (scope ``model``).
-        noise_model: Enqueue the optimum of the rounding-noise model after the baselines (scope ``site``).
+        pruner: What stops a candidate on growing row subsets (scope ``site``) or batches (scope ``model``). ``paired``: a loss
+            above the incumbent's by more than three paired standard errors; else an Optuna pruner.
+        noise_model: Enqueue the optimum of the rounding-noise model after the baselines, and let it find the best single alpha
+            and the per-channel limit (scope ``site``). Off: the grid of ``single_alphas`` exact losses, then the sampler.
+        tolerance: Stop a site's study once its best loss is at most this far above the per-channel limit, relative.
+        patience: Stop a site's study after this many sampler trials without improvement.
         seed: Seed of sampling, grouping, calibration rows and samplers.
         rows: Rows of X kept per site and split.
-        statistic: Channel statistic a_j used by smoothing.
+        statistic: Channel statistic a_j used by smoothing; several: the study of a site chooses among them.
         percentile: The percentile when ``statistic`` is ``percentile``.
+        shift: Subtract z from every channel before scaling and give it back through the biases, where a site allows it (scope
+            ``site``): ``none``, the channel's ``mean`` over the search rows, or the ``middle`` (max + min) / 2 of its
+            calibrated range; several: the study of a site chooses.
+        range: How the static range of an activation is set, judged on held-out rows (scope ``site``): ``absmax`` over
+            calibration, ``percentile`` of it, with a ``margin`` on it; several: the best one on held-out rows.
+        range_percentile: Percentile of the largest magnitude of a row that the range ``percentile`` covers.
+        range_margin: Factor of the range ``margin`` on the abs-max.
         loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric (1 is as good
             as the float model, lower is better). A metric scores search and guard alike on its own data: keep a test set.
-        single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha.
+        single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha, where the noise model does
+            not find it.
         device: Torch device of the search; None: the first GPU, else the CPU.
         guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows.
             ``output``: as well, the whole model falls back to the best baseline when that has a lower held-out output loss.
+        refine: After the sites (scope ``site``), a small study at the model's output over what site losses cannot see. Its
+            winner is kept only if the held-out output loss falls by more than its paired standard error.
+        refine_trials: Trials of that study.
     """
 
     scope: Literal["site", "model"] = "site"
     trials: int = Field(default=24, ge=4)
     sampler: SamplerName = "tpe"
-    pruner: PrunerName = "median"
+    pruner: PrunerName = "paired"
     noise_model: bool = True
+    tolerance: float = Field(default=0.03, ge=0, lt=1)
+    patience: int = Field(default=4, ge=1)
     seed: int = Field(default=0, ge=0)
     rows: int = Field(default=1024, ge=16)
-    statistic: Literal["absmax", "percentile", "rms"] = "absmax"
+    statistic: ChannelStatistics = ("absmax",)
     percentile: float = Field(default=99.9, gt=0, le=100)
+    shift: ShiftStatistics = ("none", "mean")
+    range: RangeStatistics = ("absmax", "percentile", "margin")
+    range_percentile: float = Field(default=99.9, gt=0, le=100)
+    range_margin: float = Field(default=1.1, ge=1, le=4)
     loss: Literal["mse", "kl", "task"] = "mse"
     single_alphas: int = Field(default=21, ge=3)
     device: str | None = None
     guard: Literal["site", "output"] = "site"
+    refine: bool = True
+    refine_trials: int = Field(default=16, ge=4)
 
 
 class SitesConfig(_Section):
@@ -245,6 +293,8 @@ class RunConfig(_Section):
             raise InputError("model.demo", "given together with another model", "keep one of demo, path and factory")
         if self.model.factory_path and not self.model.factory:
             raise InputError("model.factory_path", "given without a factory", "add model.factory or remove it")
+        if self.groups.k == "auto" and (self.search.scope == "model" or not self.search.noise_model):
+            raise InputError("groups.k", "is 'auto' without the noise model of a site", "give a number of groups")
         if self.data.path and self.data.factory:
             raise InputError("data.factory", "given together with data.path", "keep one of them")
         return self
@@ -321,7 +371,8 @@ def _as_input_error(model: type[BaseModel], error: ValidationError) -> InputErro
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause
-    field = ".".join(str(part) for part in first["loc"]) or "config"
+    # Where a field takes values of several types, the location ends with the type that was tried.
+    field = ".".join(p for p in map(str, first["loc"]) if re.fullmatch(r"\w+", p)) or "config"
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, [str(p) for p in first["loc"][:-1]])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)

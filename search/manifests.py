@@ -10,16 +10,18 @@ from torch import Tensor
 
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.types import Site
-from alphasmith.objectives.smoothing import DEAD_CHANNEL_RULE, SCALE_MIN
+from alphasmith.objectives.smoothing import DEAD_CHANNEL_RULE, SCALE_MIN, Smoothing
+from alphasmith.search.candidates import CandidateKind
 from alphasmith.search.config import RunConfig
 from alphasmith.search.hardware import HardwareBudget
 from alphasmith.search.model_search import ModelResult
 from alphasmith.search.outcome import Found, Products
 from alphasmith.search.prepare import Prepared
 from alphasmith.search.ranges import AlphaRange
-from alphasmith.search.site_search import SiteResult
+from alphasmith.search.refinement import RefinementResult
+from alphasmith.search.site_result import SiteResult
 from alphasmith.search.spaces import SearchSpace
-from alphasmith.search.studies import CandidateKind, Losses, best_trial
+from alphasmith.search.studies import Losses, best_trial
 from alphasmith.search.task import Task
 from alphasmith.storage.files import ArtifactDigest
 from alphasmith.storage.manifest import Manifest
@@ -35,11 +37,15 @@ from alphasmith.storage.manifest_parts import (
     MemoryEntry,
     MetricEntry,
     ModelEntry,
+    NoiseModelFacts,
     OutputEntry,
     PayloadEntry,
     ProofEntry,
+    RefinementEntry,
     RunEntry,
     SchemeEntry,
+    SearchFacts,
+    ShiftEditEntry,
     SiteEntry,
     SkippedEntry,
 )
@@ -92,8 +98,8 @@ def build_manifest(
         data_digest=task.data_digest,
         scheme=SchemeEntry.of(Scheme(**config.scheme.model_dump())),
         conventions=ConventionsEntry(
-            statistic=search.statistic,
-            percentile=search.percentile if search.statistic == "percentile" else None,
+            statistic=search.statistic[0],
+            percentile=search.percentile if "percentile" in search.statistic else None,
             clamp=SCALE_MIN,
             dead_channels=DEAD_CHANNEL_RULE,
         ),
@@ -114,6 +120,7 @@ def build_manifest(
             other=products.summary.total_bytes - products.summary.payload_bytes,
         ),
         guard=_guard(found),
+        refinement=None if found.refinement is None else refinement_entry(found.refinement),
         memory=MemoryEntry(predicted=prepared.plan.total, measured=products.peak),
     ).with_artifacts(artifacts)
 
@@ -124,40 +131,98 @@ def space_hash(spaces: Mapping[str, SearchSpace]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def scale_tensors(
-    sites: Sequence[Site], scales: Mapping[str, Tensor], names: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, list[dict[str, Any]]]]:
-    """Scales and edits as tensors, so that they can be taken out of the model again without it.
+def scale_tensors(sites: Sequence[Site], smoothings: Mapping[str, Smoothing]) -> dict[str, Tensor]:
+    """Scales, shifts and edits as tensors, so that they can be taken out of the model again without it.
 
     Args:
         sites: All sites.
-        scales: Site -> (C,), for smoothed sites.
-        names: Parameter name here -> name in the user's model.
+        smoothings: Site -> what is done to its input, for smoothed sites.
 
     Returns:
-        Tensors ``scale/SITE`` (C,) and ``channel/SITE/I`` (channel of every element), and per folded site its edits as
-        the manifest lists them.
+        ``scale/SITE`` (C,); ``shift/SITE`` (C,) where there is one; for folded sites ``channel/SITE/I`` (channel of every
+        element of an edited parameter) and, where the shift went into biases, ``shift_channel/SITE/I``.
     """
     tensors: dict[str, Tensor] = {}
-    edits: dict[str, list[dict[str, Any]]] = {}
     for site in sites:
-        if site.name not in scales:
+        if site.name not in smoothings:
             continue
-        tensors[f"scale/{site.name}"] = scales[site.name]
-        if site.mode != "fold":
-            continue
-        for i, edit in enumerate(site.edits):
-            key = f"channel/{site.name}/{i}"
-            tensors[key] = edit.channel
-            edits.setdefault(site.name, []).append(
-                {
-                    "parameter": names.get(edit.parameter, edit.parameter),
-                    "power": edit.power,
-                    "offset": edit.offset,
-                    "channel": key,
-                }
-            )
-    return tensors, edits
+        smoothing = smoothings[site.name]
+        tensors[f"scale/{site.name}"] = smoothing.scales.cpu()
+        if smoothing.shift is not None:
+            tensors[f"shift/{site.name}"] = smoothing.shift.cpu()
+            tensors |= {_shift_channel(site, i): edit.channel for i, edit in enumerate(site.shift_edits)}
+        if site.mode == "fold":
+            tensors |= {_channel(site, i): edit.channel for i, edit in enumerate(site.edits)}
+    return tensors
+
+
+def search_facts(result: SiteResult) -> SearchFacts:
+    """How the search of a site went, as manifest and storage keep it."""
+    noise = result.facts.noise_model
+    return SearchFacts(
+        stopped=result.facts.stopped,
+        noise_model=None
+        if noise is None
+        else NoiseModelFacts(
+            median_log_ratio=noise.median_log_ratio,
+            kendall_tau=noise.kendall_tau,
+            seconds=noise.seconds,
+            proposals=noise.proposals,
+            evaluations_saved=noise.evaluations_saved,
+        ),
+        noise_reason=result.facts.noise_reason,
+        k_tried=result.facts.k_tried,
+        range_losses=dict(result.facts.range_losses),
+    )
+
+
+def refinement_entry(refinement: RefinementResult) -> RefinementEntry:
+    """What the refinement at the output did, as manifest and storage keep it."""
+    return RefinementEntry(
+        accepted=refinement.accepted,
+        before=refinement.before,
+        after=refinement.after,
+        difference=refinement.difference,
+        standard_error=refinement.standard_error,
+        reason=refinement.reason,
+        deltas=dict(refinement.deltas),
+        changed=dict(refinement.changed),
+        trials=len(refinement.results),
+        seconds=refinement.seconds,
+        study=refinement.study_name,
+    )
+
+
+def _channel(site: Site, index: int) -> str:
+    return f"channel/{site.name}/{index}"
+
+
+def _shift_channel(site: Site, index: int) -> str:
+    return f"shift_channel/{site.name}/{index}"
+
+
+def _edits(site: Site, names: Mapping[str, str]) -> tuple[EditEntry, ...]:
+    return tuple(
+        EditEntry(
+            parameter=names.get(edit.parameter, edit.parameter),
+            power=edit.power,
+            offset=edit.offset,
+            channel=_channel(site, i),
+        )
+        for i, edit in enumerate(site.edits)
+    )
+
+
+def _shift_edits(site: Site, names: Mapping[str, str]) -> tuple[ShiftEditEntry, ...]:
+    return tuple(
+        ShiftEditEntry(
+            parameter=names.get(edit.parameter, edit.parameter),
+            channel=_shift_channel(site, i),
+            weight=names.get(edit.weight, edit.weight),
+            transposed=edit.transposed,
+        )
+        for i, edit in enumerate(site.shift_edits)
+    )
 
 
 def _hardware(prepared: Prepared) -> HardwareEntry:
@@ -184,9 +249,13 @@ def _site(site: Site, prepared: Prepared, found: Found, study: str | None) -> Si
         "operators": tuple(o.name for o in site.operators),
         "producers": site.producers,
     }
-    if site.name in found.final:
-        _, edits = scale_tensors([site], found.final, prepared.survey.names)
-        entry["edits"] = tuple(EditEntry(**e) for e in edits.get(site.name, ()))
+    smoothing = found.final.get(site.name)
+    if smoothing is not None:
+        entry["shift"] = smoothing.shift is not None
+        if site.mode == "fold":
+            entry["edits"] = _edits(site, prepared.survey.names)
+        if smoothing.shift is not None:
+            entry["shift_edits"] = _shift_edits(site, prepared.survey.names)
     if result is not None:
         entry |= {
             "study": study,
@@ -200,6 +269,11 @@ def _site(site: Site, prepared: Prepared, found: Found, study: str | None) -> Si
             "trials": len(result.results),
             "exact_evaluations": result.exact_evaluations,
             "seconds": result.seconds,
+            "range_statistic": result.range_statistic,
+            "range_factor": result.smoothing.range_factor,
+            "grouping": result.grouping,
+            "statistic": result.statistic,
+            "facts": search_facts(result),
         }
     elif found.whole is not None and site.name in found.whole.labels:
         entry["labels"] = tuple(found.whole.labels[site.name].tolist())
@@ -219,7 +293,8 @@ def _losses(losses: Losses, best_single_alpha: float) -> LossesEntry:
 
 def _groups_of_site(result: SiteResult) -> tuple[GroupEntry, ...]:
     sizes = result.labels.bincount(minlength=len(result.ranges)).tolist()
-    return _groups(sizes, result.magnitudes, result.ranges, result.alphas)
+    candidate = result.candidate
+    return _groups(sizes, result.magnitudes, result.ranges, result.alphas, candidate.betas, candidate.offsets)
 
 
 def _groups_of_model(whole: ModelResult) -> tuple[GroupEntry, ...]:
@@ -233,6 +308,8 @@ def _groups(
     magnitudes: Sequence[float],
     ranges: Sequence[AlphaRange],
     alphas: Sequence[float] | None,
+    betas: Sequence[float] = (),
+    offsets: Sequence[float] = (),
 ) -> tuple[GroupEntry, ...]:
     return tuple(
         GroupEntry(
@@ -243,6 +320,8 @@ def _groups(
             high=bounds.high,
             alpha=None if alphas is None else alphas[k],
             explanation=bounds.explanation,
+            beta=betas[k] if betas else None,
+            offset=offsets[k] if offsets else None,
         )
         for k, (size, magnitude, bounds) in enumerate(zip(sizes, magnitudes, ranges, strict=True))
     )

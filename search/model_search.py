@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
 import torch
 
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.groups import Grouping, group_channels
-from alphasmith.objectives.model_objective import ModelObjective
-from alphasmith.objectives.smoothing import group_scales
+from alphasmith.objectives.model_objective import ModelObjective, ModelScore
+from alphasmith.objectives.smoothing import Smoothing, group_scales
+from alphasmith.search.candidates import Candidate, CandidateKind
 from alphasmith.search.config import GroupsConfig, SearchConfig
+from alphasmith.search.frames import ranges_of
 from alphasmith.search.ranges import AlphaRange
-from alphasmith.search.site_search import ranges_of
 from alphasmith.search.spaces import SearchSpace
 from alphasmith.search.studies import (
-    Candidate,
-    CandidateKind,
     Losses,
+    Outcome,
+    Pruning,
+    RecordedStudy,
+    State,
     TrialResult,
     baselines,
     best_single_alpha,
     guard,
-    open_study,
-    run_study,
+    play,
 )
+
+#: K where ``groups.k`` is ``auto``: growing it needs the noise model of single sites.
+_AUTO_GROUPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class ModelResult:
 
     Attributes:
         labels: (C,) int64 per site, groups shared by all sites.
-        scales: (C,) per site, of the winner.
+        smoothings: What the winner does to every site.
     """
 
     labels: Mapping[str, torch.Tensor]
@@ -61,7 +66,7 @@ class ModelResult:
     requested_k: int
     winner: CandidateKind
     alphas: tuple[float, ...] | None
-    scales: Mapping[str, torch.Tensor]
+    smoothings: Mapping[str, Smoothing]
     best_single_alpha: float
     search: Losses
     held_out: Losses
@@ -73,22 +78,22 @@ class ModelResult:
 
 
 class ModelScales:
-    """Alphas of groups over the whole model -> scales per site."""
+    """Alphas of groups over the whole model -> smoothings per site."""
 
     def __init__(self, sites: Mapping[str, SiteStatistics], labels: Mapping[str, torch.Tensor] | None = None) -> None:
         self._sites = sites
         self._labels = labels or {n: torch.zeros(len(s.activation), dtype=torch.int64) for n, s in sites.items()}
         self.k = 1 + max(int(v.max()) for v in self._labels.values())
 
-    def __call__(self, alphas: Sequence[float] | None) -> dict[str, torch.Tensor]:
-        """Scales (C,) of every site; None: identity."""
+    def __call__(self, alphas: Sequence[float] | None) -> dict[str, Smoothing]:
+        """Smoothing of every site; None: identity."""
         return {
-            n: group_scales(s.activation, s.weight, alphas, self._labels[n], ties=s.ties)
+            n: Smoothing(scales=group_scales(s.activation, s.weight, alphas, self._labels[n], ties=s.ties))
             for n, s in self._sites.items()
         }
 
-    def single(self, alpha: float) -> dict[str, torch.Tensor]:
-        """Scales of one alpha for the whole model."""
+    def single(self, alpha: float) -> dict[str, Smoothing]:
+        """Smoothings of one alpha for the whole model."""
         return self((alpha,) * self.k)
 
 
@@ -127,39 +132,39 @@ def search_model(
         raise InputError("model", "no site can be smoothed", "see the reasons printed for each site")
     grouping, labels = _group(sites, groups)
     to_scales = ModelScales(sites, labels)
-    single, grid = best_single_alpha(lambda alpha: judge.loss(to_scales.single(alpha)), search.single_alphas)
+    single, grid = best_single_alpha(_single_losses(judge, to_scales, search.single_alphas), search.single_alphas)
     ranges = ranges_of(grouping, groups, rho, single)
     space = SearchSpace.of(ranges)
-    study = open_study(search, space, grid, storage=storage, name=study_name)
-    results = run_study(
-        study,
-        space,
-        _ModelCandidates(judge, to_scales),
-        candidates=baselines(len(ranges), single),
-        trials=search.trials,
-        device=search.device or "cpu",
-        clock=clock,
-        on_trial=on_trial,
+    study = RecordedStudy(
+        search, space, device=search.device or "cpu", storage=storage, name=study_name, on_trial=on_trial
     )
-    verdict = guard(results, lambda candidate: reserve.loss(to_scales(candidate.alphas)))
+    study.note("single_alpha_grid", grid)
+    play(
+        study,
+        ModelScorer(judge, to_scales, clock=clock),
+        first=baselines(len(ranges), single),
+        protected=3,
+        trials=search.trials,
+    )
+    verdict = guard(study.results, lambda candidates: [_loss(reserve, to_scales(c.alphas)) for c in candidates])
     chosen = verdict.winner.candidate
     return ModelResult(
         labels=labels,
         ranges=ranges,
         magnitudes=tuple(grouping.values.tolist()),
         outliers=grouping.outliers,
-        requested_k=groups.k,
+        requested_k=_requested(groups),
         winner=chosen.kind,
         alphas=chosen.alphas,
-        scales=to_scales(chosen.alphas),
+        smoothings=to_scales(chosen.alphas),
         best_single_alpha=single,
         search=verdict.search,
         held_out=verdict.held_out,
         guarded=verdict.guarded,
-        results=tuple(results),
+        results=tuple(study.results),
         exact_evaluations=judge.evaluations + reserve.evaluations,
         seconds=clock() - start,
-        study_name=study.study_name,
+        study_name=study.name,
     )
 
 
@@ -170,17 +175,89 @@ def _group(sites: Mapping[str, SiteStatistics], groups: GroupsConfig) -> tuple[G
     for s in sites.values():
         ties.append(s.ties.cpu() + offset)
         offset += len(s.ties)
-    grouping = group_channels(values, method=groups.method, k=groups.k, bins=groups.bins, ties=torch.cat(ties))
+    grouping = group_channels(
+        values, method=groups.method[0], k=_requested(groups), bins=groups.bins, ties=torch.cat(ties)
+    )
     parts = torch.split(grouping.labels, [len(s.activation) for s in sites.values()])
     return grouping, dict(zip(sites, parts, strict=True))
 
 
-class _ModelCandidates:
-    """The output loss of a candidate model after each batch."""
+def _requested(groups: GroupsConfig) -> int:
+    return _AUTO_GROUPS if groups.k == "auto" else groups.k
 
-    def __init__(self, judge: ModelObjective, to_scales: ModelScales) -> None:
+
+def _single_losses(judge: ModelObjective, to_scales: ModelScales, points: int) -> Callable[[float], float]:
+    """Loss of each alpha of an even grid; NonFiniteError for those that broke down or were clearly behind."""
+    alphas = [k / (points - 1) for k in range(points)]
+    scores = dict(zip(alphas, judge.race([to_scales.single(alpha) for alpha in alphas]), strict=True))
+
+    def loss(alpha: float) -> float:
+        score = scores[alpha]
+        if score.loss is None:
+            raise NonFiniteError(score.failure or "given up early")
+        return score.loss
+
+    return loss
+
+
+def _loss(objective: ModelObjective, smoothings: Mapping[str, Smoothing]) -> float | None:
+    """The loss of one candidate, None where it breaks down."""
+    try:
+        return objective.loss(smoothings)
+    except NonFiniteError:
+        return None
+
+
+class ModelScorer:
+    """Output losses of candidate models, batch by batch, against the best one so far.
+
+    Args:
+        judge: Loss at the model's output on the search batches.
+        smoothings: Alphas -> what they do to every site.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, judge: ModelObjective, smoothings: ModelScales, *, clock: Callable[[], float]) -> None:
         self._judge = judge
-        self._to_scales = to_scales
+        self._smoothings = smoothings
+        self._clock = clock
+        self._best: ModelScore | None = None
 
-    def losses(self, candidate: Candidate) -> Iterator[tuple[int, float]]:
-        yield from enumerate(self._judge.losses(self._to_scales(candidate.alphas)), start=1)
+    def score(self, candidates: Sequence[Candidate], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
+        """See :class:`alphasmith.search.studies.Scorer`; steps are batches, from 1."""
+        if pruning is not None:
+            return [self._pruned(i, c, None if i < protected else pruning) for i, c in enumerate(candidates)]
+        began = self._clock()
+        scores = self._judge.race(
+            [self._smoothings(c.alphas) for c in candidates],
+            incumbent=None if self._best is None or not self._best.samples else self._best.errors,
+            protected=protected,
+        )
+        seconds, total = self._clock() - began, sum(len(s.losses) for s in scores) or 1
+        for score in scores:
+            if score.loss is not None and (self._best is None or score.loss < float(self._best.loss or 0.0)):
+                self._best = score
+        return [_outcome(score, seconds * len(score.losses) / total) for score in scores]
+
+    def _pruned(self, index: int, candidate: Candidate, pruning: Pruning | None) -> Outcome:
+        """One candidate, stopped where an Optuna pruner says so."""
+        began = self._clock()
+        steps: list[tuple[int, float]] = []
+        state: State = "COMPLETE"
+        reason = ""
+        try:
+            for step, loss in enumerate(self._judge.losses(self._smoothings(candidate.alphas)), start=1):
+                steps.append((step, loss))
+                if pruning is not None and pruning(index, step, loss):
+                    state = "PRUNED"
+                    break
+        except NonFiniteError as error:
+            state, reason = "FAIL", str(error)
+        loss_found = steps[-1][1] if state == "COMPLETE" else None
+        return Outcome(state=state, loss=loss_found, seconds=self._clock() - began, reason=reason, steps=tuple(steps))
+
+
+def _outcome(score: ModelScore, seconds: float) -> Outcome:
+    state: State = "FAIL" if score.failure else "PRUNED" if score.stopped else "COMPLETE"
+    steps = tuple(enumerate(score.losses, start=1))
+    return Outcome(state=state, loss=score.loss, seconds=seconds, reason=score.failure, steps=steps)

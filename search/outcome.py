@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from alphasmith.objectives.quantized import QuantizationSummary
+from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.search.candidates import Candidate
 from alphasmith.search.compare import Baseline, ModelScores, Variant
 from alphasmith.search.model_search import ModelResult
 from alphasmith.search.ranges import DEFAULT_ALPHA
-from alphasmith.search.site_search import SiteResult
+from alphasmith.search.refinement import RefinementResult
+from alphasmith.search.site_result import SiteResult
 
 R = TypeVar("R", SiteResult, ModelResult)
 
@@ -24,17 +27,20 @@ class Found:
     Attributes:
         sites: Results per site (scope ``site``), in search order.
         whole: Result over the whole model (scope ``model``), else None.
-        scales: Variant -> site -> (C,), for every site that is smoothed.
+        smoothings: Variant -> site -> smoothing, for every site that is smoothed.
         fallback: The variant the output guard fell back to, or None.
         scores: Whole-model figures of all variants.
+        refinement: What the refinement at the output decided; None where it was off. Its changes are in ``sites`` and
+            ``smoothings`` already.
         notes: What people should know of the search, e.g. that there are fewer groups than asked for.
     """
 
     sites: Mapping[str, SiteResult]
     whole: ModelResult | None
-    scales: Mapping[Variant, Mapping[str, Tensor]]
+    smoothings: Mapping[Variant, Mapping[str, Smoothing]]
     fallback: Baseline | None
     scores: ModelScores
+    refinement: RefinementResult | None = None
     notes: tuple[str, ...] = ()
 
     def kept(self, result: R) -> R:
@@ -48,14 +54,20 @@ class Found:
             replace(losses, ours=losses.ours if (value := getattr(losses, field)) is None else value)
             for losses in (result.search, result.held_out)
         )
+        candidate = Candidate(self.fallback, alphas[self.fallback])
+        if isinstance(result, SiteResult):
+            smoothing = result.plain[self.fallback]
+            return replace(
+                result, candidate=candidate, smoothing=smoothing, search=search, held_out=held_out, guarded=True
+            )
         return replace(
-            result, winner=self.fallback, alphas=alphas[self.fallback], search=search, held_out=held_out, guarded=True
+            result, winner=self.fallback, alphas=candidate.alphas, search=search, held_out=held_out, guarded=True
         )
 
     @property
-    def final(self) -> Mapping[str, Tensor]:
-        """The scales that are kept."""
-        return self.scales[self.fallback or "ours"]
+    def final(self) -> Mapping[str, Smoothing]:
+        """The smoothings that are kept."""
+        return self.smoothings[self.fallback or "ours"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +78,13 @@ class Proof:
         tolerance: Largest relative output error allowed.
         error: Largest one measured; None when nothing was folded.
         batches: Proof batches.
+        dtype: What the models were run in; None when nothing was folded.
     """
 
     tolerance: float
     error: float | None
     batches: int
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +92,17 @@ class Products:
     """The two models of a run.
 
     Attributes:
-        folded: Float model with the scales folded in.
-        quantized: Quantized model.
+        folded: Float model with the smoothings folded in: the run's own model, there is no other left.
+        tensors: Stored tensors of the quantized model, see ``quantized_io.payload``.
+        structure: Its description.
         summary: Sizes of the quantized model.
         proof: Equivalence of ``folded``.
-        peak: Measured peak memory beyond the start of the run [bytes].
+        peak: Measured peak memory beyond the libraries, the model included [bytes].
     """
 
     folded: nn.Module
-    quantized: nn.Module
+    tensors: Mapping[str, Tensor]
+    structure: Mapping[str, Any]
     summary: QuantizationSummary
     proof: Proof
     peak: int

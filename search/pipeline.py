@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import optuna
-from torch import Tensor, nn
+from torch import nn
 
 from alphasmith.objectives.calibration import weight_absmax
-from alphasmith.objectives.equivalence import prove
+from alphasmith.objectives.candidate_model import CandidateModel
+from alphasmith.objectives.equivalence import Equivalence, fold_and_prove
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.memory import measured_peak, resident_bytes
+from alphasmith.objectives.memory import measured_peak, resident_bytes, resident_model_bytes
 from alphasmith.objectives.model_objective import ModelLoss, ModelObjective
-from alphasmith.objectives.quantized import CandidateModel, quantize_model
-from alphasmith.objectives.site_data import to_device
-from alphasmith.objectives.sites.folding import fold, folded_parameters
 from alphasmith.objectives.sites.types import Site
-from alphasmith.objectives.smoothing import smoothing_scales
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
 from alphasmith.search.compare import Variant, best_variant, score_float, score_variants, task_loss
 from alphasmith.search.config import RunConfig
 from alphasmith.search.model_search import ModelResult, SiteStatistics, search_model
@@ -28,9 +24,12 @@ from alphasmith.search.prepare import Prepared, prepare, search_device, survey
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.ranges import DEFAULT_ALPHA
 from alphasmith.search.recorder import DEFAULT_STORAGE, RunRecorder, RunResult
-from alphasmith.search.site_search import SiteResult, search_data
+from alphasmith.search.refinement import RefinementResult
+from alphasmith.search.site_result import SiteResult
+from alphasmith.search.site_stage import refine_sites, search_sites
 from alphasmith.search.studies import TrialResult
 from alphasmith.search.task import Task, load_task
+from alphasmith.search.writer import Writer
 from alphasmith.storage.database import check_reachable
 from alphasmith.storage.output import OutputFolder
 
@@ -74,11 +73,20 @@ def run(
         progress.note(note)
     found_sites = survey(config, task)
     float_metric = score_float(found_sites.model, task.metric, progress)
-    baseline = resident_bytes()  # the prediction starts here: model and libraries are loaded
+    # The prediction starts with the libraries: the model is part of it.
+    baseline = resident_bytes() - resident_model_bytes(found_sites.model)
     prepared = prepare(config, task, found_sites, progress)
     with RunRecorder(config, task, prepared) as recorder:
-        found = _search(config, task, prepared, float_metric, recorder, progress)
-        products = _produce(config, task, prepared, found, baseline, progress)
+        candidate = CandidateModel(
+            prepared.survey.model,
+            prepared.sites,
+            input_ranges(prepared),
+            config.scheme.build(),
+            skip_patterns(config, prepared),
+            keep_dense=prepared.plan.dense > 0,
+        )
+        found = _search(config, task, prepared, candidate, float_metric, recorder, progress)
+        products = _produce(config, task, prepared, candidate, found, baseline, progress)
         progress.stage("writing")
         return recorder.write(found, products)
 
@@ -87,34 +95,38 @@ def _search(
     config: RunConfig,
     task: Task,
     prepared: Prepared,
+    candidate: CandidateModel,
     float_metric: float | None,
     recorder: RunRecorder,
     progress: Progress,
 ) -> Found:
     device = search_device(config)
-    candidate = CandidateModel(
-        prepared.survey.model,
-        prepared.sites,
-        absmax_by_site(prepared),
-        config.scheme.build(),
-        skip_patterns(config, prepared),
-    )
     held_out = [b.to(device) for b in task.held_out]
     statistics = _statistics(prepared)
-    scales: dict[Variant, dict[str, Tensor]] = {"identity": {}, "alpha_0.5": _single(statistics, DEFAULT_ALPHA)}
+    smoothings: dict[Variant, Mapping[str, Smoothing]] = {
+        "identity": {},
+        "alpha_0.5": _single(statistics, DEFAULT_ALPHA),
+    }
     sites: dict[str, SiteResult] = {}
     whole: ModelResult | None = None
+    refinement: RefinementResult | None = None
     kind = config.search.loss if config.search.scope == "model" else "mse"
     reserve = ModelObjective(candidate, held_out, loss=_output_loss(config, task, float_metric))
     if config.search.scope == "site":
-        sites = _search_sites(config, prepared, recorder, progress)
-        scales["best_single"] = {n: r.best_single_scales.cpu() for n, r in sites.items()}
-        scales["ours"] = {n: r.scales.cpu() for n, r in sites.items()}
+        candidate.reset()
+        with Writer() as writer:
+            sites = search_sites(config, prepared, recorder, writer, progress)
+        if config.search.refine and sites:
+            judge = ModelObjective(candidate, [b.to(device) for b in task.calibration], loss="mse")
+            sites, refinement = refine_sites(config, prepared, sites, judge, reserve, recorder, progress)
+        smoothings["best_single"] = {n: r.best_single for n, r in sites.items()}
+        smoothings["ours"] = {n: r.smoothing for n, r in sites.items()}
     else:
         whole = _search_whole(config, task, candidate, statistics, reserve, float_metric, recorder, progress)
-        scales["best_single"] = _single(statistics, whole.best_single_alpha)
-        scales["ours"] = dict(whole.scales)
-    scores = score_variants(candidate, reserve, kind, scales, task.metric, float_metric, progress)
+        smoothings["best_single"] = _single(statistics, whole.best_single_alpha)
+        smoothings["ours"] = whole.smoothings
+    scores = score_variants(candidate, reserve, kind, smoothings, task.metric, float_metric, progress)
+    candidate.reset()
     best = best_variant(scores)
     ours = scores.losses["ours"]
     # A winner that breaks the whole model is never kept, whatever its sites say.
@@ -127,42 +139,17 @@ def _search(
     notes = _fewer_groups(config.groups.k, {"the model": whole} if whole else sites)
     for note in notes:
         progress.note(f"warning: {note}")
-    found = Found(sites=sites, whole=whole, scales=scales, fallback=fallback, scores=scores, notes=notes)
+    found = Found(
+        sites=sites,
+        whole=whole,
+        smoothings=smoothings,
+        fallback=fallback,
+        scores=scores,
+        refinement=refinement,
+        notes=notes,
+    )
     recorder.outcome(found)
     return found
-
-
-def _search_sites(
-    config: RunConfig, prepared: Prepared, recorder: RunRecorder, progress: Progress
-) -> dict[str, SiteResult]:
-    """One study per site. Weights carry the folds of the sites searched before, see ``producers_first``."""
-    by_name = {s.name: s for s in prepared.sites}
-    weights = dict(prepared.survey.model.named_parameters()) | dict(prepared.survey.model.named_buffers())
-    weights = {name: value.detach() for name, value in weights.items()}
-    device = search_device(config)
-    results: dict[str, SiteResult] = {}
-    progress.stage("searching sites", len(prepared.order))
-    for name in prepared.order:
-        site = by_name[name]
-        data = to_device(prepared.calibration.site_data(site, weights), device)
-        reserve = to_device(prepared.held_out.site_data(site, weights, ranges_from=prepared.calibration), device)
-        result = search_data(
-            data,
-            reserve,
-            scheme=config.scheme.build(),
-            groups=config.groups,
-            search=config.search,
-            rho=prepared.survey.scarcity.rho,
-            storage=recorder.optuna_storage,
-            study_name=recorder.study_name(name),
-        )
-        results[name] = result
-        recorder.site(site, result)
-        if site.mode == "fold":
-            producers = replace(site, edits=tuple(e for e in site.edits if e.power < 0))
-            weights |= folded_parameters(weights, producers, result.scales.to(device))
-        progress.advance(f"best loss {result.held_out_loss:.3g} at the last site")
-    return results
 
 
 def _search_whole(
@@ -211,45 +198,57 @@ def _output_loss(config: RunConfig, task: Task, float_metric: float | None) -> M
 
 
 def _produce(
-    config: RunConfig, task: Task, prepared: Prepared, found: Found, baseline: int, progress: Progress
+    config: RunConfig,
+    task: Task,
+    prepared: Prepared,
+    candidate: CandidateModel,
+    found: Found,
+    baseline: int,
+    progress: Progress,
 ) -> Products:
-    """Fold, prove, then quantize; EquivalenceError leaves nothing behind."""
-    pristine = prepared.survey.model
+    """Quantize, then fold and prove on the same model; EquivalenceError leaves nothing behind.
+
+    The quantized weights are kept while the model they came from is folded, so there is never a second float model.
+    """
+    progress.stage("quantizing", 1)
+    candidate.apply(found.final)
+    summary = candidate.summary()
+    tensors, structure = candidate.payload()
+    model = candidate.reset()
+    candidate.check_pristine()
+    progress.advance()
     progress.stage("proving equivalence", 1)
-    scales = found.final
-    folded = copy.deepcopy(pristine)
-    foldable = [s for s in prepared.sites if s.mode == "fold" and s.name in scales]
-    for site in foldable:
-        fold(folded, site, scales[site.name])
-    error = None
+    foldable = [s for s in prepared.sites if s.mode == "fold" and s.name in found.final]
+    proven: Equivalence | None = None
     if foldable:
         device = search_device(config)
-        proof = [b.to(device) for b in task.proof]
-        error = prove(pristine, folded, proof, tolerance=config.proof.tolerance, sites=foldable, scales=scales)
-    progress.advance()
-    progress.stage("quantizing", 1)
-    quantized = copy.deepcopy(pristine)
-    summary = quantize_model(
-        quantized,
-        prepared.sites,
-        scales=scales,
-        absmax=absmax_by_site(prepared),
-        scheme=config.scheme.build(),
-        skip=skip_patterns(config, prepared),
-    )
+        proven = fold_and_prove(
+            model,
+            foldable,
+            found.final,
+            [b.to(device) for b in task.proof],
+            tolerance=config.proof.tolerance,
+            float64_bytes=prepared.plan.float64,
+        )
     progress.advance()
     return Products(
-        folded=folded,
-        quantized=quantized,
+        folded=model,
+        tensors=tensors,
+        structure=structure,
         summary=summary,
-        proof=Proof(tolerance=config.proof.tolerance, error=error, batches=len(task.proof)),
+        proof=Proof(
+            tolerance=config.proof.tolerance,
+            error=proven.error if proven else None,
+            batches=len(task.proof),
+            dtype=proven.dtype if proven else None,
+        ),
         peak=measured_peak(baseline),
     )
 
 
-def absmax_by_site(prepared: Prepared) -> dict[str, Tensor]:
-    """Site -> (C,) calibrated abs-max, for every site with data."""
-    return {name: prepared.calibration.activation_absmax(name) for name in prepared.calibration.sites}
+def input_ranges(prepared: Prepared) -> dict[str, ChannelRange]:
+    """Site -> calibrated range of every channel, for every site with data."""
+    return {name: prepared.calibration.input_range(name) for name in prepared.calibration.sites}
 
 
 def skip_patterns(config: RunConfig, prepared: Prepared) -> tuple[str, ...]:
@@ -258,8 +257,10 @@ def skip_patterns(config: RunConfig, prepared: Prepared) -> tuple[str, ...]:
     return (*config.sites.skip, *missing)
 
 
-def _fewer_groups(k: int, results: Mapping[str, SiteResult | ModelResult]) -> tuple[str, ...]:
+def _fewer_groups(k: int | Literal["auto"], results: Mapping[str, SiteResult | ModelResult]) -> tuple[str, ...]:
     """One line on where there are fewer groups than asked for; none where there are as many."""
+    if k == "auto":
+        return ()
     fewer = {name: len(r.ranges) for name, r in results.items() if len(r.ranges) < k}
     if not fewer:
         return ()
@@ -282,5 +283,7 @@ def _statistics(prepared: Prepared) -> dict[str, SiteStatistics]:
     }
 
 
-def _single(statistics: Mapping[str, SiteStatistics], alpha: float) -> dict[str, Tensor]:
-    return {n: smoothing_scales(s.activation, s.weight, alpha, ties=s.ties) for n, s in statistics.items()}
+def _single(statistics: Mapping[str, SiteStatistics], alpha: float) -> dict[str, Smoothing]:
+    return {
+        n: Smoothing(scales=smoothing_scales(s.activation, s.weight, alpha, ties=s.ties)) for n, s in statistics.items()
+    }

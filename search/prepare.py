@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.batch import Batch, call, main_output
 from alphasmith.objectives.calibration import Calibration, calibrate
+from alphasmith.objectives.equivalence import FLOAT64_LIMIT
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.memory import MemoryPlan, activation_bytes, fit_rows, readable
+from alphasmith.objectives.memory import (
+    MemoryDemand,
+    MemoryPlan,
+    activation_bytes,
+    fit_rows,
+    readable,
+    resident_model_bytes,
+)
 from alphasmith.objectives.model_objective import real_rows
 from alphasmith.objectives.recurrent import unroll
 from alphasmith.objectives.sites.discovery import discover
@@ -30,10 +38,11 @@ _CALL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """A private copy of the model, its sites, and what the target hardware makes of it. No data has been seen.
+    """The run's model, its sites, and what the target hardware makes of it. No data has been seen.
 
     Attributes:
-        model: Private float copy with recurrent layers unrolled, on the search device; read, never written.
+        model: The task's float model, or a copy of it where recurrent layers had to be unrolled, on the search device.
+            Candidates are applied to it in place and taken back; at the end of a run it is folded.
         names: Parameter name of ``model`` -> name in the user's model, where they differ.
         sites: All sites, with the configuration's exclusions applied.
         skipped: (name, reason) of weights that cannot be quantized.
@@ -88,13 +97,15 @@ def search_device(config: RunConfig) -> torch.device:
 
 
 def survey(config: RunConfig, task: Task) -> Survey:
-    """Copy the model, find its sites and judge the target hardware.
+    """Find the model's sites and judge the target hardware.
 
     Raises:
         InputError: No linear or convolution operator, nothing to run the model on, or data it cannot be called with.
     """
     device = search_device(config)
-    model = copy.deepcopy(task.loaded.model).eval()
+    model = task.loaded.model.eval()
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        model = copy.deepcopy(model)  # unrolling would change the architecture that is saved
     names = unroll(model)
     model.to(device)
     example = task.calibration[0].narrow(0, 1).to(device)
@@ -163,21 +174,19 @@ def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) ->
             search in scope ``model``.
     """
     search = config.search
-    budget = config.hardware.search_memory or int(psutil.virtual_memory().available)
+    # The model is there already, so it is not part of what is still available.
+    available = int(psutil.virtual_memory().available) + resident_model_bytes(found.model)
+    budget = config.hardware.search_memory or available
     watched = [s for s in found.sites if any(not o.raw for o in s.operators)]
-    plan = fit_rows(
-        found.model,
-        watched,
-        rows=search.rows,
-        budget=budget,
+    demand = MemoryDemand(
         batch=found.example,
         batch_size=max(b.size for b in (task.calibration[0], task.held_out[0])),
-        # At the proof: the folded model and a float64 copy of one model, which is a float32 copy first. The user's model
-        # and ours exist already.
-        model_copies=4,
-        percentiles=search.statistic == "percentile",
+        scheme=config.scheme.build(),
+        percentiles="percentile" in search.statistic,
         outputs=_output_bytes(found, task, config),
+        float64_limit=FLOAT64_LIMIT,
     )
+    plan = fit_rows(found.model, watched, rows=search.rows, budget=budget, demand=demand)
     progress.note(f"memory: {plan} predicted, {readable(budget)} available; {plan.rows} rows per site")
 
     def record(name: str, batches: Sequence[Batch], seed: int) -> Calibration:
@@ -188,7 +197,7 @@ def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) ->
             batches,
             rows=plan.rows,
             seed=seed,
-            statistic=search.statistic,
+            statistics=search.statistic,
             percentile=search.percentile,
             device=search_device(config),
             on_batch=lambda _: progress.advance(),
@@ -245,7 +254,9 @@ def _output_bytes(found: Survey, task: Task, config: RunConfig) -> int:
     """Float outputs that candidates are compared with, and the temporaries of one comparison [bytes]."""
     with torch.no_grad():
         one = main_output(call(found.model, found.example)).nbytes
-    compared = list(task.held_out) + (list(task.calibration) if config.search.scope == "model" else [])
+    compared = list(task.held_out) + (
+        list(task.calibration) if config.search.scope == "model" or config.search.refine else []
+    )
     return one * (sum(b.size for b in compared) + 4 * max(b.size for b in compared))
 
 

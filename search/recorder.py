@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,23 +18,24 @@ from torch import Tensor, nn
 
 from alphasmith.dashboards.report import render_report
 from alphasmith.dashboards.study_views import annotate_study, study_note
+from alphasmith.dashboards.words import verdict_of_refinement
 from alphasmith.objectives.hf_folder import save_folder
-from alphasmith.objectives.quantized_io import payload
 from alphasmith.objectives.recurrent import original_names
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.config import RunConfig
-from alphasmith.search.manifests import build_manifest, scale_tensors, space_hash
+from alphasmith.search.manifests import build_manifest, refinement_entry, scale_tensors, search_facts, space_hash
 from alphasmith.search.model_search import ModelResult
 from alphasmith.search.outcome import Found, Products
 from alphasmith.search.prepare import Prepared
-from alphasmith.search.site_search import SiteResult
+from alphasmith.search.refinement import RefinementKind, RefinementResult
+from alphasmith.search.site_result import SiteResult
 from alphasmith.search.spaces import SearchSpace
 from alphasmith.search.studies import Losses, TrialResult
 from alphasmith.search.task import Task
 from alphasmith.storage import record_types as stored
 from alphasmith.storage.database import initialise, open_database, optuna_storage
 from alphasmith.storage.files import artifact_kind
-from alphasmith.storage.frames import groups_frame, sites_frame, trials_frame
+from alphasmith.storage.frames import REFINEMENT, groups_frame, sites_frame, trials_frame
 from alphasmith.storage.manifest import FILE_NAME, Manifest
 from alphasmith.storage.output import OutputFolder
 from alphasmith.storage.records import RunStore
@@ -151,7 +151,7 @@ class RunRecorder:
 
     def site(self, site: Site, result: SiteResult) -> None:
         """Keep one site's result with its groups and trials, in one transaction."""
-        self._spaces[site.name] = SearchSpace.of(result.ranges)
+        self._spaces[site.name] = result.space
         self._store.add_site(
             self.id,
             self._site_record(
@@ -163,7 +163,18 @@ class RunRecorder:
                 trials=len(result.results),
                 exact_evaluations=result.exact_evaluations,
                 seconds=result.seconds,
-                groups=_groups(result, [int(n) for n in result.labels.bincount(minlength=len(result.ranges))]),
+                groups=_groups(
+                    result,
+                    [int(n) for n in result.labels.bincount(minlength=len(result.ranges))],
+                    betas=result.candidate.betas,
+                    offsets=result.candidate.offsets,
+                ),
+                shift=result.smoothing.shift is not None,
+                range_statistic=result.range_statistic,
+                range_factor=result.smoothing.range_factor,
+                grouping=result.grouping,
+                statistic=result.statistic,
+                facts=search_facts(result).model_dump(mode="json"),
             ),
             _digests(result.study_name, result.results),
         )
@@ -180,13 +191,17 @@ class RunRecorder:
         return _groups(result, [sum(column) for column in zip(*counts, strict=True)])
 
     def outcome(self, found: Found) -> None:
-        """Keep what the guard at the output kept: it may have put a baseline in the place of every winner."""
-        if found.fallback is None:
-            return
+        """Keep what the model's output decided.
+
+        The refinement may have changed sites, and the guard may have put a baseline in the place of every winner.
+        """
+        changed: set[str] = set() if found.refinement is None else set(found.refinement.changed)
+        if found.refinement is not None:
+            self._store.add_trials(self.id, _refinement_digests(found.refinement))
         for site in self._prepared.sites:
-            if site.name in found.sites:
+            if site.name in found.sites and (found.fallback is not None or site.name in changed):
                 self.site(site, found.kept(found.sites[site.name]))
-        if found.whole is not None:
+        if found.whole is not None and found.fallback is not None:
             self._store.set_groups(self.id, self._model_groups(found.kept(found.whole)))
 
     def write(self, found: Found, products: Products) -> RunResult:
@@ -199,12 +214,14 @@ class RunRecorder:
             if site.name not in found.sites:
                 self._store.add_site(self.id, self._site_record(site))
         out = self._config.out or DEFAULT_OUT / self.id
-        record = self._store.conclude(self.id, space_hash=space_hash(self._spaces), folder=str(out.resolve()))
+        refinement = None if found.refinement is None else refinement_entry(found.refinement).model_dump(mode="json")
+        record = self._store.conclude(
+            self.id, space_hash=space_hash(self._spaces), folder=str(out.resolve()), refinement=refinement
+        )
         with OutputFolder(out) as folder:
             self._write_smoothed(folder, products.folded)
-            self._write_quantized(folder, products.quantized)
-            tensors, _ = scale_tensors(self._prepared.sites, found.final, self._prepared.survey.names)
-            folder.write_tensors("scales.safetensors", tensors)
+            self._write_quantized(folder, products)
+            folder.write_tensors("scales.safetensors", scale_tensors(self._prepared.sites, found.final))
             manifest = build_manifest(
                 record,
                 config=self._config,
@@ -243,21 +260,22 @@ class RunRecorder:
 
     def _write_smoothed(self, folder: OutputFolder, folded: nn.Module) -> None:
         """The folded float model under the user's own names; a Hugging Face folder where the model came as one."""
-        tensors = original_names(folded.state_dict(), self._prepared.survey.names)
-        model = self._task.loaded.model
-        if hasattr(model, "save_pretrained"):
-            shipped = copy.deepcopy(model)
-            shipped.load_state_dict({name: value.cpu() for name, value in tensors.items()})
+        names = self._prepared.survey.names
+        tensors = original_names(folded.state_dict(), names)
+        if hasattr(folded, "save_pretrained"):
+            shipped = folded
+            if names:  # recurrent layers are saved in the architecture the model came in
+                shipped = self._task.loaded.model
+                shipped.load_state_dict(tensors)
             save_folder(shipped, folder.subfolder("smoothed"))
             folder.adopt("smoothed")
         else:
             folder.write_tensors("smoothed/model.safetensors", _unshared(tensors))
         self._copy_companions(folder, "smoothed")
 
-    def _write_quantized(self, folder: OutputFolder, quantized: nn.Module) -> None:
-        tensors, structure = payload(quantized)
-        structure["unrolled"] = bool(self._prepared.survey.names)
-        folder.write_tensors("quantized/model.safetensors", tensors, {"format": "pt"})
+    def _write_quantized(self, folder: OutputFolder, products: Products) -> None:
+        structure = {**products.structure, "unrolled": bool(self._prepared.survey.names)}
+        folder.write_tensors("quantized/model.safetensors", products.tensors, {"format": "pt"})
         folder.write_json("quantized/quantization.json", structure)
         config: Any = getattr(self._task.loaded.model, "config", None)
         if hasattr(config, "to_json_string"):
@@ -276,11 +294,14 @@ class RunRecorder:
 
     def _annotate(self, sites: pd.DataFrame, trials: pd.DataFrame) -> None:
         """Two figures and a note in every study, for the Optuna dashboard."""
+        refinement = self._store.get(self.id).refinement
         for of, name in self._studies.items():
             study = optuna.load_study(study_name=name, storage=self.optuna_storage)
             mine = trials[trials["study_name"] == name]
-            shown = sites if of == "model" else sites[sites["site"] == of]
+            shown = sites if of in ("model", REFINEMENT) else sites[sites["site"] == of]
             facts = {"run": self.id, "scheme": self._config.scheme.build().name, "model": self._task.name}
+            if of == REFINEMENT and refinement is not None:
+                facts["outcome"] = verdict_of_refinement(refinement)
             annotate_study(study, sites=shown, trials=mine, note=study_note(of, shown, facts))
 
 
@@ -334,7 +355,9 @@ def _losses(losses: Losses, best_single_alpha: float) -> stored.Losses:
     )
 
 
-def _groups(result: SiteResult | ModelResult, sizes: list[int]) -> tuple[stored.GroupRecord, ...]:
+def _groups(
+    result: SiteResult | ModelResult, sizes: list[int], betas: Sequence[float] = (), offsets: Sequence[float] = ()
+) -> tuple[stored.GroupRecord, ...]:
     return tuple(
         stored.GroupRecord(
             index=k,
@@ -344,6 +367,8 @@ def _groups(result: SiteResult | ModelResult, sizes: list[int]) -> tuple[stored.
             alpha=None if result.alphas is None else result.alphas[k],
             magnitude=result.magnitudes[k],
             explanation=bounds.explanation,
+            beta=betas[k] if betas else None,
+            offset=offsets[k] if offsets else None,
         )
         for k, (size, bounds) in enumerate(zip(sizes, result.ranges, strict=True))
     )
@@ -358,11 +383,39 @@ def _digests(study_name: str, results: tuple[TrialResult, ...]) -> list[stored.T
             study_name=study_name,
             trial_number=r.number,
             kind=r.candidate.kind,
-            params={f"alpha_{k}": a for k, a in enumerate(r.candidate.alphas or ())},
+            params=r.candidate.params(),
             state=_STATES[r.state],
             loss=r.loss,
             seconds=r.seconds,
             reason=r.reason,
         )
         for r in results
+    ]
+
+
+_REFINEMENT_KINDS: Mapping[RefinementKind, stored.TrialKind] = {
+    "ours": "refined",
+    "proposal": "refined",
+    "best_single": "best_single",
+    "alpha_0.5": "alpha_0.5",
+    "sampler": "sampler",
+}
+
+
+def _refinement_digests(refinement: RefinementResult) -> list[stored.TrialDigest]:
+    """Trials of the refinement; parameters are named as in its Optuna study."""
+    return [
+        stored.TrialDigest.of(
+            study_name=refinement.study_name,
+            trial_number=r.number,
+            kind=_REFINEMENT_KINDS[r.candidate],
+            params={f"delta {kind}": delta for kind, delta in r.change.deltas.items()}
+            | {f"choice {site}": choice for site, choice in r.change.choices.items()}
+            | {"rest": r.change.rest},
+            state=_STATES[r.state],
+            loss=r.loss,
+            seconds=r.seconds,
+            reason=r.reason,
+        )
+        for r in refinement.results
     ]

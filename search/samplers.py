@@ -13,6 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from alphasmith.search.config import PrunerName, SamplerName
 
+#: Trials before a sampler trusts what it has seen: baselines and a proposal are there from the start, so it begins around them.
+_START_UP = 4
+
 
 def make_sampler(name: SamplerName, *, seed: int, space: dict[str, BaseDistribution]) -> BaseSampler:
     """A seeded sampler that draws every trial from ``space``.
@@ -25,7 +28,7 @@ def make_sampler(name: SamplerName, *, seed: int, space: dict[str, BaseDistribut
         inner: BaseSampler
         match name:
             case "tpe":
-                inner = TPESampler(seed=seed, n_startup_trials=8)
+                inner = TPESampler(seed=seed, n_startup_trials=_START_UP)
             case "qmc":
                 inner = QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
             case "random":
@@ -33,14 +36,14 @@ def make_sampler(name: SamplerName, *, seed: int, space: dict[str, BaseDistribut
             case "cmaes":
                 inner = CmaEsSampler(seed=seed, warn_independent_sampling=False)
             case "gp":
-                inner = GPSampler(seed=seed, n_startup_trials=8, deterministic_objective=True)
+                inner = GPSampler(seed=seed, n_startup_trials=_START_UP, deterministic_objective=True)
     return inner if name == "random" else _FrozenSpaceSampler(inner, space)
 
 
 def make_pruner(name: PrunerName) -> BasePruner:
-    """A pruner that compares losses on equal row subsets."""
+    """A pruner that compares losses on equal row subsets; none where the paired rule decides or nothing does."""
     match name:
-        case "none":
+        case "none" | "paired":
             return NopPruner()
         case "median":
             return MedianPruner(n_startup_trials=6)

@@ -1,14 +1,15 @@
-"""The frozen search space of a study: K alphas inside their ranges, hashed, never changed once a trial exists."""
+"""The frozen search space of a study: numbers inside their ranges and choices, hashed, never changed once a trial exists."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.search.ranges import AlphaRange
@@ -16,32 +17,82 @@ from alphasmith.search.ranges import AlphaRange
 _SPACE = "alphasmith:space"
 _DIGEST = "alphasmith:space_sha256"
 
+#: How far a group's factor may move its scales, natural logarithm: a factor of 150 either way. Channels that the weights hardly
+#: read need it (docs/performance.md).
+OFFSET_RANGE = (-5.0, 5.0)
+#: Exponents of w, where they are searched.
+BETA_RANGE = (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """K alphas, one per group (claim A-3).
+    """K alphas, one per group (claim A-3), and what is searched beside them.
 
     Attributes:
-        low: (K,) smallest alphas.
-        high: (K,) largest alphas.
+        floats: (name, low, high) of every number.
+        choices: (name, values) of every choice with more than one value.
+        recorded: (name, values) of choices that are made elsewhere (on held-out rows) and only recorded with a trial.
     """
 
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    floats: tuple[tuple[str, float, float], ...]
+    choices: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    recorded: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @classmethod
-    def of(cls, ranges: Sequence[AlphaRange]) -> SearchSpace:
-        """The space of given ranges, rounded to 1e-9 so that its hash does not depend on the last bit."""
-        return cls(tuple(round(r.low, 9) for r in ranges), tuple(round(r.high, 9) for r in ranges))
+    def of(
+        cls,
+        ranges: Sequence[AlphaRange],
+        *,
+        betas: bool = False,
+        offsets: bool = False,
+        choices: Mapping[str, Sequence[str]] | None = None,
+        recorded: Mapping[str, Sequence[str]] | None = None,
+    ) -> SearchSpace:
+        """The space of given alpha ranges, rounded to 1e-9 so that its hash does not depend on the last bit.
+
+        Args:
+            ranges: One per group.
+            betas: Whether every group has a beta of its own, within ``BETA_RANGE``.
+            offsets: Whether every group has an offset of its own, within ``OFFSET_RANGE``.
+            choices: Values to choose from by name; a single value is no choice and left out.
+            recorded: Likewise, for choices that the sampler does not make.
+        """
+        floats = [(f"alpha_{k}", round(r.low, 9), round(r.high, 9)) for k, r in enumerate(ranges)]
+        floats += [(f"beta_{k}", *BETA_RANGE) for k in range(len(ranges)) if betas]
+        floats += [(f"offset_{k}", *OFFSET_RANGE) for k in range(len(ranges)) if offsets]
+        sampled, kept = (
+            tuple((name, tuple(values)) for name, values in (given or {}).items() if len(values) > 1)
+            for given in (choices, recorded)
+        )
+        return cls(tuple(floats), sampled, kept)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Parameter names ``alpha_0`` .. ``alpha_{K-1}``."""
-        return tuple(f"alpha_{k}" for k in range(len(self.low)))
+        """All parameter names."""
+        return (*(name for name, _, _ in self.floats), *(name for name, _ in self.choices))
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna distributions by parameter name."""
-        return {n: FloatDistribution(a, b) for n, a, b in zip(self.names, self.low, self.high, strict=True)}
+        floats: dict[str, BaseDistribution] = {n: FloatDistribution(a, b) for n, a, b in self.floats}
+        return floats | {name: CategoricalDistribution(values) for name, values in self.choices}
+
+    def recordable(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that are worth a row in the database: numbers, and choices with more than one value."""
+        choices = {name for name, _ in (*self.choices, *self.recorded)}
+        return {name: value for name, value in params.items() if name in choices or not isinstance(value, str)}
+
+    def holding(self, params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+        """Distributions of recordable ``params``, widened to hold them: baselines outside the ranges stay as they are (T3)."""
+        bounds = {name: (low, high) for name, low, high in self.floats}
+        choices = dict((*self.choices, *self.recorded))
+        result: dict[str, BaseDistribution] = {}
+        for name, value in params.items():
+            if name in choices:
+                result[name] = CategoricalDistribution(choices[name])
+            else:
+                low, high = bounds.get(name, (value, value))
+                result[name] = FloatDistribution(min(low, value), max(high, value))
+        return result
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of the space."""
@@ -67,4 +118,4 @@ class SearchSpace:
             )
 
     def _json(self) -> str:
-        return json.dumps({"low": list(self.low), "high": list(self.high)}, sort_keys=True)
+        return json.dumps({"floats": self.floats, "choices": (*self.choices, *self.recorded)}, sort_keys=True)

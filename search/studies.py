@@ -4,43 +4,60 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from alphasmith.objectives.errors import AlphasmithError, NonFiniteError
+from alphasmith.search.candidates import Candidate
 from alphasmith.search.config import SearchConfig
 from alphasmith.search.ranges import DEFAULT_ALPHA
 from alphasmith.search.samplers import make_pruner, make_sampler
 from alphasmith.search.spaces import SearchSpace
+from alphasmith.search.writer import Writer
+from alphasmith.storage.optuna_trials import insert_trials
 
-CandidateKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler"]
+State = Literal["COMPLETE", "PRUNED", "FAIL"]
+#: (candidate's place in the batch, step, loss) -> whether a configured Optuna pruner stops it.
+Pruning: TypeAlias = Callable[[int, int, float], bool]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One set of K alphas to try.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How scoring one candidate ended.
 
     Attributes:
-        kind: Where it comes from.
-        alphas: (K,) or None for identity, which no alpha reaches.
+        state: ``COMPLETE``, ``PRUNED`` (stopped early: worse than the incumbent) or ``FAIL``.
+        loss: Loss on all search data; None unless complete.
+        seconds: Time spent on it [s].
+        reason: Why it failed; empty otherwise.
+        steps: (step, loss) on growing subsets of the data.
     """
 
-    kind: CandidateKind
-    alphas: tuple[float, ...] | None
+    state: State
+    loss: float | None
+    seconds: float
+    reason: str = ""
+    steps: tuple[tuple[int, float], ...] = ()
 
 
-class CandidateObjective(Protocol):
+class Scorer(Protocol):
     """What a study needs of a site or of a whole model."""
 
-    def losses(self, candidate: Candidate) -> Iterator[tuple[int, float]]:
-        """Yield (step, loss) on growing subsets of the data; the last one is the candidate's loss.
+    def score(self, candidates: Sequence[Candidate], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
+        """Score candidates together on growing subsets of the data.
 
-        Raises:
-            NonFiniteError: The loss is NaN or infinite.
+        Args:
+            candidates: Any number.
+            protected: The first so many are scored on all data whatever their losses are (baselines).
+            pruning: Asked after every subset whether to stop a candidate that is not protected; None: candidates whose
+                loss is above the incumbent's by more than three paired standard errors are stopped.
         """
         ...
 
@@ -60,7 +77,7 @@ class TrialResult:
 
     number: int
     candidate: Candidate
-    state: Literal["COMPLETE", "PRUNED", "FAIL"]
+    state: State
     loss: float | None
     seconds: float
     reason: str = ""
@@ -102,21 +119,34 @@ class Verdict:
     guarded: bool
 
 
-def guard(results: Sequence[TrialResult], held_out: Callable[[Candidate], float]) -> Verdict:
-    """Re-score the best trial and the baselines on held-out data; the best trial loses to a baseline that is better there.
+def guard(
+    results: Sequence[TrialResult],
+    held_out: Callable[[Sequence[Candidate]], Sequence[float | None]],
+    *,
+    also: Sequence[TrialResult] = (),
+) -> Verdict:
+    """Re-score the best trial and the baselines on held-out data; the best trial loses to one that is better there.
 
     Args:
         results: Trials of a study; 0, 1 and 2 are the baselines.
-        held_out: Loss of a candidate on held-out data.
+        held_out: Losses of candidates on held-out data, None for one that failed there.
+        also: Further trials that may win on held-out data.
+
+    Raises:
+        NonFiniteError: No candidate has a finite held-out loss.
     """
     best = best_trial(results)
-    contenders = {r.number: r for r in (*results[:3], best) if r.loss is not None}
+    baseline = [r for r in results if r.number < 3]
+    contenders = {r.number: r for r in (*baseline, best, *also) if r.loss is not None}
     search = {n: r.loss for n, r in contenders.items() if r.loss is not None}
-    reserve = {n: held_out(r.candidate) for n, r in contenders.items()}
+    scored = zip(contenders, held_out([r.candidate for r in contenders.values()]), strict=True)
+    reserve = {n: loss for n, loss in scored if loss is not None}
+    if not reserve:
+        raise NonFiniteError("no candidate has a finite loss on held-out data")
     lowest = min(reserve, key=lambda n: (reserve[n], n))
-    kept = best.number if reserve[best.number] <= reserve[lowest] else lowest
+    kept = best.number if reserve.get(best.number, math.inf) <= reserve[lowest] else lowest
 
-    def losses(of: dict[int, float]) -> Losses:
+    def losses(of: Mapping[int, float]) -> Losses:
         return Losses(identity=of.get(0), alpha_half=of.get(1), best_single=of.get(2), ours=of[kept])
 
     return Verdict(
@@ -141,37 +171,6 @@ def best_single_alpha(loss: Callable[[float], float], points: int) -> tuple[floa
     return (min(grid, key=lambda point: point[1])[0] if grid else DEFAULT_ALPHA), grid
 
 
-def open_study(
-    search: SearchConfig,
-    space: SearchSpace,
-    grid: list[list[float]],
-    *,
-    storage: optuna.storages.BaseStorage | None,
-    name: str | None,
-) -> optuna.Study:
-    """The study of this name, made if it is not there, with the configured sampler and pruner.
-
-    Args:
-        search: Sampler, pruner and seed.
-        space: What the sampler draws from.
-        grid: The single-alpha grid, kept with the study.
-        storage: Optuna storage, None for memory.
-        name: Name of the study, None for a random one.
-    """
-    study = optuna.create_study(
-        study_name=name,
-        storage=storage,
-        sampler=make_sampler(search.sampler, seed=search.seed, space=space.distributions()),
-        pruner=make_pruner(search.pruner),
-        load_if_exists=True,
-    )
-    study.set_user_attr("single_alpha_grid", grid)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names(["quantization loss"])  # the dashboard's axis label
-    return study
-
-
 def baselines(k: int, best_single_alpha: float) -> list[Candidate]:
     """Trials 0, 1 and 2 of every study: identity, alpha 0.5 everywhere, the best single alpha everywhere."""
     return [
@@ -181,49 +180,185 @@ def baselines(k: int, best_single_alpha: float) -> list[Candidate]:
     ]
 
 
-def run_study(
-    study: optuna.Study,
-    space: SearchSpace,
-    objective: CandidateObjective,
-    *,
-    candidates: Sequence[Candidate],
-    trials: int,
-    device: str,
-    clock: Callable[[], float],
-    on_trial: Callable[[TrialResult], None] | None = None,
-) -> list[TrialResult]:
-    """Try ``candidates`` in order, then what the sampler proposes, until the study holds ``trials`` trials.
+class RecordedStudy:
+    """An Optuna study whose sampler works in memory while one writer thread keeps every finished trial in the storage.
 
-    A non-finite loss is a failed trial with its reason. Baselines are never pruned.
+    Parameters are the price of a stored trial (ecosystem.md section 4): asking, suggesting and telling through the database
+    costs many times what the search does. Here finished trials are inserted off the search's path, all that wait at a time
+    together. A study that already holds trials goes on from them.
+
+    Attributes:
+        name: Name of the study.
+        results: All trials so far, in order of their numbers.
+        pruning: Whether an Optuna pruner decides, instead of the paired rule.
 
     Args:
-        study: Fresh or partly finished study; its finished trials count towards ``trials``.
+        search: Sampler, pruner, seed.
         space: Frozen space of the sampler's proposals. Candidates may lie outside: ranges are defaults, not laws (T3).
-        objective: Scores a candidate.
-        candidates: Enqueued first, in this order, as far as ``trials`` reach.
-        trials: Total budget of the study.
-        device: Recorded once with the study.
-        clock: Seconds, monotonic.
+        device: Where candidates are scored, recorded with the study.
+        storage: Optuna storage, None for memory.
+        name: Name of the study, None for a random one.
+        writer: Writes the trials; None: written at once.
         on_trial: Called after each trial.
+    """
+
+    def __init__(
+        self,
+        search: SearchConfig,
+        space: SearchSpace,
+        *,
+        device: str,
+        storage: optuna.storages.BaseStorage | None = None,
+        name: str | None = None,
+        writer: Writer | None = None,
+        on_trial: Callable[[TrialResult], None] | None = None,
+    ) -> None:
+        self._space = space
+        self.pruning = search.pruner != "paired"
+        self._memory = optuna.create_study(
+            study_name=name if storage is None else None,
+            sampler=make_sampler(search.sampler, seed=search.seed, space=space.distributions()),
+            pruner=make_pruner(search.pruner),
+        )
+        self._kept = self._memory
+        self._insert: Callable[[Sequence[FrozenTrial]], None] | None = None
+        self._waiting: deque[FrozenTrial] = deque()
+        self._writer = writer
+        self._on_trial = on_trial
+        self.results: list[TrialResult] = []
+        if storage is not None:
+            self._kept = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+            for trial in self._kept.trials:
+                if trial.state.is_finished():
+                    self._memory.add_trial(trial)
+                    self.results.append(_result(trial))
+        self.name = self._kept.study_name
+        if storage is not None:
+            self._insert = partial(insert_trials, storage, storage.get_study_id_from_name(self.name))
+        space.freeze_in(self._kept)
+        self._kept.set_user_attr("device", device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._kept.set_metric_names(["quantization loss"])  # the dashboard's axis label
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a fact with the study, as an attribute of its own name."""
+        self._waiting = deque()  # trials found later must not be stored before the fact
+        self._write(self._kept.set_user_attr, name, value)
+
+    def add(self, candidate: Candidate, outcome: Outcome) -> TrialResult:
+        """Record a candidate that the sampler did not propose."""
+        self._memory.add_trial(_frozen(candidate, outcome, self._space))
+        return self._record(candidate, outcome)
+
+    def ask(self, count: int) -> list[tuple[optuna.Trial, Candidate]]:
+        """The sampler's next proposals; answer each, in order, with :meth:`tell`."""
+        asked = []
+        for _ in range(count):
+            trial = self._memory.ask()
+            params = {name: trial.suggest_float(name, low, high) for name, low, high in self._space.floats}
+            choices = {name: trial.suggest_categorical(name, values) for name, values in self._space.choices}
+            asked.append((trial, Candidate.of("sampler", params | choices)))
+        return asked
+
+    def tell(self, trial: optuna.Trial, candidate: Candidate, outcome: Outcome) -> TrialResult:
+        """Record how a proposal of the sampler fared."""
+        state = TrialState[outcome.state]
+        if not self.pruning:  # a pruner has been told already
+            for step, loss in outcome.steps:
+                trial.report(loss, step)
+        self._memory.tell(trial, outcome.loss) if outcome.loss is not None else self._memory.tell(trial, state=state)
+        return self._record(candidate, outcome)
+
+    def _record(self, candidate: Candidate, outcome: Outcome) -> TrialResult:
+        result = TrialResult(
+            number=len(self.results),
+            candidate=candidate,
+            state=outcome.state,
+            loss=outcome.loss,
+            seconds=outcome.seconds,
+            reason=outcome.reason,
+        )
+        self.results.append(result)
+        if self._insert is not None:
+            self._waiting.append(_frozen(candidate, outcome, self._space))
+            self._write(_store, self._insert, self._waiting)
+        if self._on_trial is not None:
+            self._on_trial(result)
+        return result
+
+    def _write(self, job: Callable[..., object], *args: Any) -> None:
+        if self._writer is None:
+            job(*args)
+        else:
+            self._writer.submit(job, *args)
+
+
+def play(
+    study: RecordedStudy,
+    scorer: Scorer,
+    *,
+    first: Sequence[Candidate],
+    protected: int,
+    trials: int,
+    batch: int = 1,
+    patience: int | None = None,
+    enough: Callable[[float], str] | None = None,
+    follow_up: Callable[[], Sequence[Candidate]] | None = None,
+) -> str:
+    """Try ``first`` together, then what the sampler proposes, until the study holds ``trials`` trials or may stop.
+
+    A non-finite loss is a failed trial with its reason.
+
+    Args:
+        study: Fresh or partly finished; its finished trials count towards ``trials`` and are not repeated.
+        scorer: Scores candidates.
+        first: Baselines and proposals, as far as ``trials`` reach.
+        protected: Baselines among them, at its head: never stopped early.
+        trials: Total budget of the study.
+        batch: Proposals asked for at a time; the sampler learns of their losses together.
+        patience: Stop after this many sampler trials without improvement; None: never.
+        enough: Best loss -> why the search may stop, empty to go on; asked after ``first`` and after every batch.
+        follow_up: Further candidates, asked for once where ``first`` was not enough, before the sampler's.
 
     Returns:
-        Results in trial order.
+        Why the study stopped, for people.
 
     Raises:
         AlphasmithError: Every trial failed.
     """
-    space.freeze_in(study)
-    study.set_user_attr("device", device)
-    results: list[TrialResult] = []
-    for number in range(len(study.trials), trials):
-        candidate = candidates[number] if number < len(candidates) else None
-        results.append(_one_trial(study, space, objective, candidate, clock))
-        if on_trial is not None:
-            on_trial(results[-1])
-    if not any(r.state == "COMPLETE" for r in results):
-        reasons = {r.reason for r in results if r.reason}
-        raise AlphasmithError(f"study {study.study_name}: every trial failed ({'; '.join(sorted(reasons))})")
-    return results
+    waiting = list(first)[len(study.results) : trials]
+    if waiting:
+        shielded = max(0, protected - len(study.results))
+        outcomes = scorer.score(waiting, protected=shielded, pruning=None)
+        for candidate, outcome in zip(waiting, outcomes, strict=True):
+            study.add(candidate, outcome)
+    since = 0
+    while True:
+        complete = [r for r in study.results if r.loss is not None]
+        best = best_trial(complete) if complete else None
+        if best is not None and enough is not None and (why := enough(float(best.loss or 0.0))):
+            return why
+        if patience is not None and since >= patience:
+            return f"no improvement in {since} sampler trials"
+        left = trials - len(study.results)
+        if left <= 0:
+            break
+        if follow_up is not None:
+            more, follow_up = list(follow_up())[:left], None
+            for candidate, outcome in zip(more, scorer.score(more, protected=0, pruning=None), strict=True):
+                study.add(candidate, outcome)
+            if more:
+                continue
+        asked = study.ask(min(batch, left))
+        for (trial, candidate), outcome in zip(asked, _score_asked(study, scorer, asked), strict=True):
+            result = study.tell(trial, candidate, outcome)
+            improved = result.loss is not None and (best is None or result.loss < float(best.loss or 0.0))
+            since = 0 if improved else since + 1
+    if not any(r.state == "COMPLETE" for r in study.results):
+        reasons = {r.reason for r in study.results if r.reason}
+        raise AlphasmithError(f"study {study.name}: every trial failed ({'; '.join(sorted(reasons))})")
+    return f"all {trials} trials were made"
 
 
 def best_trial(results: Sequence[TrialResult]) -> TrialResult:
@@ -232,54 +367,48 @@ def best_trial(results: Sequence[TrialResult]) -> TrialResult:
     return min(complete, key=lambda r: (r.loss, r.number))
 
 
-def _one_trial(
-    study: optuna.Study,
-    space: SearchSpace,
-    objective: CandidateObjective,
-    candidate: Candidate | None,
-    clock: Callable[[], float],
-) -> TrialResult:
-    if candidate is not None and candidate.alphas is not None:
-        study.enqueue_trial(dict(zip(space.names, candidate.alphas, strict=True)))
-    trial = study.ask()
-    if candidate is None:
-        alphas = tuple(trial.suggest_float(n, a, b) for n, a, b in _bounds(space))
-        candidate = Candidate("sampler", alphas)
-    elif candidate.alphas is not None:
-        with warnings.catch_warnings():
-            # A baseline outside the ranges is meant to be recorded as it is.
-            warnings.filterwarnings("ignore", message="Fixed parameter", category=UserWarning)
-            for name, low, high in _bounds(space):
-                trial.suggest_float(name, low, high)
-    trial.set_user_attr("candidate", candidate.kind)
-    start = clock()
-    state, loss, reason = _score(trial, objective, candidate, may_prune=candidate.kind in ("sampler", "noise_model"))
-    seconds = clock() - start
-    trial.set_user_attr("seconds", seconds)
-    if state == "FAIL":
-        # Set before tell: a finished trial refuses attributes.
-        trial.set_user_attr("reason", reason)
-    study.tell(trial, loss, TrialState[state]) if state == "COMPLETE" else study.tell(trial, state=TrialState[state])
-    return TrialResult(number=trial.number, candidate=candidate, state=state, loss=loss, seconds=seconds, reason=reason)
+def _score_asked(
+    study: RecordedStudy, scorer: Scorer, asked: Sequence[tuple[optuna.Trial, Candidate]]
+) -> list[Outcome]:
+    def pruned(index: int, step: int, loss: float) -> bool:
+        asked[index][0].report(loss, step)
+        return asked[index][0].should_prune()
+
+    return scorer.score([c for _, c in asked], protected=0, pruning=pruned if study.pruning else None)
 
 
-def _score(
-    trial: optuna.Trial, objective: CandidateObjective, candidate: Candidate, *, may_prune: bool
-) -> tuple[Literal["COMPLETE", "PRUNED", "FAIL"], float | None, str]:
-    loss: float | None = None
-    try:
-        for step, loss in objective.losses(candidate):
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"loss {loss} at step {step}")
-            trial.report(loss, step)
-            if may_prune and trial.should_prune():
-                return "PRUNED", None, ""
-    except NonFiniteError as error:
-        return "FAIL", None, str(error)
-    if loss is None:
-        return "FAIL", None, "the objective gave no loss"
-    return "COMPLETE", loss, ""
+def _frozen(candidate: Candidate, outcome: Outcome, space: SearchSpace) -> FrozenTrial:
+    """The finished Optuna trial of a candidate."""
+    params = space.recordable(candidate.params())
+    attributes: dict[str, Any] = {"candidate": candidate.kind, "seconds": outcome.seconds}
+    if outcome.state == "FAIL":
+        attributes["reason"] = outcome.reason
+    trial = optuna.trial.create_trial(
+        state=TrialState[outcome.state],
+        value=outcome.loss,
+        params=params,
+        distributions=space.holding(params),
+        user_attrs=attributes,
+        intermediate_values=dict(outcome.steps),
+    )
+    if trial.datetime_complete is not None:
+        trial.datetime_start = trial.datetime_complete - timedelta(seconds=outcome.seconds)
+    return trial
 
 
-def _bounds(space: SearchSpace) -> Iterator[tuple[str, float, float]]:
-    return zip(space.names, space.low, space.high, strict=True)
+def _store(insert: Callable[[Sequence[FrozenTrial]], None], waiting: deque[FrozenTrial]) -> None:
+    """Insert all trials that wait by now; the jobs queued for the later ones of them then find nothing to do."""
+    insert([waiting.popleft() for _ in range(len(waiting))])
+
+
+def _result(trial: FrozenTrial) -> TrialResult:
+    """A stored trial as it was when it was recorded."""
+    attributes = trial.user_attrs
+    return TrialResult(
+        number=trial.number,
+        candidate=Candidate.of(attributes["candidate"], trial.params),
+        state=trial.state.name,  # type: ignore[arg-type]  # finished trials have one of the three
+        loss=trial.value if trial.state == TrialState.COMPLETE else None,
+        seconds=attributes.get("seconds", 0.0),
+        reason=attributes.get("reason", ""),
+    )

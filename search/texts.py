@@ -10,11 +10,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from alphasmith.dashboards.words import choices_of_site, verdict_of_refinement, verdict_of_site
 from alphasmith.objectives.memory import readable
 from alphasmith.search.recorder import RunResult, frame_rows
 
 #: Sites shown before a long table is cut; ``--json`` and the report have all of them.
 MOST_SITES = 40
+#: What was chosen at a site, as far as a line of a terminal holds it.
+_CHOSEN = ("groups", "shift", "range_statistic", "range_factor")
 _LOSS_NAMES = {"mse": "relative MSE", "kl": "KL, nats", "task": "from the metric"}
 
 
@@ -32,6 +35,7 @@ def result_text(result: RunResult) -> str:
         *([groups_table([g.model_dump(mode="json") for g in manifest.groups])] if manifest.groups else []),
         model_table(manifest.model_dump(mode="json")),
         *_fallback(manifest.output.kept),
+        *_refinement(None if manifest.refinement is None else manifest.refinement.model_dump(mode="json")),
         f"sites: {len(manifest.sites)} ({modes}), {searched} searched, {len(result.trials)} trials",
         f"hardware: {manifest.hardware.explanation}",
         "equivalence: nothing was folded"
@@ -60,34 +64,23 @@ def run_text(details: Mapping[str, Any]) -> str:
     keys = ("id", "name", "status", "reason", "scheme", "scope", "created", "finished", "folder", "trials")
     facts = [f"{key}: {details[key]}" for key in keys if details[key] not in (None, "")]
     facts.append(f"hardware: {details['hardware'].get('explanation', '')}")
-    return "\n".join([*facts, sites_table(details["sites"])])
+    return "\n".join([*facts, *_refinement(details.get("refinement")), sites_table(details["sites"])])
 
 
 def sites_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out losses per site; ours / best single is the gain over the best single alpha."""
+    """Held-out losses per site, and what was chosen there; ours/single is the gain over the best single alpha."""
     shown = [row for row in rows if row["ours"] is not None]
-    columns = (
-        "site",
-        "mode",
-        "C",
-        "no smoothing",
-        "alpha 0.5",
-        "best single",
-        "(alpha)",
-        "ours",
-        "limit",
-        "ours/single",
-    )
+    columns = ("site", "mode", "C", "no smoothing", "alpha 0.5", "(alpha)", "reached", "ours/single", "chosen")
     body = [
         [
             _short(row["site"]),
             row["mode"],
             str(row["channels"]),
-            *(_loss(row[k]) for k in ("identity", "alpha_half", "best_single")),
+            *(_loss(row[k]) for k in ("identity", "alpha_half")),
             f"{row['best_single_alpha']:.2f}",
-            _loss(row["ours"]),
-            _loss(row["limit"]),
+            verdict_of_site(row),
             f"{row['ours'] / row['best_single']:.3f}" if row["best_single"] else "",
+            choices_of_site({key: row.get(key) for key in _CHOSEN}),
         ]
         for row in shown[:MOST_SITES]
     ]
@@ -184,6 +177,10 @@ def _fallback(kept: str) -> list[str]:
     return [f"kept {kept}: its held-out output loss is lower than that of the winner (search.guard = 'output')"]
 
 
+def _refinement(entry: Mapping[str, Any] | None) -> list[str]:
+    return [] if entry is None else [f"refinement at the output: {verdict_of_refinement(entry)}"]
+
+
 def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
@@ -199,5 +196,5 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | N
     for row in rows:
         table.add_row(*row)
     stream = io.StringIO()
-    Console(file=stream, width=200, color_system=None, markup=False, highlight=False).print(table)
+    Console(file=stream, width=240, color_system=None, markup=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())

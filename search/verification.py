@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from alphasmith.objectives.equivalence import prove
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.hf_folder import save_folder
 from alphasmith.objectives.models import load_model
-from alphasmith.objectives.sites.folding import edit_parameter
-from alphasmith.objectives.sites.types import ParameterEdit
+from alphasmith.objectives.sites.folding import edit_parameter, shift_bias
+from alphasmith.objectives.sites.types import ParameterEdit, ShiftEdit
 from alphasmith.search.config import RunConfig
 from alphasmith.search.reload import load_quantized, load_smoothed
 from alphasmith.search.task import load_task
 from alphasmith.storage.artifacts import read_tensors
 from alphasmith.storage.files import verify_file
 from alphasmith.storage.manifest import Manifest, read_manifest
+from alphasmith.storage.manifest_parts import SiteEntry
 from alphasmith.storage.output import OutputFolder
 
 
@@ -70,10 +71,10 @@ def verify(
 
 
 def undo(folder: Path, out: Path) -> dict[str, Any]:
-    """Divide the scales out of the smoothed checkpoint again.
+    """Take scales and folded shifts out of the smoothed checkpoint again.
 
     Float32 division does not take back float32 multiplication bit for bit: every weight is within two roundings of the
-    original's.
+    original's, every bias within the roundings of what a shift added to it.
 
     Args:
         folder: Output folder of a run.
@@ -97,14 +98,14 @@ def undo(folder: Path, out: Path) -> dict[str, Any]:
             # A checkpoint may name tensors otherwise than the model does: only the model knows both.
             model = load_model(path=source).model
             tensors = dict(model.state_dict())
-            touched = _unfold(tensors, manifest, scales)
+            touched = unfold(tensors, manifest.sites, scales)
             model.load_state_dict(tensors)
             save_folder(model, target.path)
             target.adopt()
             kept = [f for f in source.iterdir() if not (target.path / f.name).exists() and ".safetensors" not in f.name]
         else:
             tensors = read_tensors(source / "model.safetensors")
-            touched = _unfold(tensors, manifest, scales)
+            touched = unfold(tensors, manifest.sites, scales)
             target.write_tensors("model.safetensors", tensors)
             kept = []
         for file in sorted(kept):
@@ -112,20 +113,44 @@ def undo(folder: Path, out: Path) -> dict[str, Any]:
     return {"out": str(out), "parameters": len(touched)}
 
 
-def _unfold(tensors: dict[str, Tensor], manifest: Manifest, scales: Mapping[str, Tensor]) -> set[str]:
-    """Undo every edit of the tensors in place, last site first; the names that were touched."""
+def unfold(tensors: dict[str, Tensor], sites: Sequence[SiteEntry], stored: Mapping[str, Tensor]) -> set[str]:
+    """Undo every edit of the tensors in place, last site first, scales before shifts.
+
+    Args:
+        tensors: Name -> tensor of the smoothed checkpoint; changed.
+        sites: The sites of the run's manifest, in its order.
+        stored: The tensors of ``scales.safetensors``.
+
+    Returns:
+        The names that were touched.
+
+    Raises:
+        InputError: An edit does not fit its tensor.
+    """
     touched = set()
-    for site in reversed(manifest.sites):
+    for site in reversed(sites):
         if site.mode != "fold":
             continue
         for edit in reversed(site.edits):
             if edit.parameter not in tensors:
                 continue
-            plan = ParameterEdit(
-                parameter=edit.parameter, channel=scales[edit.channel], power=-edit.power, offset=edit.offset
+            scaled = ParameterEdit(
+                parameter=edit.parameter, channel=stored[edit.channel], power=-edit.power, offset=edit.offset
             )
-            tensors[edit.parameter] = edit_parameter(tensors[edit.parameter], plan, scales[f"scale/{site.name}"])
+            tensors[edit.parameter] = edit_parameter(tensors[edit.parameter], scaled, stored[f"scale/{site.name}"])
             touched.add(edit.parameter)
+        for entry in reversed(site.shift_edits):
+            if entry.parameter not in tensors:
+                continue
+            shifted = ShiftEdit(
+                parameter=entry.parameter,
+                channel=stored[entry.channel],
+                weight=entry.weight,
+                transposed=entry.transposed,
+            )
+            bias, weight = tensors[entry.parameter], tensors.get(entry.weight)
+            tensors[entry.parameter] = shift_bias(bias, shifted, stored[f"shift/{site.name}"], weight, undo=True)
+            touched.add(entry.parameter)
     return touched
 
 

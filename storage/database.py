@@ -153,10 +153,10 @@ def check_exists(url: str) -> None:
 
 
 def open_existing(url: str) -> Database:
-    """Connect to a database that holds runs.
+    """Connect to a database that holds runs; tables of an earlier Alphasmith are brought up to date.
 
     Raises:
-        InputError: Field ``storage``: as ``check_exists`` and ``open_database``, or nothing of ours is in it.
+        InputError: Field ``storage``: as ``check_exists``, ``open_database`` and ``initialise``, or nothing of ours is in it.
     """
     check_exists(url)
     database = open_database(url)
@@ -167,6 +167,7 @@ def open_existing(url: str) -> Database:
     if not ours:
         database.close()
         raise InputError("storage", f"{database.masked} holds no runs", "name the database that `alphasmith run` used")
+    initialise(database)
     return database
 
 

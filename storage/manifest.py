@@ -4,14 +4,15 @@ The models below are the schema, ``manifest.schema.json`` is the same as JSON Sc
 that a reader must know about. Fields marked ``Volatile`` hold times, measurements and names made from them; without them
 (``Manifest.without_times``) equal inputs and an equal seed give equal bytes.
 
-Tensors are not in here: ``scales.safetensors`` holds ``scale/SITE`` (C,) float32 and, for folded sites, ``channel/SITE/I``.
+Tensors are not in here: ``scales.safetensors`` holds ``scale/SITE`` (C,) float32, ``shift/SITE`` (C,) where there is one, and,
+for folded sites, ``channel/SITE/I``.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +32,7 @@ from alphasmith.storage.manifest_parts import (
     Part,
     PayloadEntry,
     ProofEntry,
+    RefinementEntry,
     RunEntry,
     SchemeEntry,
     Sha256,
@@ -41,7 +43,10 @@ from alphasmith.storage.manifest_parts import (
 )
 
 #: Raised when a reader of the previous version would misread a manifest.
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
+
+#: Versions that can be read: what came later has defaults that mean what the earlier ones meant.
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 
 #: File name inside the output folder of a run.
 FILE_NAME = "manifest.json"
@@ -50,7 +55,7 @@ FILE_NAME = "manifest.json"
 class Manifest(Part):
     """Everything that explains one result."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     run: RunEntry
     versions: dict[str, str]
     """Of alphasmith, torch, optuna, python, transformers."""
@@ -81,6 +86,8 @@ class Manifest(Part):
     """Null when no scale was folded."""
     payload: PayloadEntry
     guard: tuple[GuardEntry, ...] = ()
+    refinement: RefinementEntry | None = None
+    """Null where there was none."""
     memory: MemoryEntry
     artifacts: tuple[ArtifactEntry, ...] = ()
 
@@ -136,7 +143,7 @@ def schema_text() -> str:
 
 
 def parse_manifest(text: str, *, name: str = FILE_NAME) -> Manifest:
-    """Read a manifest.
+    """Read a manifest of this or an earlier version; an earlier one becomes one of this version, defaults filled in.
 
     Args:
         text: JSON.
@@ -149,13 +156,15 @@ def parse_manifest(text: str, *, name: str = FILE_NAME) -> Manifest:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(name, f"is not JSON ({error})", "restore the file") from error
-    version = content.get("schema_version") if isinstance(content, Mapping) else None
-    if version != SCHEMA_VERSION:
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version not in READABLE_VERSIONS:
         raise InputError(
-            name, f"has schema_version {version!r}, not {SCHEMA_VERSION}", "read it with the Alphasmith that wrote it"
+            name,
+            f"has schema_version {version!r}, not one of {', '.join(map(str, READABLE_VERSIONS))}",
+            "read it with the Alphasmith that wrote it",
         )
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(json.dumps(content | {"schema_version": SCHEMA_VERSION}))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -43,7 +44,7 @@ def _to_utc(moment: datetime) -> datetime:
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="sha256, hexadecimal")]
 Moment = Annotated[AwareDatetime, AfterValidator(_to_utc)]
-Winner = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler"]
+Winner = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined"]
 
 
 class Part(BaseModel):
@@ -130,9 +131,9 @@ class ConventionsEntry(Part):
     """What an alpha means here; the same alpha under other conventions is another scale (style.md section 2)."""
 
     statistic: Literal["absmax", "percentile", "rms"]
-    """Channel statistic a_j."""
+    """Channel statistic a_j; a site where the search chose another one names it."""
     percentile: float | None = Field(default=None, gt=0, le=100)
-    """Which percentile, for that statistic only."""
+    """Which percentile, where that statistic was used."""
     clamp: NonNegativeFloat
     """Smallest a_j, w_j and s_j; smaller ones are raised to it. 0 = no clamp."""
     dead_channels: str
@@ -140,8 +141,8 @@ class ConventionsEntry(Part):
 
     @model_validator(mode="after")
     def _percentile_belongs(self) -> Self:
-        if (self.statistic == "percentile") != (self.percentile is not None):
-            raise ValueError("percentile is given for, and only for, the statistic 'percentile'")
+        if self.statistic == "percentile" and self.percentile is None:
+            raise ValueError("percentile must be given for the statistic 'percentile'")
         return self
 
 
@@ -186,6 +187,10 @@ class GroupEntry(Part):
     """The chosen alpha; outside the range when a baseline won, null when identity won."""
     explanation: str = ""
     """Why the range is what it is."""
+    beta: float | None = None
+    """The chosen exponent of w; null: 1 - alpha."""
+    offset: float | None = None
+    """Natural logarithm of the group's own factor of its scales; null: none."""
 
     @model_validator(mode="after")
     def _range_in_order(self) -> Self:
@@ -231,11 +236,54 @@ class EditEntry(Part):
     """Tensor in ``scales.safetensors``: site channel of every element, -1 where it is not touched."""
 
 
+class ShiftEditEntry(Part):
+    """One bias that took in a site's shift z, before any scale: a producer's loses z, a consumer's gains its weight times z."""
+
+    parameter: str
+    """The bias, named as in the smoothed checkpoint."""
+    channel: str
+    """Tensor in ``scales.safetensors``: site channel of every element (of the bias, or of the consumer's weight), -1 for none."""
+    weight: str = ""
+    """The consumer's weight; empty for producers."""
+    transposed: bool = False
+    """True where that weight is stored (in, out)."""
+
+
 class SkippedEntry(Part):
     """An operator left in float."""
 
     name: str
     reason: str
+
+
+class NoiseModelFacts(Part):
+    """How far the rounding-noise model could be trusted at a site, against the exact losses of its trials."""
+
+    median_log_ratio: float
+    """Median of log(predicted / exact), natural logarithm; 0 is exact on the median."""
+    kendall_tau: float | None = None
+    """Rank correlation of predicted and exact losses; null where too few candidates were scored."""
+    seconds: Annotated[NonNegativeFloat, Volatile] = 0.0
+    """Time spent in it [s]."""
+    proposals: NonNegativeInt = 0
+    """Trials it proposed."""
+    evaluations_saved: int = 0
+    """Exact evaluations that the grid of single alphas and the unused trials would have cost, less those of its proposals."""
+
+
+class SearchFacts(Part):
+    """How the search of a site went."""
+
+    stopped: str = ""
+    """Why it ended, in words."""
+    noise_model: NoiseModelFacts | None = None
+    """Null where it was switched off or not finite."""
+    noise_reason: str = ""
+    """Why it failed; empty otherwise."""
+    k_tried: tuple[PositiveInt, ...] = ()
+    """Numbers of groups that were compared, where K was ``auto``."""
+    range_losses: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Range statistic -> held-out loss of the winner under it, where several were compared."""
 
 
 class SiteEntry(Part):
@@ -252,6 +300,8 @@ class SiteEntry(Part):
     """Modules that took in 1/s."""
     edits: tuple[EditEntry, ...] = ()
     """How its scales went into parameters; empty unless folded."""
+    shift_edits: tuple[ShiftEditEntry, ...] = ()
+    """How its shift went into biases; empty where there is none or it stays in the quantizer of the input."""
     study: Annotated[str | None, Volatile] = None
     """Optuna study, when the site has one of its own."""
     groups: tuple[GroupEntry, ...] = ()
@@ -266,6 +316,18 @@ class SiteEntry(Part):
     exact_evaluations: NonNegativeInt = 0
     seconds: Annotated[NonNegativeFloat, Volatile] = 0.0
     """Time spent [s]."""
+    shift: bool = False
+    """Whether every channel is centred before it is scaled; the shift is ``shift/SITE`` in ``scales.safetensors``."""
+    range_statistic: Literal["absmax", "percentile", "margin"] = "absmax"
+    """How the static range of the activation was set."""
+    range_factor: PositiveFloat = 1.0
+    """That range over the calibrated abs-max (dimensionless)."""
+    grouping: str = ""
+    """Grouping method; empty for sites left alone."""
+    statistic: str = ""
+    """Channel statistic a_j; empty for sites left alone."""
+    facts: SearchFacts | None = None
+    """How the search went; null where there was none."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
@@ -352,6 +414,31 @@ class GuardEntry(Part):
     """Kind of the trial that was kept."""
     reason: str
     """In words."""
+
+
+class RefinementEntry(Part):
+    """A small study at the model's output, after the sites; kept only if the held-out loss falls beyond its standard error."""
+
+    accepted: bool
+    before: NonNegativeFloat | None
+    """Held-out loss at the model's output with the winners of the sites; null where it is not finite."""
+    after: NonNegativeFloat | None
+    """With what is kept; the same unless accepted."""
+    difference: float | None
+    """``before`` minus the loss of the best trial, paired over held-out samples; null where no trial was better in the search."""
+    standard_error: NonNegativeFloat | None
+    """Of the difference; null with it, or for one sample."""
+    reason: str
+    """Why it was accepted or not, in words."""
+    deltas: dict[str, float] = Field(default_factory=dict)
+    """Kind of site -> accepted shift of its alphas; kinds without one are left out."""
+    changed: dict[str, str] = Field(default_factory=dict)
+    """Site -> what it has now, where that is not its winner: another candidate, or its winner with other alphas."""
+    trials: NonNegativeInt = 0
+    seconds: Annotated[NonNegativeFloat, Volatile] = 0.0
+    """Time spent [s]."""
+    study: Annotated[str | None, Volatile] = None
+    """Optuna study."""
 
 
 class MemoryEntry(Part):

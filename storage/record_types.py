@@ -15,7 +15,8 @@ from alphasmith.storage.files import canonical_json
 RunStatus = Literal["created", "running", "finished", "failed"]
 Scope = Literal["site", "model"]
 SiteMode = Literal["fold", "explicit", "left"]
-TrialKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler"]
+TrialKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined"]
+RangeStatistic = Literal["absmax", "percentile", "margin"]
 TrialState = Literal["complete", "pruned", "failed"]
 ParamValue = float | int | str | bool
 
@@ -79,6 +80,8 @@ class GroupRecord:
         alpha: The chosen alpha; outside the range when a baseline won, None when identity won (no alpha gives s = 1).
         magnitude: The magnitude the group was formed by (its centre).
         explanation: Why the range is what it is.
+        beta: The chosen exponent of w; None: 1 - alpha (formula fA1).
+        offset: Natural logarithm of the group's own factor of its scales; None: none.
     """
 
     index: int
@@ -88,11 +91,13 @@ class GroupRecord:
     alpha: float | None
     magnitude: float
     explanation: str = ""
+    beta: float | None = None
+    offset: float | None = None
 
     def __post_init__(self) -> None:
         _count("groups.index", self.index)
         _count("groups.size", self.size)
-        for name in ("low", "high", "alpha", "magnitude"):
+        for name in ("low", "high", "alpha", "magnitude", "beta", "offset"):
             _finite(f"groups.{name}", getattr(self, name))
         if self.low > self.high:
             raise InputError("groups.low", f"{self.low} is above high {self.high}", "exchange the ends of the range")
@@ -158,7 +163,7 @@ class TrialDigest:
         _choice("trials.state", self.state, TrialState)
         _finite("trials.loss", self.loss, at_least=0.0)
         _finite("trials.seconds", self.seconds, at_least=0.0)
-        _json("trials.params", self.params)
+        check_json("trials.params", self.params)
         if (self.loss is None) != (self.state == "failed") and self.state != "pruned":
             raise InputError(
                 "trials.loss", f"{self.loss} contradicts state {self.state!r}", "give a loss to complete trials only"
@@ -187,6 +192,12 @@ class SiteRecord:
         exact_evaluations: Number of exact losses computed, all row subsets counted.
         seconds: Time spent on the site [s].
         groups: Its groups; empty in scope ``model``.
+        shift: Whether every channel is centred before it is scaled.
+        range_statistic: How the static range of the activation was set.
+        range_factor: That range over the calibrated abs-max (dimensionless).
+        grouping: Grouping method; empty for sites left alone.
+        statistic: Channel statistic a_j; empty for sites left alone.
+        facts: How the search went, JSON-able, see ``manifest_parts.SearchFacts``; None where nothing was searched.
     """
 
     name: str
@@ -203,6 +214,12 @@ class SiteRecord:
     exact_evaluations: int = 0
     seconds: float = 0.0
     groups: tuple[GroupRecord, ...] = ()
+    shift: bool = False
+    range_statistic: RangeStatistic = "absmax"
+    range_factor: float = 1.0
+    grouping: str = ""
+    statistic: str = ""
+    facts: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _name("sites.name", self.name)
@@ -214,7 +231,12 @@ class SiteRecord:
         for counted in ("position", "channels", "trials", "exact_evaluations"):
             _count(f"sites.{counted}", getattr(self, counted))
         _finite("sites.seconds", self.seconds, at_least=0.0)
-        _json("sites.operators", list(self.operators))
+        _choice("sites.range_statistic", self.range_statistic, RangeStatistic)
+        _finite("sites.range_factor", self.range_factor, at_least=0.0)
+        _name("sites.grouping", self.grouping, longest=32, empty=True)
+        _name("sites.statistic", self.statistic, longest=16, empty=True)
+        check_json("sites.operators", list(self.operators))
+        check_json("sites.facts", self.facts)
         _distinct("sites.groups", [group.index for group in self.groups])
         object.__setattr__(self, "reason", prose(self.reason))
 
@@ -276,7 +298,7 @@ class RunSpec:
         for digest in ("model_digest", "data_digest", "space_hash"):
             _name(f"run.{digest}", getattr(self, digest), longest=64, empty=True)
         for content in ("config", "hardware", "versions"):
-            _json(f"run.{content}", getattr(self, content))
+            check_json(f"run.{content}", getattr(self, content))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +313,8 @@ class RunRecord(RunSpec):
         started: When it last started or resumed.
         finished: When it finished or failed.
         folder: Output folder, absolute; empty until it is written.
+        refinement: What the refinement at the model's output did, JSON-able, see ``manifest_parts.RefinementEntry``; None
+            where there was none.
     """
 
     id: str
@@ -300,6 +324,7 @@ class RunRecord(RunSpec):
     started: datetime | None = None
     finished: datetime | None = None
     folder: str = ""
+    refinement: Mapping[str, Any] | None = None
 
 
 def utc(moment: datetime) -> datetime:
@@ -316,6 +341,22 @@ def utc(moment: datetime) -> datetime:
 def prose(text: str) -> str:
     """Text as every database can hold it: NUL and lone surrogates are written out instead of stored."""
     return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+def check_json(name: str, value: Any) -> None:
+    """Refuse what a JSON column of some database cannot hold.
+
+    Args:
+        name: What to call it in errors.
+        value: Mappings with text keys, lists, tuples, text, numbers, booleans, None.
+
+    Raises:
+        NonFiniteError: A number is NaN or infinite.
+        InputError: Something JSON or a database cannot hold.
+    """
+    text = canonical_json(value, indent=None)
+    if "\\u0000" in text or prose(text) != text:
+        raise InputError(name, "holds characters no database keeps", "use printable Unicode text")
 
 
 def _canonical(name: str, value: ParamValue) -> str | bool:
@@ -360,9 +401,3 @@ def _name(name: str, value: str, *, longest: int = 512, empty: bool = False) -> 
 def _distinct(name: str, values: Sequence[int]) -> None:
     if len(set(values)) != len(values):
         raise InputError(name, f"{sorted(values)} holds an index twice", "number the groups once each")
-
-
-def _json(name: str, value: Any) -> None:
-    text = canonical_json(value, indent=None)
-    if "\\u0000" in text or prose(text) != text:
-        raise InputError(name, "holds characters no database keeps", "use printable Unicode text")

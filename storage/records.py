@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -22,6 +22,7 @@ from alphasmith.storage.record_types import (
     RunStatus,
     SiteRecord,
     TrialDigest,
+    check_json,
     params_hash,
     prose,
     utc,
@@ -42,7 +43,22 @@ __all__ = [
 
 _SPEC = tuple(item.name for item in fields(RunSpec))
 _LOSSES = tuple(item.name for item in fields(Losses))
-_SITE = ("name", "position", "mode", "reason", "channels", "study_name", "winner", "trials", "exact_evaluations")
+_SITE = (
+    "name",
+    "position",
+    "mode",
+    "reason",
+    "channels",
+    "study_name",
+    "winner",
+    "trials",
+    "exact_evaluations",
+    "shift",
+    "range_statistic",
+    "range_factor",
+    "grouping",
+    "statistic",
+)
 _TRIAL = tuple(item.name for item in fields(TrialDigest))
 _ID_TRIES = 5
 _SEE = "see alphasmith list"
@@ -117,18 +133,24 @@ class RunStore:
             run_id, "running", ("created", "running", "failed"), reason="", started=utc(self._clock()), finished=None
         )
 
-    def conclude(self, run_id: str, *, space_hash: str, folder: str) -> RunRecord:
+    def conclude(
+        self, run_id: str, *, space_hash: str, folder: str, refinement: Mapping[str, Any] | None = None
+    ) -> RunRecord:
         """Add what only the end of a search knows.
 
         Args:
             run_id: A running run.
             space_hash: Digest of the search spaces of its studies.
             folder: Output folder, absolute.
+            refinement: What the refinement at the model's output did, JSON-able; None: there was none.
 
         Raises:
             InputError: No such run, or it is not running.
+            NonFiniteError: The refinement holds NaN or infinity.
         """
-        return self._move(run_id, "running", ("running",), space_hash=space_hash, folder=folder)
+        told = None if refinement is None else dict(refinement)
+        check_json("run.refinement", told)
+        return self._move(run_id, "running", ("running",), space_hash=space_hash, folder=folder, refinement=told)
 
     def finish(self, run_id: str) -> RunRecord:
         """Mark a running run as finished.
@@ -220,6 +242,7 @@ class RunStore:
                 run_id=run_id,
                 operators=list(site.operators),
                 seconds=float(site.seconds),
+                facts=None if site.facts is None else dict(site.facts),
                 **_loss_columns("search", site.search),
                 **_loss_columns("held_out", site.held_out),
                 **_plain(site, _SITE),
@@ -385,6 +408,7 @@ def _run(row: RunRow) -> RunRecord:
         started=row.started,
         finished=row.finished,
         folder=row.folder,
+        refinement=row.refinement,
         **{name: getattr(row, name) for name in _SPEC},
     )
 
@@ -395,6 +419,7 @@ def _site(row: SiteRow) -> SiteRecord:
         search=_losses(row, "search"),
         held_out=_losses(row, "held_out"),
         seconds=row.seconds,
+        facts=row.facts,
         groups=tuple(_group(group) for group in row.groups),
         **{name: getattr(row, name) for name in _SITE},
     )
@@ -409,6 +434,8 @@ def _group(row: GroupRow) -> GroupRecord:
         alpha=row.alpha,
         magnitude=row.magnitude,
         explanation=row.explanation,
+        beta=row.beta,
+        offset=row.offset,
     )
 
 

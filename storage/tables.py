@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     DateTime,
     Dialect,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -46,6 +48,9 @@ _NAMING = {
     "fk": "fk_%(table_name)s_%(column_0_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+# None is NULL, not the JSON text "null".
+_OPTIONAL_JSON = JSON(none_as_null=True)
 
 # Names differ by case in models; MySQL's default collation would call them equal.
 _OPTIONS = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
@@ -119,6 +124,7 @@ class RunRow(Base):
     started: Mapped[datetime | None]
     finished: Mapped[datetime | None]
     folder: Mapped[str]
+    refinement: Mapped[dict[str, Any] | None] = mapped_column(_OPTIONAL_JSON)
 
     sites: Mapped[list[SiteRow]] = relationship(
         back_populates="run", cascade="all, delete-orphan", passive_deletes=True, order_by="SiteRow.position"
@@ -160,6 +166,12 @@ class SiteRow(Base):
     trials: Mapped[int]
     exact_evaluations: Mapped[int]
     seconds: Mapped[float]
+    shift: Mapped[bool] = mapped_column(Boolean(), server_default=false())
+    range_statistic: Mapped[str] = mapped_column(String(16), server_default="absmax")
+    range_factor: Mapped[float] = mapped_column(server_default="1")
+    grouping: Mapped[str] = mapped_column(String(32), server_default="")
+    statistic: Mapped[str] = mapped_column(String(16), server_default="")
+    facts: Mapped[dict[str, Any] | None] = mapped_column(_OPTIONAL_JSON)
 
     run: Mapped[RunRow] = relationship(back_populates="sites")
     groups: Mapped[list[GroupRow]] = relationship(
@@ -187,6 +199,8 @@ class GroupRow(Base):
     alpha: Mapped[float | None]
     magnitude: Mapped[float]
     explanation: Mapped[str]
+    beta: Mapped[float | None]
+    offset: Mapped[float | None]
 
 
 class TrialDigestRow(Base):
@@ -198,7 +212,9 @@ class TrialDigestRow(Base):
         Index("ix_alphasmith_trial_digest_params", "study_name", "params_hash"),
         Index("ix_alphasmith_trial_digest_run_id", "run_id"),
         Index("ix_alphasmith_trial_digest_site_id", "site_id"),
-        CheckConstraint("kind IN ('identity', 'alpha_0.5', 'best_single', 'noise_model', 'sampler')", name="kind"),
+        CheckConstraint(
+            "kind IN ('identity', 'alpha_0.5', 'best_single', 'noise_model', 'sampler', 'refined')", name="kind"
+        ),
         CheckConstraint("state IN ('complete', 'pruned', 'failed')", name="state"),
         CheckConstraint("state <> 'complete' OR loss IS NOT NULL", name="loss"),
         _OPTIONS,

@@ -20,6 +20,7 @@ from alphasmith.objectives.sites.experts import Experts
 from alphasmith.objectives.sites.graph import Graph, Node, trace
 from alphasmith.objectives.sites.propagation import NONE, Blocked, Solution, Solver
 from alphasmith.objectives.sites.rules import IDENTITY, MOVEMENT, NORMS, RULES, channel_index
+from alphasmith.objectives.sites.shifts import shift_edits
 from alphasmith.objectives.sites.types import Discovery, Operator, Site
 from alphasmith.objectives.sites.weights import CHAIN, Operators, Use, WeightResolver, find_operators
 
@@ -201,6 +202,7 @@ def _site(graph: Graph, operators: Operators, group: _Group, context: _Context, 
         return Site(
             name=records[0].name, operators=records, channels=channels, mode="fold", reason="", ties=solution.ties,
             edits=edits, producers=producers,
+            shift_edits=() if group.routed else shift_edits(graph, operators, group.members, solution, edits),
         )  # fmt: skip
     if any(record.raw for record in records):
         return _left(records, channels, reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -100,4 +102,4 @@ def extended_over_stack(graph: Graph, operators: Operators, solution: Solution, 
         region = tuple((0, shape[a]) if a in stacked else span for a, span in enumerate(sample.region))
         whole = WeightKey(sample.parameter, region, sample.batch_axis, sample.in_axis, sample.out_axis)
         weights[whole, "in"] = labels[0]
-    return Solution(ties=solution.ties, weights=weights, parameters=solution.parameters, offsets=solution.offsets)
+    return replace(solution, weights=weights)

@@ -1,17 +1,20 @@
-"""Scales folded into parameters: the one home of ``p' = (p + offset) * s**power - offset`` (formulas fA2, fA3; claim A-11).
+"""Smoothing folded into parameters: the one home of ``p' = (p + offset) * s**power - offset`` (formulas fA2, fA3; claim A-11).
 
-Consumers' weights grow with s (power +1) and producers' outputs shrink (power -1), so the float model computes the same.
+Consumers' weights grow with s (power +1) and producers' outputs shrink (power -1), so the float model computes the same. A
+shift z moves from the producers' biases, ``b' = (b - z) / s``, into the consumers', ``b' = b + W z``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.sites.types import ParameterEdit, Site
+from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.sites.types import ParameterEdit, ShiftEdit, Site
+from alphasmith.objectives.smoothing import Smoothing
 
 
 def edit_parameter(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
@@ -58,40 +61,99 @@ def _edited(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
     return torch.where(channel >= 0, result.to(value.dtype), value)
 
 
-def folded_parameters(parameters: Mapping[str, Tensor], site: Site, scales: Tensor) -> dict[str, Tensor]:
+def shift_product(weight: Tensor, channel: Tensor, transposed: bool, shift: Tensor) -> Tensor:
+    """What a weight makes of a shift of its input: ``sum over W[o, ...] of W * z[channel]``, kernels included.
+
+    Args:
+        weight: (O, ...), or (C, O) when ``transposed``; any floating dtype.
+        channel: int64 site channel of every element, broadcastable to ``weight``; -1 counts as 0.
+        transposed: Whether outputs are the last axis.
+        shift: (C,) z.
+
+    Returns:
+        (O,) float64.
+    """
+    channel = channel.to(weight.device)
+    z = shift.to(device=weight.device, dtype=torch.float64)[channel.clamp(min=0)]
+    product = weight.detach().double() * torch.where(channel >= 0, z, 0.0)
+    return product.sum(0) if transposed else product.flatten(1).sum(1)
+
+
+def shift_bias(
+    bias: Tensor, edit: ShiftEdit, shift: Tensor, weight: Tensor | None = None, *, undo: bool = False
+) -> Tensor:
+    """Apply one shift edit to one bias, or take it back.
+
+    Args:
+        bias: The bias, any floating dtype.
+        edit: Which elements take which channel's shift.
+        shift: (C,) z.
+        weight: The consumer's weight before this site's scales; needed, and used, for consumers only.
+        undo: Apply the opposite edit.
+
+    Returns:
+        A new tensor of the shape, dtype and device of ``bias``, computed in float64; untouched elements keep their bits.
+
+    Raises:
+        InputError: A consumer's weight is missing, or the edit does not fit the tensors.
+    """
+    if edit.weight:
+        if weight is None:
+            raise _missing(edit.weight, "a shift")
+        change, touched = shift_product(weight, edit.channel, edit.transposed, shift), None
+    else:
+        channel = edit.channel.to(bias.device)
+        change, touched = -shift.to(bias.device, torch.float64)[channel.clamp(min=0)], channel >= 0
+    if change.shape != bias.shape:
+        raise InputError(
+            edit.parameter,
+            f"shape {tuple(bias.shape)} does not fit the site's {tuple(change.shape)}",
+            "use the model that the site was discovered in",
+        )
+    moved = (bias.double() + (-change if undo else change)).to(bias.dtype)
+    return moved if touched is None else torch.where(touched, moved, bias)
+
+
+def folded_parameters(parameters: Mapping[str, Tensor], site: Site, smoothing: Smoothing) -> dict[str, Tensor]:
     """The parameters that folding one site changes, with their new values.
 
     Two sites can edit one parameter (a weight's inputs for one, its outputs for the other), so apply sites one after the
-    other, each on the result of the one before.
+    other, each on the result of the one before; the order does not matter.
 
     Args:
         parameters: Parameters and persistent buffers by full name; not modified.
         site: A site with mode ``fold`` (producers and consumers are edited; the float model stays the same) or
-            ``explicit`` (only the consumers' weights are multiplied; the caller divides their input by s).
-        scales: (C,) finite, positive, equal within ``site.ties``.
+            ``explicit`` (only the consumers' weights are multiplied; the caller divides their input by s). A shift goes into
+            biases where the site has ``shift_edits``; elsewhere it is the input quantizer's and changes no parameter.
+        smoothing: Scales and shift.
 
     Returns:
         New tensors by parameter name; empty for a site with mode ``left``.
 
     Raises:
-        InputError: The scales or the parameters do not fit the site.
+        InputError: The smoothing or the parameters do not fit the site.
+        NonFiniteError: A scale or a shift is NaN or infinite.
     """
-    _validate(site, scales)
+    check_smoothing(site, smoothing)
     changed: dict[str, Tensor] = {}
-    for edit in site.edits:
-        value = changed.get(edit.parameter, parameters.get(edit.parameter))
+
+    def current(name: str) -> Tensor:
+        value = changed.get(name, parameters.get(name))
         if value is None:
-            raise InputError(
-                edit.parameter,
-                f"is missing, but site {site.name} edits it",
-                "use the model that the site was discovered in",
-            )
-        changed[edit.parameter] = edit_parameter(value, edit, scales)
+            raise _missing(name, f"site {site.name}")
+        return value
+
+    if smoothing.shift is not None:
+        for shifted in site.shift_edits:  # before any weight grows: the product is that of the weight before its scales
+            weight = current(shifted.weight) if shifted.weight else None
+            changed[shifted.parameter] = shift_bias(current(shifted.parameter), shifted, smoothing.shift, weight)
+    for edit in site.edits:
+        changed[edit.parameter] = edit_parameter(current(edit.parameter), edit, smoothing.scales)
     return changed
 
 
-def fold(model: nn.Module, site: Site, scales: Tensor) -> None:
-    """Fold one site's scales into ``model``, in place: call it on a private copy.
+def fold(model: nn.Module, site: Site, smoothing: Smoothing) -> None:
+    """Fold one site's smoothing into ``model``, in place: call it on a private copy.
 
     For an ``explicit`` site only the consumers' weights change; the builder of the quantized model divides their input by
     the same scales.
@@ -99,31 +161,58 @@ def fold(model: nn.Module, site: Site, scales: Tensor) -> None:
     Args:
         model: The model that ``site`` was discovered in, or a copy of it.
         site: The site.
-        scales: (C,) finite, positive, equal within ``site.ties``.
+        smoothing: See :func:`folded_parameters`.
 
     Raises:
-        InputError: The scales do not fit the site, or the model is another one; the model is then unchanged.
+        InputError: The smoothing does not fit the site, or the model is another one; the model is then unchanged.
+        NonFiniteError: A scale or a shift is NaN or infinite; likewise.
     """
     wanted = {edit.parameter for edit in site.edits}
+    wanted |= {name for edit in site.shift_edits for name in (edit.parameter, edit.weight)}
     named = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if name in wanted}
-    changed = folded_parameters(named, site, scales)
+    changed = folded_parameters(named, site, smoothing)
     with torch.no_grad():
         for name, value in changed.items():
             named[name].copy_(value)
 
 
-def _validate(site: Site, scales: Tensor) -> None:
-    if scales.shape != (site.channels,):
-        raise InputError(
-            "scales",
-            f"shape {tuple(scales.shape)} is not ({site.channels},) as site {site.name} needs",
-            "give one per channel",
-        )
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        raise InputError(
-            "scales", f"some scale of site {site.name} is not finite and positive", "use s = 1 for such channels"
-        )
-    _, group = torch.unique(site.ties.to(scales.device), return_inverse=True)
-    largest = torch.zeros_like(scales).scatter_reduce_(0, group, scales, "amax")
-    if not torch.equal(scales, largest[group]):
-        raise InputError("scales", f"tied channels of site {site.name} have different scales", "use one scale per tie")
+def check_smoothing(site: Site, smoothing: Smoothing) -> None:
+    """Require that a smoothing can be applied at a site.
+
+    Raises:
+        InputError: A wrong shape, a scale or a range factor that is not positive, values that differ within a tie, or scales
+            or a shift at a site that takes none.
+        NonFiniteError: A scale, a shift or the range factor is NaN or infinite.
+    """
+    field = f"scales[{site.name}]"
+    _check_vector(site, field, "a scale", smoothing.scales)
+    if not bool((smoothing.scales > 0).all()):
+        raise InputError(field, "a scale is not positive", "use 1 for channels left alone")
+    if site.mode == "left" and not bool((smoothing.scales == 1).all()):
+        raise InputError(field, f"the site takes no scales ({site.reason})", "leave it out")
+    if not math.isfinite(smoothing.range_factor):
+        raise NonFiniteError(f"site {site.name}: the range factor is NaN or infinite")
+    if smoothing.range_factor <= 0:
+        raise InputError(f"range_factor[{site.name}]", f"{smoothing.range_factor} is not positive", "use 1 for abs-max")
+    if smoothing.shift is None:
+        return
+    if not site.shiftable:
+        reason = site.reason if site.mode == "left" else "an operator does more than multiply its input"
+        raise InputError(f"shift[{site.name}]", f"the site takes no shift ({reason})", "leave the shift out")
+    _check_vector(site, f"shift[{site.name}]", "a shift", smoothing.shift)
+
+
+def _check_vector(site: Site, field: str, what: str, values: Tensor) -> None:
+    if values.shape != (site.channels,):
+        raise InputError(field, f"shape {tuple(values.shape)} is not ({site.channels},)", "give one per channel")
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(f"site {site.name}: {what} is NaN or infinite")
+    _, tie = torch.unique(site.ties.to(values.device), return_inverse=True)
+    first = torch.zeros(int(tie.max()) + 1, dtype=values.dtype, device=values.device)
+    first[tie] = values  # whichever member lands here, all others must equal it
+    if not torch.equal(first[tie], values):
+        raise InputError(field, f"{what} differs among tied channels", "give tied channels one value")
+
+
+def _missing(name: str, whose: str) -> InputError:
+    return InputError(name, f"is missing, but {whose} edits it", "use the model that the site was discovered in")

@@ -90,12 +90,14 @@ class Solution:
         weights: (batch, channels) int64 labels of operator weights; role ``in`` grows by s, role ``out`` shrinks.
         parameters: Labels of all other parameters by value index, in the parameter's shape; they shrink.
         offsets: Constant added to a parameter before it is used (1.0 for (1 + w) norms).
+        values: Labels of all computed values that shrink, by value index, in the value's shape.
     """
 
     ties: Tensor
     weights: dict[tuple[WeightKey, Role], Tensor]
     parameters: dict[int, Tensor]
     offsets: dict[int, float]
+    values: dict[int, Tensor]
 
 
 class Solver:
@@ -395,6 +397,7 @@ class Solver:
             weights={k: self._canonical(t).reshape(k[0].batch, -1).long() for k, t in state.weights.items()},
             parameters={v: self._canonical(t).long() for v, t in leaves.items()},
             offsets={v: state.offsets[v] for v in leaves},
+            values={v: self._canonical(t) for v, t in state.labels.items() if v not in leaves},
         )
 
     def _settle(self) -> None:

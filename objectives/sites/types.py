@@ -27,6 +27,8 @@ class Operator:
         out_channels: Number of output channels O.
         kernel: Kernel size, () for linear.
         groups: Convolution groups, 1 for linear.
+        plain: True when it runs the library's own forward, so that nothing happens to its input before the product (but
+            the padding that the module states) and its bias is what is added. Only then can its input be shifted.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Operator:
     out_channels: int
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    plain: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,27 @@ class ParameterEdit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShiftEdit:
+    """How one bias absorbs a site's shift z, before any scale does.
+
+    A producer's bias shrinks: ``b' = b - z[channel]``. A consumer's grows by what its weight W makes of the shift:
+    ``b'_o = b_o + sum over W[o, ...] of W * z[channel]``.
+
+    Attributes:
+        parameter: Full name of the bias.
+        channel: int64 site channel, -1 where nothing is shifted: of every element of the bias (producers), or of every
+            element of the weight, broadcastable to it (consumers).
+        weight: Full name of the consumer's weight; empty for producers.
+        transposed: True when that weight is stored (in, out).
+    """
+
+    parameter: str
+    channel: torch.Tensor
+    weight: str = ""
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """One activation tensor and the operators that read it. Source: claim A-1, architecture.md section 2.
 
@@ -72,6 +96,8 @@ class Site:
         ties: (C,) int64; channels with the same value must share one scale (grouped-query attention). arange(C) when free.
         edits: Parameter edits of consumers and producers; for ``explicit`` sites only those of the consumers.
         producers: Names of the modules that absorb 1/s; empty unless ``fold``.
+        shift_edits: Biases that absorb a shift, where producers and consumers provably can; empty where a shift stays in
+            the quantizer of the input.
     """
 
     name: str
@@ -82,6 +108,12 @@ class Site:
     ties: torch.Tensor
     edits: tuple[ParameterEdit, ...]
     producers: tuple[str, ...]
+    shift_edits: tuple[ShiftEdit, ...] = ()
+
+    @property
+    def shiftable(self) -> bool:
+        """Whether a shift can be applied: every operator's own quantizer sees the tensor, and its bias is what is added."""
+        return self.mode != "left" and all(operator.plain and not operator.raw for operator in self.operators)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from alphasmith.objectives.sites.graph import Graph, Node, Ref
 from alphasmith.objectives.sites.types import Operator
@@ -294,6 +295,18 @@ def _record(
         out_channels=key.out_channels,
         kernel=weight.shape[2:] if key.conv else (),
         groups=key.groups,
+        plain=owner is not None and _is_plain(modules[owner]),
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module runs the library's own forward with a bias (or none) of its own."""
+    inner = getattr(type(module), "_conv_forward", None)
+    return (
+        type(module).forward in {*_PLAIN_FORWARDS, Conv1D.forward}
+        and not {"forward", "_conv_forward"}.intersection(vars(module))
+        and inner in (None, nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+        and "bias" in module._parameters
     )
 
 

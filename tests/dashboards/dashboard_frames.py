@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -32,6 +34,15 @@ def site_frame(count: int, seed: int = 0) -> pd.DataFrame:
             "limit": np.where(free & (np.arange(count) % 5 != 4), limit, np.nan),
             "seconds": generator.uniform(0.4, 3.0, count),
             "trials": np.where(free, 32, 0),
+            "groups": np.where(free, 4, 0),
+            "shift": [mode != "left" and i % 5 == 2 for i, mode in enumerate(modes)],
+            "range_statistic": [
+                "percentile" if mode != "left" and i % 4 == 1 else "absmax" for i, mode in enumerate(modes)
+            ],
+            "range_factor": [0.93 if mode != "left" and i % 4 == 1 else 1.0 for i, mode in enumerate(modes)],
+            "grouping": np.where(free, "kmeans", ""),
+            "statistic": np.where(free, "absmax", ""),
+            "stopped": np.where(free, "within 1 % of the limit", ""),
         }
     )
 
@@ -47,8 +58,9 @@ def group_frame(count: int, groups: int = 4, seed: int = 0) -> pd.DataFrame:
             alpha = generator.uniform(low, high)
             site = f"model.layers.{i // 4}.{KINDS[i % 4]}"
             size = 200 if k == 0 else 20
-            rows.append((site, k, size, low, high, alpha, magnitudes[k]))
-    return pd.DataFrame(rows, columns=["site", "group", "size", "low", "high", "alpha", "magnitude"])
+            offset = generator.uniform(-0.4, 0.4) if i % 2 else math.nan
+            rows.append((site, k, size, low, high, alpha, magnitudes[k], offset))
+    return pd.DataFrame(rows, columns=["site", "group", "size", "low", "high", "alpha", "magnitude", "offset"])
 
 
 def trial_frame(count: int, seed: int = 0, site: str | None = None) -> pd.DataFrame:
@@ -80,7 +92,7 @@ def manifest(sites: pd.DataFrame) -> dict[str, object]:
     """A manifest of the documented shape for a site frame; a test holds it against the schema."""
     losses = {"identity": 2.1e-2, "alpha_0.5": 3.4e-3, "best_single": 2.9e-3, "best_single_alpha": 0.62, "ours": 2.7e-3}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": {
             "id": "r-20250301-7f3a",
             "name": "tiny-llama w8a8",
@@ -137,6 +149,19 @@ def manifest(sites: pd.DataFrame) -> dict[str, object]:
                 "reason": "2.6e-4 on held-out rows, best single alpha 2.4e-4",
             }
         ],
+        "refinement": {
+            "accepted": True,
+            "before": 1.23e-3,
+            "after": 1.1e-3,
+            "difference": 1.3e-4,
+            "standard_error": 2e-5,
+            "reason": "held-out output loss falls by 0.00013 against a standard error of 2e-05",
+            "deltas": {"q_proj": -0.1},
+            "changed": {"model.layers.0.self_attn.q_proj": "alphas -0.100"},
+            "trials": 16,
+            "seconds": 3.5,
+            "study": "r-20250301-7f3a/refinement",
+        },
         "payload": {"weights_float": 4_817_920, "weights_quantized": 1_204_480, "other": 61_000},
         "memory": {"predicted": 512 * 2**20, "measured": 431 * 2**20},
         "seeds": {"search": 0, "calibration": 1, "held_out": 2},

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from alphasmith.dashboards.figures import alpha_heatmap, alphas_by_group, gain_by_site, losses_by_site, trial_history
 from alphasmith.dashboards.frames import LOSS_COLUMNS, checked_sites, geometric_mean, thinned_sites
+from alphasmith.dashboards.theme import number
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from tests.dashboards.dashboard_frames import group_frame, site_frame, study_frames, trial_frame
 
@@ -109,6 +110,25 @@ def test_gain_is_the_ratio_and_worse_sites_have_another_colour() -> None:
     colors = list(bars.marker.color)
     assert len(set(colors)) == 2
     assert colors.count(colors[2]) == 1
+
+
+def test_a_groups_own_factor_is_told_where_it_has_one() -> None:
+    frame = group_frame(2)
+    dots = _trace(alphas_by_group(frame), "chosen alpha")
+    order = frame.sort_values("magnitude", kind="stable")["offset"].tolist()
+    assert list(dots.text) == ["" if math.isnan(offset) else f"x{number(math.exp(offset))}" for offset in order]
+    assert sum("own factor x" in hover for hover in dots.customdata) == 4
+    many = _trace(alphas_by_group(group_frame(20)), "chosen alpha")
+    assert many.mode == "markers"
+    assert sum("own factor x" in hover for hover in many.customdata) == 40
+    cells = alpha_heatmap(frame).data[0].customdata
+    assert ["own factor" in cell for row in cells for cell in row] == [False] * 4 + [True] * 4
+
+
+def test_frames_without_offsets_are_drawn_as_before() -> None:
+    frame = group_frame(2).drop(columns="offset")
+    assert not any(_trace(alphas_by_group(frame), "chosen alpha").text)
+    assert not any("own factor" in cell for row in alpha_heatmap(frame).data[0].customdata for cell in row)
 
 
 @pytest.mark.parametrize("draw", [*SITE_FIGURES, *GROUP_FIGURES, trial_history])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from alphasmith.dashboards.facts import duration, facts_of, size_text
 from alphasmith.dashboards.report import render_report
+from alphasmith.dashboards.theme import number
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.storage.manifest import Manifest
 from tests.dashboards.dashboard_frames import group_frame, manifest, site_frame, study_frames, trial_frame
@@ -43,7 +44,7 @@ def test_the_dumped_form_of_a_manifest_renders_like_the_written_one(page: str) -
 def test_every_part_is_there(page: str) -> None:
     for section in (
         *("asked", "metrics", "figures", "sites", "hardware", "proof", "guard", "payload", "memory", "seeds"),
-        *("versions", "config", "artifacts", "skipped"),
+        *("versions", "config", "artifacts", "skipped", "refinement"),
     ):
         assert f'id="{section}"' in page
     body = html.unescape(_without_scripts(page))
@@ -53,6 +54,41 @@ def test_every_part_is_there(page: str) -> None:
     assert "padding is masked" in body
     assert "shares its weight with the embedding" in body
     assert "chose a baseline" not in body
+
+
+def test_every_searched_site_says_what_it_reached(page: str) -> None:
+    table = _without_scripts(page).partition('<table class="sortable">')[2].partition("</table>")[0]
+    for row in site_frame(12).to_dict("records"):
+        sentence = (
+            f"best single alpha {number(row['best_single'])}, ours {number(row['ours'])}, limit {number(row['limit'])}"
+        )
+        assert (sentence in table) == (row["mode"] != "left")
+    assert "K 4 (kmeans, absmax), range x0.93 (percentile)" in table
+    assert "stopped: within 1 % of the limit" in table
+
+
+def test_the_refinement_is_told_either_way() -> None:
+    sites = site_frame(2)
+    facts = manifest(sites)
+    accepted = "Accepted: output loss 1.23e-3 -&gt; 1.10e-3 (difference 1.30e-4 +- 2.00e-5)."
+    assert accepted in _without_scripts(render_report(facts, sites, group_frame(2)))
+    assert "<dt>alphas of q_proj</dt><dd>-0.100</dd>" in _without_scripts(render_report(facts, sites, group_frame(2)))
+    many = {"accepted": True, "changed": {f"layer.{i}": "identity" for i in range(11)} | {"head": "alphas +0.100"}}
+    body = _without_scripts(render_report(facts | {"refinement": many}, sites, group_frame(2)))
+    assert "layer.6, layer.7 and 3 more" in body
+    assert "<dt>now alphas +0.100</dt><dd>head</dd>" in body
+    nothing = {"accepted": False, "before": 1.23e-3, "after": 1.23e-3, "reason": "every trial failed"}
+    body = _without_scripts(render_report(facts | {"refinement": nothing}, sites, group_frame(2)))
+    assert "Not accepted: every trial failed; the output loss stays 1.23e-3." in body
+    assert 'id="refinement"' not in render_report(facts | {"refinement": None}, sites, group_frame(2))
+
+
+def test_trials_of_the_refinement_are_not_drawn_with_those_of_the_sites() -> None:
+    sites, groups = site_frame(2), group_frame(2)
+    trials = study_frames(2)
+    extra = trial_frame(16).assign(site="refinement")
+    with_extra = render_report({}, sites, groups, pd.concat([trials, extra], ignore_index=True))
+    assert with_extra == render_report({}, sites, groups, trials)
 
 
 def test_a_model_wide_search_is_judged_at_the_output() -> None:

@@ -9,6 +9,7 @@ from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
 from alphasmith.dashboards.study_views import HISTORY_ID, LOSSES_ID, annotate_study, study_note
+from alphasmith.dashboards.theme import number
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from tests.dashboards.dashboard_frames import group_frame, site_frame, trial_frame
 
@@ -63,6 +64,11 @@ def test_the_note_tells_the_result() -> None:
     assert table[0].startswith(f"| {best.replace('_', chr(92) + '_')} |")
     assert f"Held-out loss of the {len(done)} searched sites: **" in note
     assert "| scheme | w8a8 |" in note
+    first = done.iloc[int((done["ours"] / done["best_single"]).argmin())]
+    told = f": best single alpha {number(first['best_single'])}, ours {number(first['ours'])}, limit "
+    assert sum(told in line for line in note.splitlines()) == 1
+    assert note.count("(stopped: within 1 % of the limit)") == 20
+    assert "K 4 (kmeans, absmax), shift" in note
     assert "secret" not in note
 
 
@@ -75,6 +81,6 @@ def test_names_cannot_break_the_note() -> None:
     lines = study_note("t\n# big", sites).splitlines()
     assert lines[0] == "## t # big"
     row = next(line for line in lines if line.startswith("| a"))
-    assert row.replace("\\|", "").count("|") == 8
+    assert row.replace("\\|", "").count("|") == 9
     assert "[l]" not in row
     assert " <b>" not in row

@@ -1,6 +1,7 @@
 """An independent, slow reading of the formulas: scalar loops, products and sums in float64, no torch arithmetic.
 
-Only divisions and roundings are done in float32 as the library does them, so that both land on the same side of a rounding tie.
+Only the element-wise steps up to the rounding are done in float32 as the library does them, so that both land on the same side of
+a rounding tie.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.site_data import SiteData, SitePart
+from alphasmith.objectives.smoothing import Smoothing
 
 Array = NDArray[np.float32]
 
@@ -89,23 +90,59 @@ def _products(part: SitePart, x: NDArray[np.float64], w: NDArray[np.float64]) ->
     return out
 
 
-def _activation_range(data: SiteData, part: SitePart, scheme: Scheme, s: Array, x: Array, t: int) -> list[np.float32]:
-    if scheme.activation_granularity == "static":
-        return [data.activation_absmax.numpy()[c] / s[c] for c in range(s.size)]
-    if part.sample is not None and part.sample_absmax is not None:
-        sample = int(part.sample[t])
-        return [part.sample_absmax.numpy()[sample, c] / s[c] for c in range(s.size)]
-    return list(x[t])
+def _peaks(low: Array, high: Array, shift: Array | None) -> list[np.float32]:
+    """Largest magnitude of every channel after the shift."""
+    if shift is None:
+        return [max(h, -lo, np.float32(0)) for lo, h in zip(low, high, strict=True)]
+    return [max(h - z, z - lo, np.float32(0)) for lo, h, z in zip(low, high, shift, strict=True)]
 
 
-def naive_loss(data: SiteData, scheme: Scheme, scales: torch.Tensor, fraction: float = 1.0) -> float:
-    """Relative squared error over the first ``fraction`` of the rows of every part."""
-    s = scales.numpy()
-    error = energy = 0.0
+def _step(values: Sequence[np.float32], s: Array, fmt: str) -> np.float32:
+    return naive_scale([value / scale for value, scale in zip(values, s, strict=True)], fmt)
+
+
+def _static_step(data: SiteData, fmt: str, s: Array, shift: Array | None, factor: float) -> np.float32:
+    peaks = _peaks(data.input_range.low.numpy(), data.input_range.high.numpy(), shift)
+    largest = max(peak / scale for peak, scale in zip(peaks, s, strict=True))
+    return naive_scale([largest * np.float32(factor)], fmt)
+
+
+def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing) -> NDArray[np.float64]:
+    """Dequantized activations (T, D), still divided by the scales."""
+    s = smoothing.scales.numpy()
+    shift = None if smoothing.shift is None else smoothing.shift.numpy()
+    channel, x, fmt = part.channel.numpy(), part.x.numpy(), scheme.activations
+    if shift is not None:
+        x = x - shift[channel]
+    one = np.float32(1)
+    if fmt == "none":
+        return np.array(x * (one / s[channel]), dtype=np.float64)
+    out = np.zeros(x.shape)
+    static = _static_step(data, fmt, s, shift, smoothing.range_factor)
+    for t in range(x.shape[0]):
+        if scheme.activation_granularity == "static":
+            # One factor for scale and step together, as the library multiplies.
+            step, values = static, [v * (one / (s[c] * static)) for v, c in zip(x[t], channel, strict=True)]
+            out[t] = [float(np.float32(naive_round(float(v), fmt)) * step) for v in values]
+            continue
+        values = [v * (one / s[c]) for v, c in zip(x[t], channel, strict=True)]
+        if part.sample is not None and part.sample_low is not None and part.sample_high is not None:
+            row = int(part.sample[t])
+            step = _step(_peaks(part.sample_low.numpy()[row], part.sample_high.numpy()[row], shift), s, fmt)
+        else:
+            step = naive_scale(values, fmt)
+        out[t] = naive_quantize(values, step, fmt)
+    return out
+
+
+def naive_row_errors(
+    data: SiteData, scheme: Scheme, smoothing: Smoothing
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Squared error and squared norm of the float output of every row, part by part."""
+    s = smoothing.scales.numpy()
+    found = []
     for part in data.parts:
-        rows = math.ceil(part.x.shape[0] * fraction - 1e-9)
-        channel, width = part.channel.numpy(), part.weight.shape[1]
-        x = np.stack([part.x.numpy()[t] / s[channel] for t in range(rows)])
+        channel, (_, width) = part.channel.numpy(), part.weight.shape
         scaled = np.zeros(part.weight.shape, dtype=np.float32)
         row = 0
         for features in part.out_features:
@@ -114,13 +151,21 @@ def naive_loss(data: SiteData, scheme: Scheme, scales: torch.Tensor, fraction: f
                 for d in range(width):
                     scaled[row, d] = part.weight.numpy()[row, d] * s[channel[block * width + d]]
                 row += 1
-        quantized = x.astype(np.float64)
-        if scheme.activations != "none":
-            for t in range(rows):
-                scale = naive_scale(_activation_range(data, part, scheme, s, x, t), scheme.activations)
-                quantized[t] = naive_quantize(list(x[t]), scale, scheme.activations)
+        quantized = _codes(data, part, scheme, smoothing)
         out = _products(part, quantized, naive_weight(scaled, scheme, part.out_features))
-        ref = _products(part, part.x.numpy()[:rows].astype(np.float64), part.weight.numpy().astype(np.float64))
-        error += float(((out - ref) ** 2).sum())
-        energy += float((ref**2).sum())
+        weight = part.weight.numpy().astype(np.float64)
+        if smoothing.shift is not None:
+            out += _products(part, smoothing.shift.numpy().astype(np.float64)[channel][None], weight)
+        ref = _products(part, part.x.numpy().astype(np.float64), weight)
+        found.append((((out - ref) ** 2).sum(1), (ref**2).sum(1)))
+    return found
+
+
+def naive_loss(data: SiteData, scheme: Scheme, smoothing: Smoothing, fraction: float = 1.0) -> float:
+    """Relative squared error over the first ``fraction`` of the rows of every part."""
+    error = energy = 0.0
+    for errors, energies in naive_row_errors(data, scheme, smoothing):
+        rows = math.ceil(errors.size * fraction - 1e-9)
+        error += float(errors[:rows].sum())
+        energy += float(energies[:rows].sum())
     return error / energy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.types import Operator, ParameterEdit, Site, SiteMode
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
 SCHEMES = [
     Scheme(),
@@ -28,12 +29,12 @@ SCHEMES = [
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A float model, its sites, random scales for the sites that take them, calibrated ranges and data."""
+    """A float model, its sites, random smoothings for the sites that take them, calibrated ranges and data."""
 
     model: nn.Module
     sites: tuple[Site, ...]
-    scales: dict[str, Tensor]
-    absmax: dict[str, Tensor]
+    smoothings: dict[str, Smoothing]
+    ranges: dict[str, ChannelRange]
     batches: tuple[Batch, ...]
 
 
@@ -94,6 +95,7 @@ def operator(model: nn.Module, name: str) -> Operator:
         out_channels=weight.shape[1] if transposed else weight.shape[0],
         kernel=tuple(weight.shape[2:]) if conv else (),
         groups=groups,
+        plain=not isinstance(module, PaddedConv2d),
     )
 
 
@@ -177,19 +179,36 @@ def _randomised(model: nn.Module, seed: int) -> nn.Module:
 def _example(
     model: nn.Module, sites: tuple[Site, ...], batches: tuple[Batch, ...], generator: torch.Generator
 ) -> Example:
-    scales = {s.name: torch.exp2(torch.rand(s.channels, generator=generator) * 4 - 2) for s in sites}
-    absmax: dict[str, Tensor] = {}
+    smoothings = {
+        s.name: Smoothing(scales=torch.exp2(torch.rand(s.channels, generator=generator) * 4 - 2)) for s in sites
+    }
+    seen: dict[str, list[Tensor]] = {}
     handles = []
     for found in sites:
         axis = -1 if found.operators[0].kind == "linear" else 1
 
         def record(_: nn.Module, args: tuple[Tensor, ...], name: str = found.name, axis: int = axis) -> None:
-            peak = args[0].detach().float().abs().movedim(axis, -1).flatten(0, -2).amax(0)
-            absmax[name] = torch.maximum(absmax[name], peak) if name in absmax else peak
+            seen.setdefault(name, []).append(args[0].detach().float().movedim(axis, -1).flatten(0, -2))
 
         handles.append(model.get_submodule(found.name).register_forward_pre_hook(record))
     for batch in batches:
         model(*batch.args)
     for handle in handles:
         handle.remove()
-    return Example(model=model, sites=sites, scales=scales, absmax=absmax, batches=batches)
+    ranges = {}
+    for found in sites:
+        rows = torch.cat(seen[found.name])
+        low, high = rows.amin(0), rows.amax(0)
+        padded = found.operators[0].kind == "conv"  # zeros may be read around the edges
+        ranges[found.name] = ChannelRange(low.clamp_max(0), high.clamp_min(0)) if padded else ChannelRange(low, high)
+    return Example(model=model, sites=sites, smoothings=smoothings, ranges=ranges, batches=batches)
+
+
+def shifted(made: Example) -> Example:
+    """The same example, with the middle of every range as the shift of every site that takes one."""
+    smoothings = {}
+    for found in made.sites:
+        smoothing = made.smoothings[found.name]
+        middle = made.ranges[found.name].middle(found.ties)
+        smoothings[found.name] = replace(smoothing, shift=middle) if found.shiftable else smoothing
+    return replace(made, smoothings=smoothings)

@@ -12,6 +12,7 @@ from torch import nn
 from alphasmith.objectives.batch import Batch, call, main_output
 from alphasmith.objectives.sites.folding import fold
 from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.smoothing import Smoothing
 from tests.objectives.architecture_records import DoubleArithmetic
 
 #: Largest relative difference of outputs, all in float64. Rounding errors are about 1e-16 per operation; scales between
@@ -46,13 +47,15 @@ def difference(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, .
     return max(errors)
 
 
-def draw(site: Site, seed: int) -> torch.Tensor:
-    """(C,) scales, log-uniform in [0.05, 20], one value per tie."""
+def draw(site: Site, seed: int) -> Smoothing:
+    """Scales, log-uniform in [0.05, 20], and a standard normal shift where it folds; one value per tie, float64."""
     generator = torch.Generator().manual_seed(seed)
     _, tie = torch.unique(site.ties, return_inverse=True)
     span = math.log(400.0)
-    values = torch.exp(math.log(0.05) + span * torch.rand(int(tie.max()) + 1, generator=generator, dtype=torch.float64))
-    return values[tie]
+    free = torch.rand(int(tie.max()) + 1, generator=generator, dtype=torch.float64)
+    shift = torch.randn(int(tie.max()) + 1, generator=generator, dtype=torch.float64)
+    scales = torch.exp(math.log(0.05) + span * free)
+    return Smoothing(scales=scales[tie], shift=shift[tie] if site.shift_edits else None)
 
 
 def multiply(model: nn.Module, site: Site, scales: torch.Tensor) -> None:
@@ -73,8 +76,8 @@ def multiply(model: nn.Module, site: Site, scales: torch.Tensor) -> None:
         module.register_forward_pre_hook(divide, with_kwargs=True)
 
 
-def apply(model: nn.Module, site: Site, scales: torch.Tensor) -> None:
+def apply(model: nn.Module, site: Site, smoothing: Smoothing) -> None:
     """Smooth one site of a private copy in whichever way its mode says."""
-    fold(model, site, scales)
+    fold(model, site, smoothing)
     if site.mode == "explicit":
-        multiply(model, site, scales)
+        multiply(model, site, smoothing.scales)

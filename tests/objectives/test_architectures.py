@@ -20,6 +20,12 @@ from tests.objectives.architecture_text import mixtral
 from tests.objectives.architectures import ARCHITECTURES
 from tests.objectives.smoothing_checks import TOLERANCE, apply, difference, draw, evaluate
 
+#: Sites whose shift goes into biases: those read by operators with a bias behind a normalization or operator with one.
+SHIFTS_FOLDED = {
+    "opt": 4, "gpt2": 4, "gpt-neox": 4, "bloom": 4, "bert": 1, "ernie": 1, "vit": 5, "swin": 4, "whisper": 6, "convnext": 5,
+    "wav2vec2": 2, "torch-encoder-pre-norm": 3, "torch-encoder-post-norm": 1,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -126,6 +132,11 @@ def test_sites_are_well_formed(case: Case) -> None:
         for edit in site.edits:
             assert edit.channel.expand(tensors[edit.parameter].shape).shape == tensors[edit.parameter].shape
             assert int(edit.channel.max()) < site.channels
+        if site.shift_edits:
+            assert site.mode == "fold"
+            assert site.shiftable
+            assert {edit.weight for edit in site.shift_edits if edit.weight} == {op.weight for op in site.operators}
+            assert len({edit.parameter for edit in site.shift_edits}) == len(site.shift_edits)
 
 
 def test_expected_sites_fold(case: Case) -> None:
@@ -161,6 +172,26 @@ def test_smoothed_sites_leave_the_outputs_unchanged(case: Case, modes: tuple[str
         pytest.fail(f"errors of each site alone: { {name: e for name, e in alone.items() if not e <= TOLERANCE} }")
 
 
+def test_each_half_of_a_folded_shift_changes_the_outputs(case: Case) -> None:
+    """Negative control: neither the producers' nor the consumers' biases may be left out."""
+
+    def producers(site: Site) -> Site:
+        return replace(site, shift_edits=tuple(edit for edit in site.shift_edits if not edit.weight))
+
+    def consumers(site: Site) -> Site:
+        return replace(site, shift_edits=tuple(edit for edit in site.shift_edits if edit.weight))
+
+    for site in case.found.sites:
+        if site.shift_edits:
+            assert smoothed(case, [site], producers) > 1e-6, site.name
+            assert smoothed(case, [site], consumers) > 1e-6, site.name
+
+
+def test_shifts_fold_where_biases_can_take_them(case: Case) -> None:
+    folded = sum(bool(site.shift_edits) for site in case.found.sites)
+    assert folded == SHIFTS_FOLDED.get(case.architecture.name, 0)
+
+
 def test_folding_producers_only_changes_the_outputs(case: Case) -> None:
     """Negative control: each site's edits matter, so the tests above can fail."""
 
@@ -169,7 +200,7 @@ def test_folding_producers_only_changes_the_outputs(case: Case) -> None:
 
     for site in case.found.sites:
         if site.mode == "fold":
-            assert smoothed(case, [site], halve) > 1e-6, site.name
+            assert smoothed(case, [replace(site, shift_edits=())], halve) > 1e-6, site.name
 
 
 def test_discovery_is_deterministic_and_leaves_the_model_alone(case: Case) -> None:

@@ -21,6 +21,7 @@ from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.scheme import ActivationGranularity, Scheme
 from alphasmith.objectives.site_objective import SiteObjective
 from alphasmith.objectives.sites.types import Operator, Site
+from alphasmith.objectives.smoothing import Smoothing
 
 
 def _operator(model: nn.Module, name: str, *, raw: bool = False, transposed: bool = False) -> Operator:
@@ -109,7 +110,9 @@ def test_rows_and_statistics_are_those_of_the_operator_input() -> None:
     assert _sorted_rows(part.x) == _sorted_rows(expected)
     assert torch.equal(part.weight, torch.cat([model.q.weight, model.k.weight]).detach())
     assert torch.equal(part.channel, torch.arange(6))
-    assert torch.equal(data.activation_absmax, expected.abs().amax(0))
+    assert torch.equal(data.input_range.low, expected.amin(0))
+    assert torch.equal(data.input_range.high, expected.amax(0))
+    assert torch.equal(data.input_range.peaks(), expected.abs().amax(0))
     assert torch.equal(data.weight_absmax, part.weight.abs().amax(0))
     assert found.rows_seen == {"q": 40, "out": 40}
     assert not found.missing
@@ -152,12 +155,12 @@ def test_padding_never_counts(statistic: Statistic) -> None:
     ids[~mask] = 0  # the padding token, which is an outlier here
     with torch.no_grad():
         model.embed.weight[0] = 1e6
-    found = calibrate(model, sites[:1], _batches(ids, 3, mask), rows=99, seed=0, statistic=statistic)
+    found = calibrate(model, sites[:1], _batches(ids, 3, mask), rows=99, seed=0, statistics=(statistic,))
     real = model.embed(ids[mask]).detach()
     assert found.rows_seen["q"] == int(mask.sum())
     assert _sorted_rows(found.sites["q"].parts[0].x) == _sorted_rows(real)
-    assert float(found.activation_statistic("q").max()) < 10
-    assert torch.equal(found.activation_absmax("q"), real.abs().amax(0))
+    assert float(found.activation_statistics("q")[statistic].max()) < 10
+    assert torch.equal(found.input_range("q").peaks(), real.abs().amax(0))
 
 
 def test_flattened_positions_are_masked_and_inputs_cut_otherwise_are_kept() -> None:
@@ -178,30 +181,27 @@ def test_the_chosen_statistic_is_what_smoothing_gets() -> None:
         "rms": x.square().mean(0).sqrt(),
         "percentile": torch.quantile(x.abs(), 0.9, dim=0, interpolation="higher"),
     }
-    for statistic in get_args(Statistic):
-        found = calibrate(
-            model,
-            sites,
-            _batches(_ids(7), 8),
-            rows=9,
-            seed=0,
-            statistic=statistic,
-            percentile=90.0,
-        )
+    for first in get_args(Statistic):
+        statistics = sorted(get_args(Statistic), key=lambda name: name != first)
+        found = calibrate(model, sites, _batches(_ids(7), 8), rows=9, seed=0, statistics=statistics, percentile=90.0)
         data = found.site_data(sites[0], _parameters(model))
-        torch.testing.assert_close(data.activation_statistic, expected[statistic], rtol=0.023, atol=0)
-        assert torch.equal(data.activation_absmax, expected["absmax"])
+        assert list(data.activation_statistics) == statistics
+        assert data.activation_statistic is data.activation_statistics[first]
+        for name, values in expected.items():
+            torch.testing.assert_close(data.activation_statistics[name], values, rtol=0.023, atol=0)
+        assert torch.equal(data.input_range.peaks(), expected["absmax"])
 
 
 def test_held_out_rows_keep_the_ranges_of_calibration() -> None:
     model, sites = _text()
-    searched = calibrate(model, sites, _batches(_ids(8), 8), rows=9, seed=0, statistic="rms")
+    searched = calibrate(model, sites, _batches(_ids(8), 8), rows=9, seed=0, statistics=("rms",))
     held_out = calibrate(model, sites, _batches(_ids(9), 8), rows=9, seed=0)
     data = held_out.site_data(sites[0], _parameters(model), ranges_from=searched)
-    assert torch.equal(data.activation_absmax, searched.activation_absmax("q"))
+    assert torch.equal(data.input_range.low, searched.input_range("q").low)
+    assert torch.equal(data.input_range.high, searched.input_range("q").high)
     assert torch.equal(data.activation_statistic, searched.sites["q"].rms)
     assert torch.equal(data.parts[0].x, held_out.sites["q"].parts[0].x)
-    assert not torch.equal(data.activation_absmax, held_out.activation_absmax("q"))
+    assert not torch.equal(data.input_range.high, held_out.input_range("q").high)
 
 
 class _PaddedConv(nn.Conv2d):
@@ -238,18 +238,20 @@ def test_convolution_rows_times_weight_are_outputs_and_know_their_sample() -> No
     batches = [Batch(args=(piece,)) for piece in torch.split(x, 2)]
     data = calibrate(model, [site], batches, rows=11, seed=0).site_data(site, _parameters(model))
     assert [part.operators for part in data.parts] == [("a", "b"), ("grouped",), ("padded",)]
-    assert torch.equal(data.activation_absmax, x.abs().amax((0, 2, 3)))
+    assert torch.equal(data.input_range.peaks(), x.abs().amax((0, 2, 3)))
     outputs = dict(zip(("a", "b", "grouped", "padded"), model(x), strict=True))
     for part in data.parts:
         expected = torch.cat([outputs[name] for name in part.operators], 1).detach()
         blocks = part.weight.reshape(part.groups, -1, part.weight.shape[1])
         found = torch.einsum("tgd,god->tgo", part.x.reshape(11, part.groups, -1), blocks).flatten(1)
         assert part.sample is not None
-        assert part.sample_absmax is not None
-        assert part.sample_absmax.shape[0] == len(set(part.sample.tolist())) <= 6
+        assert part.sample_low is not None
+        assert part.sample_high is not None
+        assert part.sample_low.shape == part.sample_high.shape == (len(set(part.sample.tolist())), 4)
+        peaks = torch.maximum(part.sample_high, -part.sample_low)
         for row, sample in zip(found, part.sample.tolist(), strict=True):
             # Samples differ in size, so their abs-max tells which one the table row belongs to.
-            (index,) = (x.abs().amax((2, 3)) == part.sample_absmax[sample]).all(1).nonzero().flatten().tolist()
+            (index,) = (x.abs().amax((2, 3)) == peaks[sample]).all(1).nonzero().flatten().tolist()
             distance = (expected[index].flatten(1).T - row).abs().amax(1).min()
             assert float(distance) < 1e-5
         volume = part.x.shape[1] // 4
@@ -266,11 +268,30 @@ def test_batch_size_changes_no_patch_and_no_sample_range(size: int) -> None:
     )
     for a, b in zip(whole.sites["a"].parts, cut.sites["a"].parts, strict=True):
         assert a.sample is not None
-        assert a.sample_absmax is not None
         assert b.sample is not None
-        assert b.sample_absmax is not None
         assert torch.equal(a.x, b.x)
-        assert torch.equal(a.sample_absmax[a.sample], b.sample_absmax[b.sample])
+        for before, after in ((a.sample_low, b.sample_low), (a.sample_high, b.sample_high)):
+            assert before is not None
+            assert after is not None
+            assert torch.equal(before[a.sample], after[b.sample])
+
+
+def test_zeros_that_a_convolution_pads_with_are_in_its_ranges() -> None:
+    x = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(1)) + torch.tensor([1.0, -3.0])[:, None]
+    for padding, padded in ((1, True), ("same", True), (0, False)):
+        model = nn.Sequential(nn.Conv1d(2, 3, 3, padding=padding))
+        site = _site(_operator(model, "0"))
+        data = calibrate(model, [site], [Batch(args=(x,))], rows=99, seed=0).site_data(site, _parameters(model))
+        (part,) = data.parts
+        assert part.sample_low is not None
+        assert part.sample_high is not None
+        for low, high, real in (
+            (data.input_range.low, data.input_range.high, x.movedim(1, 2).flatten(0, 1)),
+            (part.sample_low[0], part.sample_high[0], x[0].T),
+        ):
+            assert torch.equal(low, real.amin(0).clamp_max(0) if padded else real.amin(0))
+            assert torch.equal(high, real.amax(0).clamp_min(0) if padded else real.amax(0))
+        torch.testing.assert_close(data.magnitudes("absmax"), x.abs().amax((0, 2)))
 
 
 def test_site_data_is_what_the_judge_expects() -> None:
@@ -282,7 +303,7 @@ def test_site_data_is_what_the_judge_expects() -> None:
     for data in (fine, words):
         for granularity in get_args(ActivationGranularity):
             judge = SiteObjective(data, Scheme(activation_granularity=granularity))
-            assert 0 < judge.loss(torch.ones(data.activation_absmax.shape[0])) < 1e-3
+            assert 0 < judge.loss(Smoothing(scales=torch.ones(data.channels))) < 1e-3
 
 
 def test_convolution_statistics_count_a_shared_tensor_once() -> None:
@@ -302,7 +323,7 @@ def test_masked_frames_of_a_1d_convolution_are_dropped() -> None:
     mask = torch.tensor([[True] * 3 + [False] * 3, [True] * 6])
     site = _site(_operator(model, "0"))
     found = calibrate(model, [site], [Batch(args=(x,), mask=mask)], rows=99, seed=0)
-    assert found.activation_absmax(site).tolist() == [1.0, 1.0]
+    assert found.input_range(site).peaks().tolist() == [1.0, 1.0]
     assert found.sites["0"].parts[0].x.shape == (9, 6)
 
 
@@ -397,8 +418,8 @@ def test_dead_channels_have_statistic_zero() -> None:
     x = torch.randn(50, 3) * torch.tensor([1.0, 0.0, 1.0])
     site = _site(_operator(model, "0"))
     for statistic in get_args(Statistic):
-        found = calibrate(model, [site], [Batch(args=(x,))], rows=8, seed=0, statistic=statistic)
-        assert (found.activation_statistic(site) > 0).tolist() == [True, False, True]
+        found = calibrate(model, [site], [Batch(args=(x,))], rows=8, seed=0, statistics=(statistic,))
+        assert (found.activation_statistics(site)[statistic] > 0).tolist() == [True, False, True]
 
 
 def test_the_model_is_left_as_it_was_even_after_a_failure() -> None:
@@ -443,7 +464,12 @@ def _forever_masked(model: nn.Module, sites: Sequence[Site]) -> Calibration:
         (lambda m, s: calibrate(m, s, [], rows=4, seed=0), "data"),
         (_forever_masked, "data"),
         (lambda m, s: calibrate(m, s, _batches(_ids(1), 4), rows=0, seed=0), "rows"),
-        (lambda m, s: calibrate(m, s, _batches(_ids(1), 4), rows=4, seed=0, statistic=cast(Any, "mean")), "statistic"),
+        (
+            lambda m, s: calibrate(m, s, _batches(_ids(1), 4), rows=4, seed=0, statistics=cast(Any, ("mean",))),
+            "statistics",
+        ),
+        (lambda m, s: calibrate(m, s, _batches(_ids(1), 4), rows=4, seed=0, statistics=()), "statistics"),
+        (lambda m, s: calibrate(m, s, _batches(_ids(1), 4), rows=4, seed=0, statistics=("rms", "rms")), "statistics"),
         (lambda m, s: calibrate(m, s, _batches(_ids(1), 4), rows=4, seed=0, percentile=0), "percentile"),
         (lambda m, s: calibrate(m, [*s, s[0]], _batches(_ids(1), 4), rows=4, seed=0), "sites"),
         (lambda m, s: calibrate(nn.Linear(2, 2), s, _batches(_ids(1), 4), rows=4, seed=0), "operator q"),
@@ -482,22 +508,24 @@ def test_batches_are_read_once_and_progress_is_told() -> None:
     assert done == [11, 22, 33]
 
 
-@pytest.mark.parametrize("statistic", ["absmax", "percentile"])
-def test_state_survives_a_file_to_the_bit(statistic: Statistic, tmp_path: Path) -> None:
+@pytest.mark.parametrize("statistics", [("absmax",), ("percentile", "rms", "absmax")])
+def test_state_survives_a_file_to_the_bit(statistics: tuple[Statistic, ...], tmp_path: Path) -> None:
     model, site = _convolutions()
     unreached = _site(_operator(model, "a", raw=True))
     sites = [site, Site(**{**vars(unreached), "name": "raw site"})]
     x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(3))
-    found = calibrate(model, sites, [Batch(args=(x,))], rows=7, seed=0, statistic=statistic, percentile=75.0)
+    found = calibrate(model, sites, [Batch(args=(x,))], rows=7, seed=0, statistics=statistics, percentile=75.0)
     save_file(found.state(), tmp_path / "calibration.safetensors")
     again = Calibration.from_state(load_file(tmp_path / "calibration.safetensors"))
     assert again.missing == found.missing != {}
-    assert (again.statistic, again.percentile, again.rows_seen) == (statistic, 75.0, found.rows_seen)
+    assert (again.statistics, again.percentile, again.rows_seen) == (statistics, 75.0, found.rows_seen)
     first, second = found.state(), again.state()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     a, b = (c.site_data(site, _parameters(model)) for c in (found, again))
+    assert list(a.activation_statistics) == list(b.activation_statistics) == list(statistics)
     assert torch.equal(a.activation_statistic, b.activation_statistic)
+    assert torch.equal(a.input_range.low, b.input_range.low)
     assert [p.operators for p in a.parts] == [p.operators for p in b.parts]
 
 
@@ -508,6 +536,6 @@ def test_a_damaged_state_is_refused() -> None:
         Calibration.from_state({})
     with pytest.raises(InputError, match="incomplete"):
         Calibration.from_state({name: value for name, value in state.items() if name != "1.0.x"})
-    newer = bytes(state["structure"].tolist()).replace(b'"version": 1', b'"version": 9')
+    newer = bytes(state["structure"].tolist()).replace(b'"version": 2', b'"version": 9')
     with pytest.raises(InputError, match="version 9"):
         Calibration.from_state(state | {"structure": torch.tensor(list(newer), dtype=torch.uint8)})

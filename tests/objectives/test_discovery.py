@@ -16,6 +16,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.folding import fold
 from alphasmith.objectives.sites.types import Discovery, Site
+from alphasmith.objectives.smoothing import Smoothing
 from tests.objectives import site_modules as m
 
 Input = Callable[[int, int], Tensor]
@@ -76,10 +77,12 @@ def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Input, Discove
     return request.param, model, draw, discover(model, Batch(args=(draw(1, 30 if "experts" in request.param else 5),)))
 
 
-def scales_of(site: Site, seed: int) -> Tensor:
-    """Random log-uniform scales in [1/20, 20], equal within ties."""
-    uniform = torch.rand(site.channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.exp((2 * uniform - 1) * 3.0)[site.ties]
+def smoothing_of(site: Site, seed: int) -> Smoothing:
+    """Random log-uniform scales in [1/20, 20] and, where it folds, a shift, equal within ties."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(site.channels, dtype=torch.float64, generator=generator)
+    shift = torch.randn(site.channels, dtype=torch.float64, generator=generator)[site.ties]
+    return Smoothing(scales=torch.exp((2 * uniform - 1) * 3.0)[site.ties], shift=shift if site.shift_edits else None)
 
 
 def change(model: nn.Module, sites: list[Site], x: Tensor) -> float:
@@ -87,10 +90,10 @@ def change(model: nn.Module, sites: list[Site], x: Tensor) -> float:
     smoothed = copy.deepcopy(model)
     modules = dict(smoothed.named_modules())
     for seed, site in enumerate(sites):
-        scales = scales_of(site, seed)
-        fold(smoothed, site, scales)
+        smoothing = smoothing_of(site, seed)
+        fold(smoothed, site, smoothing)
         for operator in site.operators if site.mode == "explicit" else ():
-            shaped = scales.reshape(-1, *[1] * len(operator.kernel))
+            shaped = smoothing.scales.reshape(-1, *[1] * len(operator.kernel))
             modules[operator.name].register_forward_pre_hook(lambda _, args, s=shaped: (args[0] / s, *args[1:]))
     with torch.no_grad():
         before, after = model(x), smoothed(x)
@@ -298,3 +301,76 @@ def test_models_that_cannot_be_searched_are_refused() -> None:
         discover(nn.LayerNorm(m.C).eval(), Batch(args=(torch.randn(2, m.C),)))
     with pytest.raises(InputError, match="training mode"):
         discover(nn.Linear(m.C, 2), Batch(args=(torch.randn(2, m.C),)))
+
+
+class Chain(nn.Module):
+    """Linear layers and a norm without a nonlinearity: one bias is a consumer's for one site and a producer's for the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(6), nn.Linear(6, 5), nn.Linear(5, 7)
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.second(self.first(self.norm(x)))))
+
+
+class Windows(nn.Module):
+    """Convolutions without padding behind each other; the last one pads with zeros, so its input cannot lose its shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 6, 2, stride=2, groups=2)
+        self.norm, self.third = nn.BatchNorm1d(6), nn.Conv1d(6, 4, 1)
+        self.padded = nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.padded(self.third(self.norm(self.second(self.first(x))))))
+
+
+@pytest.mark.parametrize(
+    ("factory", "shape", "folded", "quantizer"),
+    [
+        (Chain, (3, 5, 6), {"first", "second", "head"}, set()),
+        (Windows, (3, 3, 12), {"second", "third"}, {"first", "padded"}),
+    ],
+)
+def test_shifts_fold_through_a_chain_of_biases(
+    factory: Callable[[], nn.Module], shape: tuple[int, ...], folded: set[str], quantizer: set[str]
+) -> None:
+    model = m.randomised(factory())
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sites = list(discover(model, Batch(args=(x[:1],))).sites)
+    assert {site.name for site in sites if site.shift_edits} == folded
+    assert {site.name for site in sites if site.shiftable and not site.shift_edits} == quantizer
+    foldable = [site for site in sites if site.mode == "fold"]
+    assert change(model, foldable, x) < 1e-10
+    assert change(model, foldable[::-1], x) < 1e-10  # the order of sites does not matter
+
+
+@pytest.mark.parametrize("spoil", ["read", "shared", "pinned", "nonlinear", "biasless"])
+def test_a_shift_stays_in_the_quantizer_unless_all_its_biases_are_free(spoil: str) -> None:
+    class Spoilt(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 5, bias=spoil != "biasless")
+            self.other = nn.Linear(5, 5)
+            if spoil == "shared":
+                self.other.bias = self.first.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(self.norm(x))
+            if spoil == "read":
+                return torch.as_tensor(self.second(y) + self.first.bias.sum())
+            if spoil == "shared":
+                return torch.as_tensor(self.second(y) + self.other(x[..., :5]).sum())
+            return torch.as_tensor(self.second(torch.relu(y) if spoil == "nonlinear" else y))
+
+    model = m.randomised(Spoilt())
+    if spoil == "pinned":  # another name for the same memory
+        model.register_parameter("alias", nn.Parameter(model.get_parameter("first.bias").data))
+    x = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sites = {site.name: site for site in discover(model, Batch(args=(x,))).sites}
+    assert bool(sites["first"].shift_edits) == (spoil == "nonlinear")
+    assert not sites["second"].shift_edits
+    assert change(model, [site for site in sites.values() if site.mode == "fold"], x) < 1e-10

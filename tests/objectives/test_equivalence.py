@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphasmith.objectives import equivalence
 from alphasmith.objectives.batch import Batch
-from alphasmith.objectives.equivalence import ALL_SITES, find_culprit, prove
+from alphasmith.objectives.equivalence import ALL_SITES, Equivalence, fold_and_prove, prove
 from alphasmith.objectives.errors import EquivalenceError, InputError, NonFiniteError
 from alphasmith.objectives.sites.folding import fold
 from alphasmith.objectives.sites.types import Site
@@ -22,7 +21,7 @@ def folded(example: Example, sites: tuple[Site, ...] | None = None) -> nn.Module
     model = copy.deepcopy(example.model)
     for found in example.sites if sites is None else sites:
         if found.mode == "fold":
-            fold(model, found, example.scales[found.name])
+            fold(model, found, example.smoothings[found.name])
     return model
 
 
@@ -45,27 +44,51 @@ def test_folding_is_proven_exact(example: Example) -> None:
     assert prove(example.model, example.model, example.batches) == 0.0
 
 
+@pytest.mark.parametrize("example", [block_example(), pixels_example()])
+def test_folding_in_place_is_folding_a_copy(example: Example) -> None:
+    model = copy.deepcopy(example.model)
+    found = fold_and_prove(model, example.sites, example.smoothings, example.batches)
+    after = folded(example)
+    assert all(torch.equal(value, after.state_dict()[name]) for name, value in model.state_dict().items())
+    assert found == Equivalence(error=prove(example.model, after, example.batches), dtype="float64")
+    own = fold_and_prove(
+        copy.deepcopy(example.model), example.sites, example.smoothings, example.batches, float64_bytes=0
+    )
+    assert own.dtype == "float32"
+    assert found.error < own.error < 1e-5
+
+
 @pytest.mark.parametrize(("example", "index"), [(block_example(), 0), (block_example(), 1), (pixels_example(), 1)])
 def test_broken_site_is_refused_by_name(example: Example, index: int) -> None:
     sites = broken(example, index)
     name = sites[index].name
+    model = copy.deepcopy(example.model)
     with pytest.raises(EquivalenceError, match=f"site {name}: ") as refusal:
-        prove(example.model, folded(example, sites), example.batches, sites=sites, scales=example.scales)
+        fold_and_prove(model, sites, example.smoothings, example.batches)
     assert refusal.value.site == name
     assert refusal.value.error > refusal.value.tolerance == 1e-4
-    assert find_culprit(example.model, sites, example.scales, example.batches[0], 1e-4) == name
     # Without the sites no name can be given; the pattern that stands for all is.
     with pytest.raises(EquivalenceError) as refusal:
         prove(example.model, folded(example, sites), example.batches)
     assert refusal.value.site == ALL_SITES
 
 
+def test_no_single_site_is_named_where_none_is_at_fault() -> None:
+    example = block_example()
+    with pytest.raises(EquivalenceError) as refusal:  # rounding alone is above this tolerance
+        fold_and_prove(
+            copy.deepcopy(example.model), example.sites, example.smoothings, example.batches, tolerance=1e-12
+        )
+    assert refusal.value.site == ALL_SITES
+
+
 def test_sites_that_do_not_fold_are_passed_over() -> None:
     example = block_example()
-    assert find_culprit(example.model, example.sites, example.scales, example.batches[0], 1e-6) == ALL_SITES
     sites = broken(example, 1)
-    without = {name: s for name, s in example.scales.items() if name != sites[1].name}
-    assert find_culprit(example.model, sites, without, example.batches[0], 1e-6) == ALL_SITES
+    without = {name: s for name, s in example.smoothings.items() if name != sites[1].name}
+    assert fold_and_prove(copy.deepcopy(example.model), sites, without, example.batches).error < 1e-6
+    left = tuple(replace(s, mode="left", edits=()) for s in example.sites)
+    assert fold_and_prove(copy.deepcopy(example.model), left, example.smoothings, example.batches).error == 0.0
 
 
 def test_every_batch_is_compared() -> None:
@@ -105,7 +128,7 @@ def test_non_finite_outputs_are_never_equal() -> None:
     after = copy.deepcopy(example.model)
     after.get_parameter("out.bias").data.fill_(float("inf"))
     with pytest.raises(EquivalenceError):
-        prove(example.model, after, example.batches, sites=example.sites, scales=example.scales)
+        prove(example.model, after, example.batches)
     with pytest.raises(NonFiniteError):
         prove(after, example.model, example.batches)
 
@@ -144,13 +167,12 @@ def test_large_models_are_compared_without_copies(monkeypatch: pytest.MonkeyPatc
     example = block_example()
     after = folded(example)
     exact = prove(example.model, after, example.batches)
-    monkeypatch.setattr(equivalence, "FLOAT64_LIMIT", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(copy, "deepcopy", lambda _: pytest.fail("copied"))
-        own = prove(example.model, after, example.batches)
+        patch.setattr(copy, "deepcopy", lambda *_: pytest.fail("copied"))
+        own = prove(example.model, after, example.batches, float64_bytes=0)
     assert own != exact  # float32 additions are now part of the error
     assert own < 1e-5
-    assert prove(example.model, after, example.batches, dtype=torch.float64) == exact
+    assert prove(example.model, after, example.batches, dtype=torch.float64, float64_bytes=0) == exact
 
 
 def test_training_mode_is_neither_compared_nor_changed() -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.sites.folding import edit_parameter, fold, folded_parameters
-from alphasmith.objectives.sites.types import ParameterEdit, Site
+from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.sites.folding import edit_parameter, fold, folded_parameters, shift_bias, shift_product
+from alphasmith.objectives.sites.types import Operator, ParameterEdit, ShiftEdit, Site
+from alphasmith.objectives.smoothing import Smoothing
 
 
 def site(*, ties: tuple[int, ...] = (0, 1, 2), mode: str = "fold") -> Site:
@@ -24,9 +25,13 @@ def site(*, ties: tuple[int, ...] = (0, 1, 2), mode: str = "fold") -> Site:
         ParameterEdit(parameter="0.weight", channel=channel, power=-1),
         ParameterEdit(parameter="0.bias", channel=channel, power=-1),
     )
+    shifts = (
+        ShiftEdit(parameter="0.bias", channel=channel),
+        ShiftEdit(parameter="1.bias", channel=channel[None], weight="1.weight"),
+    )
     return Site(
         name="1", operators=(), channels=3, mode="fold" if mode == "fold" else "left", reason="", ties=torch.tensor(ties),
-        edits=edits if mode == "fold" else (), producers=("0",),
+        edits=edits if mode == "fold" else (), producers=("0",), shift_edits=shifts if mode == "fold" else (),
     )  # fmt: skip
 
 
@@ -94,46 +99,114 @@ def test_scales_of_one_and_untouched_elements_keep_their_bits(dtype: torch.dtype
 
 def test_fold_keeps_the_function_and_equals_the_pure_form() -> None:
     net, x = model(), torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    scales = torch.tensor([0.25, 3.0, 11.0])
+    smoothing = Smoothing(scales=torch.tensor([0.25, 3.0, 11.0]), shift=torch.tensor([0.5, -7.0, 20.0]))
     parameters = dict(net.named_parameters())
     before = {name: value.clone() for name, value in parameters.items()}
-    changed = folded_parameters(parameters, site(), scales)
+    changed = folded_parameters(parameters, site(), smoothing)
     assert all(torch.equal(parameters[name], before[name]) for name in before)
     folded = copy.deepcopy(net)
-    fold(folded, site(), scales)
-    assert set(changed) == {"0.weight", "0.bias", "1.weight"}
+    fold(folded, site(), smoothing)
+    assert set(changed) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert all(torch.equal(folded.get_parameter(name), value) for name, value in changed.items())
-    torch.testing.assert_close(folded(x), net(x), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_shift_without_edits_changes_no_parameter() -> None:
+    smoothing = Smoothing(scales=torch.ones(3), shift=torch.ones(3))
+    explicit = replace(site(), mode="explicit", edits=site().edits[:1], shift_edits=())
+    parameters = dict(model().named_parameters())
+    for found in (replace(site(), shift_edits=()), explicit):
+        changed = folded_parameters(parameters, found, smoothing)
+        assert all(torch.equal(value, parameters[name]) for name, value in changed.items())
+
+
+@given(st.integers(0, 2**31), st.booleans(), st.sampled_from([1, 2]))
+@settings(deadline=None, max_examples=30)
+def test_shift_product_is_what_the_operator_makes_of_a_constant_input(seed: int, conv: bool, groups: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(4, generator=generator, dtype=torch.float64)
+    if conv:
+        weight = torch.randn(6, 4 // groups, 3, generator=generator, dtype=torch.float64)
+        block = torch.arange(6) // (6 // groups)
+        channel = (block[:, None] * (4 // groups) + torch.arange(4 // groups))[:, :, None]
+        expected = nn.functional.conv1d(z[:, None].expand(4, 3), weight, groups=groups)[:, 0]
+        torch.testing.assert_close(shift_product(weight, channel, False, z), expected)
+        return
+    weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(shift_product(weight, torch.arange(4)[None], False, z), weight @ z)
+    torch.testing.assert_close(shift_product(weight.T, torch.arange(4)[:, None], True, z), weight @ z)
+
+
+def test_shift_edits_are_undone_and_leave_other_elements_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bias, weight = torch.randn(4, generator=generator), torch.randn(4, 3, generator=generator)
+    z = torch.tensor([0.5, 100.0, -3.0])
+    producer = ShiftEdit(parameter="b", channel=torch.tensor([2, -1, 0, 1]))
+    consumer = ShiftEdit(parameter="b", channel=torch.arange(3)[None], weight="w")
+    moved = shift_bias(bias, producer, z)
+    assert torch.equal(moved[1], bias[1])
+    torch.testing.assert_close(moved[[0, 2, 3]], bias[[0, 2, 3]] - z[[2, 0, 1]])
+    for edit in (producer, consumer):
+        back = shift_bias(shift_bias(bias, edit, z, weight), edit, z, weight, undo=True)
+        torch.testing.assert_close(back, bias, rtol=0, atol=1e-4)  # rounded once at the size of the shift, 2^-24 * 300
+    with pytest.raises(InputError, match="w: is missing"):
+        shift_bias(bias, consumer, z)
+    with pytest.raises(InputError, match="does not fit"):
+        shift_bias(torch.ones(5), consumer, z, weight)
 
 
 def test_a_left_site_changes_nothing() -> None:
-    assert folded_parameters(dict(model().named_parameters()), site(mode="left"), torch.ones(3)) == {}
+    assert folded_parameters(dict(model().named_parameters()), site(mode="left"), Smoothing(scales=torch.ones(3))) == {}
+
+
+ONES = torch.ones(3)
 
 
 @pytest.mark.parametrize(
-    ("scales", "words"),
+    ("smoothing", "words"),
     [
-        (torch.ones(2), r"is not \(3,\)"),
-        (torch.ones(3, 1), r"is not \(3,\)"),
-        (torch.tensor([1.0, 0.0, 1.0]), "finite and positive"),
-        (torch.tensor([1.0, -2.0, 1.0]), "finite and positive"),
-        (torch.tensor([1.0, float("nan"), 1.0]), "finite and positive"),
-        (torch.tensor([1.0, float("inf"), 1.0]), "finite and positive"),
-        (torch.tensor([1.0, 2.0, 1.0]), "tied"),
+        (Smoothing(scales=torch.ones(2)), r"is not \(3,\)"),
+        (Smoothing(scales=torch.ones(3, 1)), r"is not \(3,\)"),
+        (Smoothing(scales=torch.tensor([0.0, 0.0, 1.0])), "not positive"),
+        (Smoothing(scales=torch.tensor([-2.0, -2.0, 1.0])), "not positive"),
+        (Smoothing(scales=torch.tensor([1.0, float("nan"), 1.0])), "NaN or infinite"),
+        (Smoothing(scales=torch.tensor([1.0, float("inf"), 1.0])), "NaN or infinite"),
+        (Smoothing(scales=torch.tensor([1.0, 2.0, 1.0])), "tied"),
+        (Smoothing(scales=ONES, shift=torch.ones(2)), r"is not \(3,\)"),
+        (Smoothing(scales=ONES, shift=torch.tensor([0.0, float("nan"), 1.0])), "NaN or infinite"),
+        (Smoothing(scales=ONES, shift=torch.tensor([0.0, 1.0, 0.0])), "tied"),
+        (Smoothing(scales=ONES, range_factor=0.0), "not positive"),
+        (Smoothing(scales=ONES, range_factor=float("nan")), "NaN or infinite"),
     ],
 )
-def test_bad_scales_are_refused_and_nothing_changes(scales: Tensor, words: str) -> None:
+def test_bad_smoothings_are_refused_and_nothing_changes(smoothing: Smoothing, words: str) -> None:
     net = model()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(InputError, match=words):
-        fold(net, site(ties=(7, 7, 9)), scales)
+    with pytest.raises((InputError, NonFiniteError), match=words):
+        fold(net, site(ties=(7, 7, 9)), smoothing)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_sites_that_take_no_scales_or_no_shift_refuse_them() -> None:
+    shifted = Smoothing(scales=ONES, shift=ONES)
+    with pytest.raises(InputError, match="takes no scales"):
+        fold(model(), site(mode="left"), Smoothing(scales=2 * ONES))
+    with pytest.raises(InputError, match="takes no shift"):
+        fold(model(), site(mode="left"), shifted)
+    reader = Operator(
+        name="1", weight="1.weight", bias="1.bias", kind="linear", transposed=False, raw=False, in_channels=3, out_channels=4,
+    )  # fmt: skip
+    for spoilt in (replace(reader, plain=False), replace(reader, raw=True)):
+        with pytest.raises(InputError, match="takes no shift"):
+            fold(model(), replace(site(), operators=(reader, spoilt)), shifted)
+    fold(model(), replace(site(), operators=(reader,)), shifted)
+
+
 def test_another_model_is_refused() -> None:
+    ones = Smoothing(scales=ONES)
     with pytest.raises(InputError, match="is missing"):
-        fold(nn.Sequential(nn.Identity(), nn.Linear(3, 4)), site(), torch.ones(3))
+        fold(nn.Sequential(nn.Identity(), nn.Linear(3, 4)), site(), ones)
     with pytest.raises(InputError, match="does not fit"):
-        fold(nn.Sequential(nn.LayerNorm(3), nn.Linear(5, 4)), site(), torch.ones(3))
+        fold(nn.Sequential(nn.LayerNorm(3), nn.Linear(5, 4)), site(), ones)
     with pytest.raises(InputError, match="no channel 2"):
         edit_parameter(torch.ones(3), site().edits[1], torch.ones(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.memory import (
     MINIMUM_ROWS,
+    MemoryDemand,
     MemoryPlan,
     activation_bytes,
     fit_rows,
@@ -23,6 +24,7 @@ from alphasmith.objectives.memory import (
     readable,
     resident_bytes,
 )
+from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.types import Operator, Site
 
 
@@ -79,18 +81,66 @@ def test_views_and_parameters_cost_nothing_and_the_model_is_left_alone() -> None
     assert model.training
 
 
+def _demand(batch: Batch, **values: Any) -> MemoryDemand:
+    return MemoryDemand(batch=batch, **values)
+
+
 def test_a_plan_counts_every_part() -> None:
     model, sites, batch = _model()
-    plan = predict_peak(model, sites, rows=100, batch=batch, model_copies=3)
+    plan = predict_peak(model, sites, rows=100, demand=_demand(batch, model_copies=3))
     assert plan.parameters == 3 * 4 * sum(p.numel() for p in model.parameters())
     assert plan.reservoirs >= 2 * 100 * 4 * (16 + 64)
     assert plan.statistics >= 2 * 4 * (16 + 64)
     assert plan.activations >= activation_bytes(model, batch)
     assert plan.evaluator >= 4 * 100 * (16 + 64)
+    assert plan.candidate >= 16 * 64 + 64 * 8  # int8: a byte per weight
+    assert plan.working_set == max(plan.activations, plan.evaluator, plan.candidate, plan.proof)
     rest = plan.parameters + plan.reservoirs + plan.statistics
-    assert plan.total == rest + max(plan.activations, plan.evaluator) + plan.overhead
+    assert plan.total == rest + plan.working_set + plan.overhead
     assert plan.overhead > 0
     assert readable(plan.total) in str(plan)
+
+
+def test_the_quantized_model_is_as_large_as_its_format() -> None:
+    model, sites, batch = _model()
+    weights = 16 * 64 + 64 * 8
+
+    def candidate(scheme: Scheme) -> int:
+        return predict_peak(model, sites, rows=64, demand=_demand(batch, scheme=scheme)).candidate
+
+    integers = candidate(Scheme())
+    assert integers - candidate(Scheme(weights="int4")) == weights // 2
+    # Outside the integer path, dequantized weights are kept as well; groups have scales of their own.
+    assert candidate(Scheme(activations="none")) - integers == 4 * weights
+    grouped = candidate(Scheme(weight_granularity="group", group_size=8))
+    assert grouped - candidate(Scheme(activations="none")) == 4 * weights // 8
+
+
+def test_the_float64_copy_is_planned_where_it_is_allowed() -> None:
+    model, sites, batch = _model()
+    numbers = sum(p.numel() for p in model.parameters())
+    with_copy = predict_peak(model, sites, rows=64, demand=_demand(batch, float64_limit=8 * numbers))
+    assert with_copy.float64 == 8 * numbers
+    assert with_copy.proof > 8 * numbers
+    without = predict_peak(model, sites, rows=64, demand=_demand(batch, float64_limit=8 * numbers - 1))
+    assert without.float64 == 0
+    assert without.proof <= with_copy.proof
+
+
+def test_what_only_saves_time_is_given_up_before_rows() -> None:
+    torch.manual_seed(0)  # module initialisers take no generator
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(100)))
+    sites = [_site(str(i), 64, 64) for i in range(100)]
+    demand = _demand(Batch(args=(torch.zeros(2, 64),)), scheme=Scheme(activations="none"), float64_limit=2**30)
+    full = predict_peak(model, sites, rows=64, demand=demand)
+    assert full.dense > 0
+    assert full.float64 > 0
+    plans = [fit_rows(model, sites, rows=64, budget=full.total - cut, demand=demand) for cut in (0, 1, full.dense)]
+    assert plans[0] == full
+    for plan in plans[1:]:
+        assert plan.rows == 64
+        assert plan.total < full.total
+        assert 0 in (plan.dense, plan.float64)
 
 
 def test_tied_parameters_are_counted_once_and_buffers_are_counted() -> None:
@@ -98,16 +148,16 @@ def test_tied_parameters_are_counted_once_and_buffers_are_counted() -> None:
     tied = nn.Sequential(model[0], model[1], model[2], nn.Identity())
     tied[3].register_module("twin", model[0])
     tied.register_buffer("table", torch.zeros(25))
-    a, b = (predict_peak(m, [], rows=64, batch=batch, model_copies=1).parameters for m in (model, tied))
+    a, b = (predict_peak(m, [], rows=64, demand=_demand(batch)).parameters for m in (model, tied))
     assert b - a == 100
 
 
 def test_convolutions_count_their_patches_and_raw_sites_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3))
-    batch = Batch(args=(torch.zeros(1, 3, 8, 8),))
-    plan = predict_peak(model, [_site("0", 3, 5, kernel=(3, 3))], rows=64, batch=batch)
+    demand = _demand(Batch(args=(torch.zeros(1, 3, 8, 8),)))
+    plan = predict_peak(model, [_site("0", 3, 5, kernel=(3, 3))], rows=64, demand=demand)
     assert plan.reservoirs >= 2 * 64 * 4 * 27
-    raw = predict_peak(model, [_site("0", 3, 5, kernel=(3, 3), raw=True)], rows=64, batch=batch)
+    raw = predict_peak(model, [_site("0", 3, 5, kernel=(3, 3), raw=True)], rows=64, demand=demand)
     assert (raw.reservoirs, raw.statistics, raw.evaluator) == (0, 0, 0)
 
 
@@ -115,39 +165,47 @@ def test_convolutions_count_their_patches_and_raw_sites_nothing() -> None:
 @given(rows=st.integers(1, 5000), more=st.integers(1, 500))
 def test_plans_grow_with_whatever_costs_memory(rows: int, more: int) -> None:
     model, sites, batch = _model()
-    plan = predict_peak(model, sites, rows=rows, batch=batch)
-    assert plan.total < predict_peak(model, sites, rows=rows + more, batch=batch).total
-    assert plan.total < predict_peak(model, sites, rows=rows, batch=batch, splits=3).total
-    assert plan.evaluator < predict_peak(model, sites, rows=rows, batch=batch, evaluators=2).evaluator
-    assert plan.statistics < predict_peak(model, sites, rows=rows, batch=batch, percentiles=True).statistics
-    bigger = predict_peak(model, sites, rows=rows, batch=batch, batch_size=20)
+
+    def predicted(count: int = rows, **values: Any) -> MemoryPlan:
+        return predict_peak(model, sites, rows=count, demand=_demand(batch, **values))
+
+    plan = predicted()
+    assert plan.total < predicted(rows + more).total
+    assert plan.total < predicted(splits=3).total
+    assert plan.evaluator < predicted(evaluators=2).evaluator
+    assert plan.statistics < predicted(percentiles=True).statistics
+    bigger = predicted(batch_size=20)
     assert bigger.activations == 10 * plan.activations
-    assert replace(bigger, activations=plan.activations) == plan
+    assert replace(bigger, activations=plan.activations, candidate=plan.candidate, proof=plan.proof) == plan
 
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 3000), share=st.floats(0.0, 1.3))
 def test_fitted_rows_are_the_most_that_fit(rows: int, share: float) -> None:
     model, sites, batch = _model()
-    least = predict_peak(model, sites, rows=min(rows, MINIMUM_ROWS), batch=batch).total
-    most = predict_peak(model, sites, rows=rows, batch=batch).total
+    demand = _demand(batch)
+    least = predict_peak(model, sites, rows=min(rows, MINIMUM_ROWS), demand=demand).total
+    most = predict_peak(model, sites, rows=rows, demand=demand).total
     budget = least + int(share * (most - least))
-    plan = fit_rows(model, sites, rows=rows, budget=budget, batch=batch)
+    plan = fit_rows(model, sites, rows=rows, budget=budget, demand=demand)
     assert min(rows, MINIMUM_ROWS) <= plan.rows <= rows
     assert plan.total <= budget
-    assert plan == predict_peak(model, sites, rows=plan.rows, batch=batch)
+    assert plan == predict_peak(model, sites, rows=plan.rows, demand=demand)
     if plan.rows < rows:
-        assert predict_peak(model, sites, rows=plan.rows + 1, batch=batch).total > budget
-    with pytest.raises(InputError, match=r"hardware\.search_memory: .* are too little, the run needs"):
-        fit_rows(model, sites, rows=rows, budget=least - 1, batch=batch)
+        assert predict_peak(model, sites, rows=plan.rows + 1, demand=demand).total > budget
+    with pytest.raises(InputError, match=r"hardware\.search_memory: .* are too little, the run needs") as caught:
+        fit_rows(model, sites, rows=rows, budget=least - 1, demand=demand)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["rows", "splits", "model_copies", "evaluators"])
+@pytest.mark.parametrize("field", ["splits", "model_copies", "evaluators", "batch_size"])
 def test_numbers_below_one_are_refused(field: str) -> None:
     model, sites, batch = _model()
     with pytest.raises(InputError) as caught:
-        predict_peak(model, sites, batch=batch, **cast(Any, {"rows": 64} | {field: 0}))
+        _demand(batch, **{field: 0})
     assert caught.value.field == field
+    with pytest.raises(InputError, match="rows"):
+        predict_peak(model, sites, rows=0, demand=_demand(batch))
 
 
 def test_the_measured_peak_sees_an_allocation_and_never_falls() -> None:

@@ -12,23 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.batch import Batch
+from alphasmith.objectives.candidate_model import CandidateModel
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.losses import kl_divergence, relative_squared_error
-from alphasmith.objectives.model_objective import ModelObjective, real_rows
-from alphasmith.objectives.quantized import CandidateModel, quantize_model
+from alphasmith.objectives.model_objective import FEWEST_BATCHES, ModelObjective, real_rows
+from alphasmith.objectives.quantized import quantize_model
 from alphasmith.objectives.scheme import Scheme
+from alphasmith.objectives.smoothing import Smoothing
 from tests.objectives.quantized_models import Example, block_example, pixels_example
 
 SCHEME = Scheme()
 
 
 def candidate_of(example: Example, scheme: Scheme = SCHEME) -> CandidateModel:
-    return CandidateModel(example.model, example.sites, example.absmax, scheme)
+    return CandidateModel(copy.deepcopy(example.model), example.sites, example.ranges, scheme)
 
 
 def quantized_output(example: Example, batch: Batch, scheme: Scheme = SCHEME) -> Tensor:
     model = copy.deepcopy(example.model)
-    quantize_model(model, example.sites, scales=example.scales, absmax=example.absmax, scheme=scheme)
+    quantize_model(model, example.sites, smoothings=example.smoothings, ranges=example.ranges, scheme=scheme)
     return torch.as_tensor(model(*batch.args))
 
 
@@ -37,7 +39,7 @@ def test_mse_is_the_relative_error_over_all_batches(example: Example) -> None:
     objective = ModelObjective(candidate_of(example), example.batches)
     out = torch.cat([quantized_output(example, batch) for batch in example.batches])
     ref = torch.cat([example.model(*batch.args) for batch in example.batches])
-    assert objective.loss(example.scales) == pytest.approx(relative_squared_error(out, ref), rel=1e-5)
+    assert objective.loss(example.smoothings) == pytest.approx(relative_squared_error(out, ref), rel=1e-5)
     assert objective.reference_bytes == ref.nbytes
 
 
@@ -47,7 +49,7 @@ def test_kl_is_the_mean_over_all_rows() -> None:
     objective = ModelObjective(candidate_of(example), batches, loss="kl")
     out = torch.cat([quantized_output(example, batch) for batch in batches])
     ref = torch.cat([example.model(*batch.args) for batch in batches])
-    assert objective.loss(example.scales) == pytest.approx(kl_divergence(out, ref), rel=1e-9)
+    assert objective.loss(example.smoothings) == pytest.approx(kl_divergence(out, ref), rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", ["mse", "kl"])
@@ -55,24 +57,24 @@ def test_losses_are_those_of_growing_data(loss: Literal["mse", "kl"]) -> None:
     example = block_example()
     candidate = candidate_of(example)
     whole = ModelObjective(candidate, example.batches, loss=loss)
-    growing = list(whole.losses(example.scales))
+    growing = list(whole.losses(example.smoothings))
     for count, value in enumerate(growing, start=1):
         part = ModelObjective(candidate, example.batches[:count], loss=loss)
-        assert part.loss(example.scales) == value
+        assert part.loss(example.smoothings) == value
     assert len(growing) == len(example.batches)
-    assert growing[-1] == whole.loss(example.scales)
+    assert growing[-1] == whole.loss(example.smoothings)
     assert whole.evaluations == 2
 
 
 def test_pruned_and_interleaved_candidates_do_not_mix() -> None:
     example = block_example()
     objective = ModelObjective(candidate_of(example), example.batches)
-    expected = list(objective.losses(example.scales))
-    iterator = objective.losses(example.scales)
+    expected = list(objective.losses(example.smoothings))
+    iterator = objective.losses(example.smoothings)
     first = next(iterator)
     identity = objective.loss({})
     assert [first, *iterator] == expected
-    next(iter(objective.losses(example.scales)))  # pruned after one batch
+    next(iter(objective.losses(example.smoothings)))  # pruned after one batch
     assert objective.loss({}) == identity
     assert identity != expected[-1]
 
@@ -95,11 +97,11 @@ def test_padding_does_not_count(loss: Literal["mse", "kl"]) -> None:
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     candidate = candidate_of(example)
     losses = [
-        ModelObjective(candidate, [Batch(args=(values,), mask=mask)], loss=loss).loss(example.scales)
+        ModelObjective(candidate, [Batch(args=(values,), mask=mask)], loss=loss).loss(example.smoothings)
         for values in (x, torch.where(mask[..., None], x, noise))
     ]
     assert losses[0] == losses[1]
-    assert ModelObjective(candidate, [Batch(args=(x,))], loss=loss).loss(example.scales) != losses[0]
+    assert ModelObjective(candidate, [Batch(args=(x,))], loss=loss).loss(example.smoothings) != losses[0]
 
 
 def test_mask_applies_to_sequences_only() -> None:
@@ -122,7 +124,7 @@ def test_task_metric_sees_the_candidate_and_yields_once() -> None:
         return float(seen[-1].abs().mean())
 
     objective = ModelObjective(candidate, example.batches, loss=metric)
-    values = list(objective.losses(example.scales))
+    values = list(objective.losses(example.smoothings))
     assert torch.equal(seen[0], torch.cat([quantized_output(example, batch) for batch in example.batches]))
     assert values == [float(seen[0].abs().mean())]
     assert objective.reference_bytes == 0
@@ -159,3 +161,123 @@ def test_inputs_that_cannot_be_scored_are_refused() -> None:
     unknown: Any = "rmse"
     with pytest.raises(InputError, match="loss"):
         ModelObjective(candidate_of(example), example.batches, loss=unknown)
+
+
+# Samples and races ----------------------------------------------------------------------------------------------------
+
+
+def media(count: int, *, size: int = 2, seed: int = 3) -> tuple[Batch, ...]:
+    """Batches (size, 4, 9) for the block example."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(Batch(args=(torch.randn(size, 4, 9, generator=generator),)) for _ in range(count))
+
+
+def spoiled(example: Example, factor: float) -> dict[str, Smoothing]:
+    """The example's smoothings with one channel of one site blown up, which costs the others their resolution."""
+    name = example.sites[0].name
+    scales = example.smoothings[name].scales.clone()
+    scales[0] /= factor
+    return {**example.smoothings, name: Smoothing(scales=scales)}
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_sample_errors_add_up_to_the_loss(loss: Literal["mse", "kl"]) -> None:
+    example = block_example()
+    mask = torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False]])
+    batches = (*media(3), Batch(args=example.batches[0].args, mask=mask))
+    objective = ModelObjective(candidate_of(example), batches, loss=loss)
+    errors = objective.sample_errors(example.smoothings)
+    assert errors.shape == (3 * 2 + 3,)
+    assert errors.dtype == torch.float64
+    assert float(errors.sum()) / objective.weight == pytest.approx(objective.loss(example.smoothings), rel=1e-12)
+    # Every sample alone contributes what it contributes among others.
+    single = ModelObjective(candidate_of(example), [batches[0].narrow(1, 2)], loss=loss)
+    assert float(single.sample_errors(example.smoothings)) == pytest.approx(float(errors[1]), rel=1e-9)
+
+
+def test_output_without_a_sample_dimension_is_one_sample_per_batch() -> None:
+    class Flat(nn.Module):
+        """Positions of all samples in one dimension, as routed models return them."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.inner(x)).flatten(0, 1)
+
+    example = block_example()
+    candidate = candidate_of(example)
+    plain = ModelObjective(candidate, media(2))
+    sums = plain.sample_errors(example.smoothings).reshape(2, 2).sum(1)
+    for batch, expected in zip(media(2), sums, strict=True):
+        flat = ModelObjective(candidate, [batch])
+        assert float(flat.sample_errors(example.smoothings).sum()) == pytest.approx(float(expected))
+    wrapped = Flat(copy.deepcopy(example.model))
+    prefixed = CandidateModel(wrapped, (), {}, SCHEME)
+    assert ModelObjective(prefixed, media(2)).sample_errors({}).shape == (2,)
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+@pytest.mark.parametrize("count", [1, 2, FEWEST_BATCHES, 7])
+def test_a_race_of_equals_is_scored_in_full(loss: Literal["mse", "kl"], count: int) -> None:
+    example = block_example()
+    objective = ModelObjective(candidate_of(example), media(count), loss=loss)
+    scores = objective.race([example.smoothings, example.smoothings, {}], confidence=1e9)
+    assert objective.evaluations == 3
+    for score, smoothings in zip(scores, (example.smoothings, example.smoothings, {}), strict=True):
+        assert not score.stopped
+        assert score.samples == 2 * count
+        assert score.loss == pytest.approx(objective.loss(smoothings), rel=1e-12)
+        assert torch.equal(score.errors, objective.sample_errors(smoothings))
+    assert scores[0].loss == scores[1].loss
+
+
+def test_candidates_clearly_behind_are_given_up_early() -> None:
+    example = block_example()
+    objective = ModelObjective(candidate_of(example), media(16))
+    good: dict[str, Smoothing] = {}
+    bad = spoiled(example, 1e3)
+    assert objective.loss(bad) > 10 * objective.loss(good)
+    first, second = objective.race([good, bad])
+    assert not first.stopped
+    assert first.loss == pytest.approx(objective.loss(good), rel=1e-12)
+    assert second.stopped
+    assert second.loss is None
+    assert 2 * FEWEST_BATCHES <= second.samples < 32
+    assert torch.equal(second.errors, objective.sample_errors(bad)[: second.samples])
+    # The order of the candidates does not matter for who wins, and neither does where the better one comes from.
+    assert [score.stopped for score in objective.race([bad, good])] == [True, False]
+    assert [score.stopped for score in objective.race([bad], incumbent=objective.sample_errors(good))] == [True]
+    assert [score.stopped for score in objective.race([bad], incumbent=objective.sample_errors(bad))] == [False]
+
+
+def test_protected_candidates_are_never_stopped() -> None:
+    example = block_example()
+    objective = ModelObjective(candidate_of(example), media(8))
+    bad = spoiled(example, 1e3)
+    scores = objective.race([bad, bad, {}], protected=1)
+    assert [score.stopped for score in scores] == [False, True, False]
+    assert scores[0].loss == pytest.approx(objective.loss(bad), rel=1e-12)
+
+
+def test_a_candidate_that_breaks_down_leaves_the_others_alone() -> None:
+    example = block_example()
+    objective = ModelObjective(candidate_of(example), media(4))
+    huge = {s.name: Smoothing(scales=torch.full((s.channels,), 3e38)) for s in example.sites}
+    broken, sound = objective.race([huge, example.smoothings])
+    assert broken.loss is None
+    assert not broken.stopped
+    assert "site" in broken.failure
+    assert sound.loss == pytest.approx(objective.loss(example.smoothings), rel=1e-12)
+
+
+def test_a_task_metric_has_no_samples_and_is_scored_in_full() -> None:
+    example = block_example()
+    objective = ModelObjective(candidate_of(example), media(4), loss=lambda model, batches: 0.25)
+    with pytest.raises(InputError, match="task metric"):
+        objective.sample_errors({})
+    (score,) = objective.race([{}])
+    assert (score.loss, score.samples, score.stopped) == (0.25, 0, False)
+    with pytest.raises(InputError, match="confidence"):
+        objective.race([{}], confidence=0.0)

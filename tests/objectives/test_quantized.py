@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphasmith.objectives import integer_product as integers
+from alphasmith.objectives.candidate_model import CandidateModel
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from alphasmith.objectives.quantized import CandidateModel, QuantizedOperator, quantize_model
-from alphasmith.objectives.quantized_operator import Execution
+from alphasmith.objectives.quantized import QuantizedOperator, quantize_model
+from alphasmith.objectives.quantized_operator import Execution, OperatorTensors
 from alphasmith.objectives.quantizers import activation_scale, fake_quantize_activation, fake_quantize_weight
 from alphasmith.objectives.scheme import Scheme
-from tests.objectives.quantized_models import SCHEMES, Example, block_example, pixels_example, site
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing
+from tests.objectives.quantized_models import SCHEMES, Example, block_example, pixels_example, shifted, site
 
 EXAMPLES = [block_example, pixels_example]
 WEIGHT_ONLY = Scheme(activations="none")
@@ -45,8 +47,8 @@ def shipped(
     quantize_model(
         model,
         example.sites,
-        scales=example.scales,
-        absmax=example.absmax,
+        smoothings=example.smoothings,
+        ranges=example.ranges,
         scheme=scheme,
         skip=skip,
         execution=execution,
@@ -68,7 +70,11 @@ def test_linear_is_the_product_of_fake_quantized_tensors(scheme: Scheme, smooth:
     s = torch.rand(13, generator=generator) + 0.5 if smooth else None
     divided = x if s is None else x / s
     operator = QuantizedOperator.quantize(
-        inner, weight=w, absmax=divided.abs().max(), smooth=s, scheme=scheme, kind="linear", transposed=False
+        inner,
+        OperatorTensors(weight=w, absmax=divided.abs().max(), smooth=s),
+        scheme=scheme,
+        kind="linear",
+        transposed=False,
     )
     static = scheme.activation_granularity == "static"
     if scheme.activations != "none":
@@ -86,7 +92,7 @@ def test_padding_convolution_pads_the_quantized_input_with_zeros(scheme: Scheme)
     w = inner.get_parameter("weight").clone()
     x = torch.randn(3, 8, 5, 4, generator=torch.Generator().manual_seed(1))
     operator = QuantizedOperator.quantize(
-        inner, weight=w, absmax=x.abs().max(), smooth=None, scheme=scheme, kind="conv", transposed=False
+        inner, OperatorTensors(weight=w, absmax=x.abs().max()), scheme=scheme, kind="conv", transposed=False
     )
     xq = x
     if scheme.activations != "none":
@@ -213,17 +219,22 @@ def test_operator_refuses_what_does_not_fit() -> None:
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
     w, one = torch.ones(3, 4), torch.ones(())
 
-    def build(inner: nn.Module, absmax: Tensor | None = one, smooth: Tensor | None = None) -> QuantizedOperator:
+    def build(inner: nn.Module, absmax: Tensor | None = one, **vectors: Tensor) -> QuantizedOperator:
         return QuantizedOperator.quantize(
-            inner, weight=w, absmax=absmax, smooth=smooth, scheme=Scheme(), kind="linear", transposed=False
+            inner,
+            OperatorTensors(weight=w, absmax=absmax, **vectors),
+            scheme=Scheme(),
+            kind="linear",
+            transposed=False,
         )
 
     with pytest.raises(InputError, match="owns no weight"):
         build(parametrized)
     with pytest.raises(InputError, match="absmax"):
         build(nn.Linear(4, 3), absmax=None)
-    with pytest.raises(InputError, match="smooth"):
-        build(nn.Linear(4, 3), smooth=torch.ones(3))
+    for name, wrong in (("smooth", 3), ("shift", 3), ("correction", 4)):
+        with pytest.raises(InputError, match=name):
+            build(nn.Linear(4, 3), **{name: torch.ones(wrong)})
     with pytest.raises(InputError, match="payload"):
         build(nn.Linear(5, 3))
     operator = build(nn.Linear(4, 3))
@@ -240,7 +251,7 @@ def test_operator_refuses_what_does_not_fit() -> None:
                 transposed=False,
             )
     with pytest.raises(InputError, match="weight"):
-        operator.requantize(weight=torch.ones(3, 5), absmax=one, smooth=None)
+        operator.requantize(OperatorTensors(weight=torch.ones(3, 5), absmax=one))
     with pytest.raises(InputError, match="input: has 8 channels"):
         operator(torch.ones(2, 8))
     with pytest.raises(NonFiniteError):
@@ -273,13 +284,17 @@ def test_quantized_model_stays_near_the_float_model(example: Callable[[], Exampl
     assert 0 < relative_error(shipped(made, scheme)(x), made.model(x)) < bound
 
 
-def test_static_range_is_the_largest_smoothed_magnitude() -> None:
-    made = block_example()
+@pytest.mark.parametrize("change", [lambda made: made, shifted], ids=["", "shifted"])
+def test_static_range_is_the_largest_smoothed_magnitude(change: Callable[[Example], Example]) -> None:
+    made = change(block_example())
+    clipped = {name: replace(s, range_factor=0.75) for name, s in made.smoothings.items()}
+    made = replace(made, smoothings=clipped)
     model = shipped(made, Scheme())
     for found in made.sites:
         for op in found.operators:
             scale = model.get_submodule(op.name).input_scale
-            expected = (made.absmax[found.name] / made.scales[found.name]).max() / 127
+            smoothing = made.smoothings[found.name]
+            expected = 0.75 * (made.ranges[found.name].peaks(smoothing.shift) / smoothing.scales).max() / 127
             assert torch.allclose(torch.as_tensor(scale), expected)
 
 
@@ -289,7 +304,9 @@ def test_summary_accounts_for_every_byte(example: Callable[[], Example], scheme:
     made = example()
     model = copy.deepcopy(made.model)
     skipped = made.sites[0].operators[-1].name
-    summary = quantize_model(model, made.sites, scales=made.scales, absmax=made.absmax, scheme=scheme, skip=[skipped])
+    summary = quantize_model(
+        model, made.sites, smoothings=made.smoothings, ranges=made.ranges, scheme=scheme, skip=[skipped]
+    )
     assert summary.total_bytes == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert [name for name, _ in summary.skipped] == [skipped]
     assert summary.skipped_bytes == sum(p.nbytes for p in made.model.get_submodule(skipped).parameters())
@@ -309,7 +326,7 @@ def test_weights_used_by_functional_calls_stay_float_but_fold() -> None:
     raw = replace(made.sites[1].operators[0], raw=True)
     sites = (made.sites[0], replace(made.sites[1], operators=(raw,)), *made.sites[2:])
     model = copy.deepcopy(made.model)
-    summary = quantize_model(model, sites, scales=made.scales, absmax=made.absmax, scheme=WEIGHT_ONLY)
+    summary = quantize_model(model, sites, smoothings=made.smoothings, ranges=made.ranges, scheme=WEIGHT_ONLY)
     assert [name for name, _ in summary.skipped] == ["down"]
     assert isinstance(model.get_submodule("down"), nn.Linear)
     x = made.batches[0].args[0]
@@ -320,7 +337,7 @@ def test_one_module_under_two_names_is_replaced_under_both() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4)})
     model["b"] = model["a"]
     sites = (site(model, ("a",), "explicit", reason="test"),)
-    quantize_model(model, sites, scales={}, absmax={"a": torch.ones(4)}, scheme=Scheme())
+    quantize_model(model, sites, smoothings={}, ranges={"a": ChannelRange.symmetric(torch.ones(4))}, scheme=Scheme())
     assert isinstance(model["a"], QuantizedOperator)
     assert model["b"] is model["a"]
 
@@ -336,41 +353,56 @@ def test_one_module_under_two_names_is_replaced_under_both() -> None:
         ("head", torch.full((6,), 2.0), InputError, "takes no scales"),
     ],
 )
-def test_scales_that_do_not_fit_are_refused(name: str, value: Tensor, error: type[Exception], words: str) -> None:
+def test_smoothings_that_do_not_fit_are_refused(name: str, value: Tensor, error: type[Exception], words: str) -> None:
     made = block_example()
     tied = replace(made.sites[0], ties=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 7]))
     sites = (tied, *made.sites[1:3], site(made.model, ("head",), "left", reason="excluded"))
-    candidate = CandidateModel(made.model, sites, made.absmax, Scheme())
+    candidate = CandidateModel(copy.deepcopy(made.model), sites, made.ranges, Scheme())
     with pytest.raises(error, match=words):
-        candidate.apply({name: value})
-    candidate.apply({"q": torch.tensor([2.0] * 7 + [3.0, 3.0]), "head": torch.ones(6)})
+        candidate.apply({name: Smoothing(scales=value)})
+    candidate.apply(
+        {
+            "q": Smoothing(scales=torch.tensor([2.0] * 7 + [3.0, 3.0])),
+            "head": Smoothing(scales=torch.ones(6), shift=torch.zeros(6), range_factor=0.5),
+        }
+    )
 
 
 def test_ranges_and_sites_that_do_not_fit_are_refused() -> None:
     made = block_example()
-    without = {name: value for name, value in made.absmax.items() if name != "down"}
-    with pytest.raises(InputError, match=r"absmax\[down\]: is missing"):
+    without = {name: value for name, value in made.ranges.items() if name != "down"}
+    with pytest.raises(InputError, match=r"ranges\[down\]: is missing"):
         CandidateModel(made.model, made.sites, without, Scheme())
-    with pytest.raises(InputError, match=r"absmax\[down\]: has shape"):
-        CandidateModel(made.model, made.sites, {**without, "down": torch.ones(3)}, Scheme())
+    with pytest.raises(InputError, match=r"ranges\[down\]: has shape"):
+        CandidateModel(made.model, made.sites, {**without, "down": ChannelRange.symmetric(torch.ones(3))}, Scheme())
+    infinite = ChannelRange.symmetric(torch.full((7,), float("inf")))
     with pytest.raises(NonFiniteError, match="site down"):
-        CandidateModel(made.model, made.sites, {**without, "down": torch.full((7,), float("inf"))}, Scheme())
+        CandidateModel(made.model, made.sites, {**without, "down": infinite}, Scheme())
+    upside_down = ChannelRange.symmetric(-torch.ones(7))
+    with pytest.raises(InputError, match="smallest value is above"):
+        CandidateModel(made.model, made.sites, {**without, "down": upside_down}, Scheme())
     CandidateModel(made.model, made.sites, {}, Scheme(activation_granularity="token"))
     with pytest.raises(InputError, match="two sites"):
-        CandidateModel(made.model, (*made.sites, made.sites[0]), made.absmax, Scheme())
+        CandidateModel(made.model, (*made.sites, made.sites[0]), made.ranges, Scheme())
     normless = nn.ModuleDict({"q": nn.Linear(9, 7), "k": nn.Linear(9, 11)})
     with pytest.raises(InputError, match="no tensor"):
-        CandidateModel(normless, made.sites[:1], made.absmax, Scheme())
+        CandidateModel(normless, made.sites[:1], made.ranges, Scheme())
     with pytest.raises(InputError, match="no such operator"):
-        CandidateModel(nn.ModuleDict({"q": nn.Linear(9, 7)}), made.sites, made.absmax, Scheme())
+        CandidateModel(nn.ModuleDict({"q": nn.Linear(9, 7)}), made.sites, made.ranges, Scheme())
 
 
 # The working copy ---------------------------------------------------------------------------------------------------
 
 
-def random_scales(made: Example, seed: int) -> dict[str, Tensor]:
+def random_smoothings(made: Example, seed: int) -> dict[str, Smoothing]:
     generator = torch.Generator().manual_seed(seed)
-    return {s.name: torch.exp2(torch.rand(s.channels, generator=generator) * 6 - 3) for s in made.sites}
+    return {
+        s.name: Smoothing(
+            scales=torch.exp2(torch.rand(s.channels, generator=generator) * 6 - 3),
+            shift=torch.randn(s.channels, generator=generator) if s.shiftable else None,
+        )
+        for s in made.sites
+    }
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -378,14 +410,14 @@ def random_scales(made: Example, seed: int) -> dict[str, Tensor]:
 def test_candidate_has_the_bits_of_the_shipped_model(example: Callable[[], Example], scheme: Scheme) -> None:
     made = example()
     pristine = bits(made.model)
-    candidate = CandidateModel(made.model, made.sites, made.absmax, scheme)
+    candidate = CandidateModel(copy.deepcopy(made.model), made.sites, made.ranges, scheme)
     x = made.batches[1].args[0]
-    first, second = random_scales(made, 1), random_scales(made, 2)
+    first, second = random_smoothings(made, 1), random_smoothings(made, 2)
     # Everything, then one site, then nothing, then back: what was applied before must leave no trace.
     one = dict(first, **{made.sites[1].name: second[made.sites[1].name]})
-    for scales in (first, one, {}, second, first):
-        candidate.apply(scales)
-        model = shipped(replace(made, scales=scales), scheme)
+    for smoothings in (first, one, {}, second, made.smoothings, first):
+        candidate.apply(smoothings)
+        model = shipped(replace(made, smoothings=smoothings), scheme)
         assert torch.equal(candidate(x), model(x))
         assert same_bits(candidate.model.state_dict(), model.state_dict())
     assert candidate.summary().total_bytes == sum(t.nbytes for t in bits(model).values())
@@ -393,19 +425,19 @@ def test_candidate_has_the_bits_of_the_shipped_model(example: Callable[[], Examp
     assert same_bits(bits(candidate.reset()), pristine)
     assert torch.equal(candidate(x), made.model(x))
     candidate.apply(second)
-    assert torch.equal(candidate(x), shipped(replace(made, scales=second), scheme)(x))
+    assert torch.equal(candidate(x), shipped(replace(made, smoothings=second), scheme)(x))
 
 
 def test_half_precision_model_is_folded_before_it_is_rounded() -> None:
     made = block_example(dtype=torch.bfloat16)
     pristine = bits(made.model)
-    candidate = CandidateModel(made.model, made.sites, made.absmax, Scheme())
-    candidate.apply(made.scales)
+    candidate = CandidateModel(copy.deepcopy(made.model), made.sites, made.ranges, Scheme())
+    candidate.apply(made.smoothings)
     x = made.batches[0].args[0]
     model = shipped(made, Scheme())
     assert candidate(x).dtype == torch.bfloat16
     assert torch.equal(candidate(x), model(x))
-    w = made.model.get_parameter("k.weight").float() * made.scales["q"]
+    w = made.model.get_parameter("k.weight").float() * made.smoothings["q"].scales
     assert torch.equal(torch.as_tensor(model.get_submodule("k").weight), fake_quantize_weight(w, Scheme()))
     assert same_bits(bits(candidate.reset()), pristine)
 
@@ -419,32 +451,32 @@ def test_double_model_keeps_its_precision_outside_the_quantizers() -> None:
 
 def test_failed_candidate_leaves_no_trace() -> None:
     made = block_example()
-    candidate = CandidateModel(made.model, made.sites, made.absmax, Scheme())
-    candidate.apply(made.scales)
+    candidate = CandidateModel(copy.deepcopy(made.model), made.sites, made.ranges, Scheme())
+    candidate.apply(made.smoothings)
     expected = candidate(made.batches[0].args[0])
-    huge = {s.name: torch.full((s.channels,), 3e38) for s in made.sites}
+    huge = {s.name: Smoothing(scales=torch.full((s.channels,), 3e38)) for s in made.sites}
     with pytest.raises(NonFiniteError, match="site"):
         candidate.apply(huge)
-    with pytest.raises(InputError, match="no scales are applied"):
+    with pytest.raises(InputError, match="applied; call apply"):
         candidate.summary()
-    candidate.apply(made.scales)
+    candidate.apply(made.smoothings)
     assert torch.equal(candidate(made.batches[0].args[0]), expected)
 
 
 def test_only_tensors_of_changed_sites_are_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     made = block_example()
-    candidate = CandidateModel(made.model, made.sites, made.absmax, Scheme())
-    candidate.apply(made.scales)
+    candidate = CandidateModel(copy.deepcopy(made.model), made.sites, made.ranges, Scheme())
+    candidate.apply(made.smoothings)
     rebuilt: list[QuantizedOperator] = []
     original = QuantizedOperator.requantize
 
-    def spy(self: QuantizedOperator, *, weight: Tensor, absmax: Tensor | None, smooth: Tensor | None) -> None:
+    def spy(self: QuantizedOperator, tensors: OperatorTensors) -> None:
         rebuilt.append(self)
-        original(self, weight=weight, absmax=absmax, smooth=smooth)
+        original(self, tensors)
 
     monkeypatch.setattr(QuantizedOperator, "requantize", spy)
-    candidate.apply(made.scales)
+    candidate.apply(made.smoothings)
     assert not rebuilt
-    candidate.apply({**made.scales, "down": made.scales["down"] * 2})
+    candidate.apply({**made.smoothings, "down": Smoothing(scales=made.smoothings["down"].scales * 2)})
     names = {name for name, module in candidate.model.named_modules() if any(module is r for r in rebuilt)}
     assert names == {"q", "down"}  # q produces what down reads

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.batch import Batch, call, main_output
-from alphasmith.objectives.quantized import CandidateModel, quantize_model
+from alphasmith.objectives.candidate_model import CandidateModel
+from alphasmith.objectives.quantized import quantize_model
 from alphasmith.objectives.quantized_io import payload, restore
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.smoothing import Smoothing
 from tests.objectives.architecture_records import Architecture
 from tests.objectives.architectures import ARCHITECTURES
 
@@ -34,11 +36,12 @@ CHOSEN = (
 SCHEME = Scheme(activation_granularity="token")
 
 
-def draw(site: Site, seed: int) -> Tensor:
-    """(C,) scales between 1/2 and 2, one per tie."""
+def draw(site: Site, seed: int) -> Smoothing:
+    """Scales between 1/2 and 2 and, where the site takes one, a shift within 1/4, one value per tie."""
     _, tie = torch.unique(site.ties, return_inverse=True)
-    free = torch.rand(int(tie.max()) + 1, generator=torch.Generator().manual_seed(seed))
-    return torch.exp2(2 * free - 1)[tie]
+    free = torch.rand(2, int(tie.max()) + 1, generator=torch.Generator().manual_seed(seed))
+    shift = (free[1] / 2 - 0.25)[tie] if site.shiftable else None
+    return Smoothing(scales=torch.exp2(2 * free[0] - 1)[tie], shift=shift)
 
 
 def output(model: nn.Module | CandidateModel, batch: Batch) -> Tensor:
@@ -58,14 +61,14 @@ def test_architecture(architecture: Architecture) -> None:
     sites = discover(model, traced).sites
     before = {name: value.clone() for name, value in model.state_dict().items()}
     reference = main_output(call(model, fresh))
-    scales = {s.name: draw(s, index) for index, s in enumerate(sites) if s.mode != "left"}
+    smoothings = {s.name: draw(s, index) for index, s in enumerate(sites) if s.mode != "left"}
 
-    candidate = CandidateModel(model, sites, {}, SCHEME)
+    candidate = CandidateModel(copy.deepcopy(model), sites, {}, SCHEME)
     candidate.apply({})
     unsmoothed = difference(output(candidate, fresh), reference)
-    candidate.apply(scales)
+    candidate.apply(smoothings)
     quantized = copy.deepcopy(model)
-    summary = quantize_model(quantized, sites, scales=scales, absmax={}, scheme=SCHEME)
+    summary = quantize_model(quantized, sites, smoothings=smoothings, ranges={}, scheme=SCHEME)
     result = output(quantized, fresh)
     # Scales between 1/2 and 2 can widen the ranges of both factors of a product, so they may multiply the rounding error by
     # 4 each way; a scale that is not undone (a missed division, a producer not folded) changes the output itself.
@@ -80,7 +83,7 @@ def test_architecture(architecture: Architecture) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in candidate.reset().state_dict().items())
     skipped = copy.deepcopy(model)
-    quantize_model(skipped, sites, scales=scales, absmax={}, scheme=SCHEME, skip=["*"])
+    quantize_model(skipped, sites, smoothings=smoothings, ranges={}, scheme=SCHEME, skip=["*"])
     assert difference(output(skipped, fresh), reference) < 1e-5
 
 
@@ -92,10 +95,10 @@ def test_fused_encoder_layers_do_not_bypass_the_quantizer() -> None:
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     sites = discover(model, Batch(args=(x,), kwargs={"src_key_padding_mask": padding})).sites
-    explicit = {s.name: torch.full((s.channels,), 4.0) for s in sites if s.mode == "explicit"}
+    explicit = {s.name: Smoothing(scales=torch.full((s.channels,), 4.0)) for s in sites if s.mode == "explicit"}
     assert explicit
     quantized = copy.deepcopy(model)
-    quantize_model(quantized, sites, scales=explicit, absmax={}, scheme=Scheme(activations="none"))
+    quantize_model(quantized, sites, smoothings=explicit, ranges={}, scheme=Scheme(activations="none"))
     real = ~padding
     with torch.no_grad():
         result = quantized(x, src_key_padding_mask=padding)[real]

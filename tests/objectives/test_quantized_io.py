@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.quantized import QuantizedOperator, quantize_model
 from alphasmith.objectives.quantized_io import payload, restore
+from alphasmith.objectives.quantized_operator import OperatorTensors
 from alphasmith.objectives.recurrent import unroll
 from alphasmith.objectives.scheme import Scheme
-from tests.objectives.quantized_models import SCHEMES, Example, block_example, pixels_example, site
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing
+from tests.objectives.quantized_models import SCHEMES, Example, block_example, pixels_example, shifted, site
 
 
 def through_files(tensors: dict[str, Tensor], structure: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,15 +38,18 @@ def scrambled(model: nn.Module) -> nn.Module:
 
 def quantized(example: Example, scheme: Scheme) -> nn.Module:
     model = copy.deepcopy(example.model)
-    quantize_model(model, example.sites, scales=example.scales, absmax=example.absmax, scheme=scheme)
+    quantize_model(model, example.sites, smoothings=example.smoothings, ranges=example.ranges, scheme=scheme)
     return model
 
 
 @pytest.mark.parametrize("example", [block_example, pixels_example])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
 @pytest.mark.parametrize("skeleton_dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_reload_has_the_same_bits(example: Callable[[], Example], scheme: Scheme, skeleton_dtype: torch.dtype) -> None:
-    made = example()
+@pytest.mark.parametrize("change", [lambda made: made, shifted], ids=["", "shifted"])
+def test_reload_has_the_same_bits(
+    example: Callable[[], Example], scheme: Scheme, skeleton_dtype: torch.dtype, change: Callable[[Example], Example]
+) -> None:
+    made = change(example())
     model = quantized(made, scheme)
     stored = through_files(*payload(model))
     reloaded = restore(scrambled(made.model).to(skeleton_dtype), *stored)
@@ -110,10 +115,15 @@ def test_tied_tensors_are_stored_once_and_tied_again() -> None:
     model = Tied().eval().requires_grad_(False)
     skeleton = scrambled(model)
     sites = (site(model, ("a", "b"), "explicit", reason="test"),)
-    scales = {"a": torch.rand(6) + 0.5}
-    quantize_model(model, sites, scales=scales, absmax={"a": torch.full((6,), 3.0)}, scheme=Scheme())
+    smoothings = {"a": Smoothing(scales=torch.rand(6) + 0.5, shift=torch.rand(6))}
+    ranges = {"a": ChannelRange.symmetric(torch.full((6,), 3.0))}
+    quantize_model(model, sites, smoothings=smoothings, ranges=ranges, scheme=Scheme())
     tensors, structure = payload(model)
-    assert structure["aliases"] == {"lm_head.weight": "embed.weight", "b.smooth": "a.smooth"}
+    assert structure["aliases"] == {
+        "lm_head.weight": "embed.weight",
+        "b.smooth": "a.smooth",
+        "b.shift": "a.shift",
+    }
     reloaded = restore(skeleton, *through_files(tensors, structure))
     assert reloaded.get_parameter("lm_head.weight") is reloaded.get_parameter("embed.weight")
     tokens = torch.arange(11)[None]
@@ -130,9 +140,9 @@ def test_unrolled_lstm_reloads() -> None:
     assert names
     sites = tuple(site(model, (name,), "explicit", reason="recurrent") for name in names)
     skeleton = scrambled(model)
-    absmax = {s.name: torch.full((s.channels,), 2.0) for s in sites}
-    scales = {s.name: torch.linspace(0.5, 2, s.channels) for s in sites}
-    quantize_model(model, sites, scales=scales, absmax=absmax, scheme=Scheme())
+    ranges = {s.name: ChannelRange.symmetric(torch.full((s.channels,), 2.0)) for s in sites}
+    smoothings = {s.name: Smoothing(scales=torch.linspace(0.5, 2, s.channels)) for s in sites}
+    quantize_model(model, sites, smoothings=smoothings, ranges=ranges, scheme=Scheme())
     reloaded = restore(skeleton, *through_files(*payload(model)))
     x = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -145,9 +155,9 @@ def test_one_module_under_two_names_reloads() -> None:
         return nn.Sequential(shared, nn.ReLU(), shared).requires_grad_(False)
 
     model = build()
-    quantize_model(
-        model, (site(model, ("0",), "left", reason="test"),), scales={}, absmax={"0": torch.ones(4)}, scheme=Scheme()
-    )
+    sites = (site(model, ("0",), "left", reason="test"),)
+    ranges = {"0": ChannelRange.symmetric(torch.ones(4))}
+    quantize_model(model, sites, smoothings={}, ranges=ranges, scheme=Scheme())
     reloaded = restore(build(), *through_files(*payload(model)))
     assert reloaded.get_submodule("0") is reloaded.get_submodule("2")
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -158,7 +168,11 @@ def test_a_single_operator_is_a_model() -> None:
     inner = nn.Linear(4, 3).requires_grad_(False)
     skeleton = scrambled(inner)
     operator = QuantizedOperator.quantize(
-        inner, weight=inner.weight, absmax=torch.ones(()), smooth=None, scheme=Scheme(), kind="linear", transposed=False
+        inner,
+        OperatorTensors(weight=inner.weight, absmax=torch.ones(())),
+        scheme=Scheme(),
+        kind="linear",
+        transposed=False,
     )
     reloaded = restore(skeleton, *through_files(*payload(operator)))
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -193,7 +207,11 @@ def test_names_that_would_collide_are_refused() -> None:
     inner = nn.Linear(4, 3)
     inner.register_buffer("weight_scale", torch.ones(1))
     operator = QuantizedOperator.quantize(
-        inner, weight=inner.weight, absmax=torch.ones(()), smooth=None, scheme=Scheme(), kind="linear", transposed=False
+        inner,
+        OperatorTensors(weight=inner.weight, absmax=torch.ones(())),
+        scheme=Scheme(),
+        kind="linear",
+        transposed=False,
     )
     with pytest.raises(InputError, match="two tensors of the model have this name"):
         payload(operator)

@@ -43,7 +43,8 @@ def test_one_study_for_the_whole_model(loss: str, tmp_path: Path, model: nn.Modu
     assert len(study.trials) == len(result.trials) == 7
     assert [t.user_attrs["candidate"] for t in study.trials[:4]] == ["identity", "alpha_0.5", "best_single", "sampler"]
     for trial in study.trials[3:]:
-        assert set(trial.params) == {"alpha_0", "alpha_1", "alpha_2"}
+        assert {n for n in trial.params if n.startswith("alpha_")} == {"alpha_0", "alpha_1", "alpha_2"}
+        assert not trial.params.get("shift")  # only alphas are searched over the whole model
         assert all(g.low <= trial.params[f"alpha_{g.index}"] <= g.high for g in manifest.groups)
     # Every channel of every site has a group of the whole model; no site has a study of its own.
     assert {label for s in manifest.sites for label in s.labels} == {0, 1, 2}
@@ -170,12 +171,12 @@ def test_scales_of_the_whole_model() -> None:
     labels = {"a": torch.tensor([0, 0, 1]), "b": torch.tensor([1, 0])}
     scales = ModelScales(sites, labels)
     assert scales.k == 2
-    assert all(bool((s == 1).all()) for s in scales(None).values())
+    assert all(bool((s.scales == 1).all()) for s in scales(None).values())
     mixed = scales((0.5, 1.0))
-    torch.testing.assert_close(mixed["a"], torch.tensor([1.0, 2.0, 9.0]))
-    torch.testing.assert_close(mixed["b"], torch.tensor([16.0, 1.0]))  # a dead channel keeps s = 1
+    torch.testing.assert_close(mixed["a"].scales, torch.tensor([1.0, 2.0, 9.0]))
+    torch.testing.assert_close(mixed["b"].scales, torch.tensor([16.0, 1.0]))  # a dead channel keeps s = 1
     single = scales.single(0.5)
-    torch.testing.assert_close(single["b"], torch.tensor([4.0, 1.0]))
+    torch.testing.assert_close(single["b"].scales, torch.tensor([4.0, 1.0]))
 
 
 def test_nothing_to_search_is_refused() -> None:

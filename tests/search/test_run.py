@@ -19,8 +19,9 @@ from alphasmith.dashboards.study_views import HISTORY_ID, LOSSES_ID
 from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.models import parameters_digest
 from alphasmith.objectives.quantized import quantize_model
+from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search import RunResult, load_quantized, load_smoothed, run
-from alphasmith.search.pipeline import absmax_by_site, skip_patterns
+from alphasmith.search.pipeline import input_ranges, skip_patterns
 from alphasmith.search.prepare import prepare, survey
 from alphasmith.search.progress import Silent
 from alphasmith.search.task import load_task
@@ -116,7 +117,8 @@ def test_the_database_holds_the_run_and_optunas_own_trials(finished: tuple[Path,
         assert site.study is not None
         study = optuna.load_study(study_name=site.study, storage=storage)
         mine = result.trials[result.trials["study_name"] == site.study]
-        assert len(mine) == len(study.trials) == site.trials == 7
+        assert len(mine) == len(study.trials) == site.trials
+        assert 4 <= len(mine) <= 8  # at most 7, and the winner under another range
         for trial, told in zip(study.trials, mine.itertuples(), strict=True):
             state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}[trial.state.name]
             assert (trial.number, state, trial.user_attrs["candidate"]) == (told.number, told.state, told.kind)
@@ -125,8 +127,8 @@ def test_the_database_holds_the_run_and_optunas_own_trials(finished: tuple[Path,
                 assert trial.value == told.loss == trial.intermediate_values[max(trial.intermediate_values)]
         identity, half, single = study.trials[:3]
         assert identity.params == {}
-        assert set(half.params.values()) == {0.5}
-        assert set(single.params.values()) == {site.losses.search.best_single_alpha if site.losses else None}
+        alphas = [{v for k, v in trial.params.items() if k.startswith("alpha_")} for trial in (half, single)]
+        assert alphas == [{0.5}, {site.losses.search.best_single_alpha if site.losses else None}]
     guard_holds(result)
 
 
@@ -169,7 +171,8 @@ def test_the_smoothed_model_is_the_original_and_undo_gives_it_back(
     undone = load_file(tmp_path / "undone" / "model.safetensors")
     assert set(undone) == set(model.state_dict())
     for name, original in model.state_dict().items():
-        torch.testing.assert_close(undone[name], original, rtol=1e-6, atol=0)
+        # A bias that took in a shift is off by a rounding of the shift, which may be larger than the bias.
+        torch.testing.assert_close(undone[name], original, rtol=1e-6, atol=1e-6 if name.endswith("bias") else 0)
 
 
 def test_reloaded_integers_give_the_bits_that_were_quantized(
@@ -184,8 +187,16 @@ def test_reloaded_integers_give_the_bits_that_were_quantized(
     summary = quantize_model(
         rebuilt,
         prepared.sites,
-        scales={name.removeprefix("scale/"): s for name, s in kept.items() if name.startswith("scale/")},
-        absmax=absmax_by_site(prepared),
+        smoothings={
+            site.name: Smoothing(
+                scales=kept[f"scale/{site.name}"],
+                shift=kept.get(f"shift/{site.name}"),
+                range_factor=site.range_factor,
+            )
+            for site in result.manifest.sites
+            if f"scale/{site.name}" in kept
+        },
+        ranges=input_ranges(prepared),
         scheme=config.scheme.build(),
         skip=skip_patterns(config, prepared),
     )
@@ -299,7 +310,8 @@ def test_an_unrolled_lstm_keeps_the_users_names(tmp_path: Path) -> None:
     undo(result.folder, tmp_path / "undone")
     undone = load_file(tmp_path / "undone" / "model.safetensors")
     for name, original in model.state_dict().items():
-        torch.testing.assert_close(undone[name], original, rtol=1e-6, atol=0)
+        # A bias that took in a shift is off by a rounding of the shift, which may be larger than the bias.
+        torch.testing.assert_close(undone[name], original, rtol=1e-6, atol=1e-6 if name.endswith("bias") else 0)
 
 
 def test_convolutions_fold_and_what_cannot_is_said(tmp_path: Path) -> None:

@@ -1,20 +1,35 @@
-"""Studies: order of trials, failures, pruning, samplers, frozen spaces."""
+"""Studies: order of trials, failures, stopping, samplers, frozen spaces, what the storage keeps."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial
 
 from alphasmith.objectives.errors import AlphasmithError, InputError, NonFiniteError
-from alphasmith.search.config import SAMPLERS
+from alphasmith.search import studies
+from alphasmith.search.candidates import Candidate
+from alphasmith.search.config import SAMPLERS, RunConfig, SearchConfig
 from alphasmith.search.ranges import group_ranges
-from alphasmith.search.samplers import make_pruner, make_sampler
-from alphasmith.search.spaces import SearchSpace
-from alphasmith.search.studies import Candidate, TrialResult, baselines, best_trial, guard, run_study
+from alphasmith.search.spaces import OFFSET_RANGE, SearchSpace
+from alphasmith.search.studies import (
+    Outcome,
+    Pruning,
+    RecordedStudy,
+    TrialResult,
+    baselines,
+    best_trial,
+    guard,
+    play,
+)
+from alphasmith.search.writer import Writer
+from alphasmith.storage.database import open_optuna
+from alphasmith.storage.optuna_trials import insert_trials
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SPACE = SearchSpace.of(group_ranges([1.0, 10.0, 100.0], scale="log"))
@@ -26,103 +41,109 @@ class Bowl:
 
     def __init__(self, broken: frozenset[int] = frozenset()) -> None:
         self.calls = 0
+        self.batches: list[int] = []
         self.broken = broken
 
-    def losses(self, candidate: Candidate) -> Iterator[tuple[int, float]]:
+    def score(self, candidates: Sequence[Candidate], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
+        self.batches.append(len(candidates))
+        return [self._one(i, c, i < protected, pruning) for i, c in enumerate(candidates)]
+
+    def _one(self, index: int, candidate: Candidate, protected: bool, pruning: Pruning | None) -> Outcome:
         call, self.calls = self.calls, self.calls + 1
+        if call in self.broken:
+            return Outcome(state="FAIL", loss=None, seconds=1.0, reason="the loss is nan")
+        steps: list[tuple[int, float]] = []
         for step in (1, 2, 4):
-            if call in self.broken:
-                yield step, math.nan
-            elif candidate.alphas is None:
-                yield step, 10.0
-            else:
-                yield step, sum((a - t) ** 2 for a, t in zip(candidate.alphas, TARGET, strict=True)) + 0.01 / step
+            loss = 10.0
+            if candidate.alphas is not None:
+                loss = sum((a - t) ** 2 for a, t in zip(candidate.alphas, TARGET, strict=True)) + 0.01 / step
+            steps.append((step, loss))
+            if not protected and pruning is not None and pruning(index, step, loss):
+                return Outcome(state="PRUNED", loss=None, seconds=1.0, steps=tuple(steps))
+        return Outcome(state="COMPLETE", loss=steps[-1][1], seconds=1.0, steps=tuple(steps))
 
 
-def new_study(sampler: str = "tpe", pruner: str = "none", storage: str | None = None) -> optuna.Study:
-    return optuna.create_study(
-        sampler=make_sampler(sampler, seed=3, space=SPACE.distributions()),  # type: ignore[arg-type]
-        pruner=make_pruner(pruner),  # type: ignore[arg-type]
-        storage=storage,
-    )
+def settings(**values: object) -> SearchConfig:
+    return RunConfig.build({"search": {"seed": 3, **values}}).search
 
 
-def play(study: optuna.Study, objective: Bowl, trials: int = 20, single: float = 0.95) -> list[TrialResult]:
-    ticks = itertools.count()
-    return run_study(
-        study,
-        SPACE,
-        objective,
-        candidates=baselines(3, single),
-        trials=trials,
-        device="cpu",
-        clock=lambda: float(next(ticks)),
-    )
+def new_study(storage: str | None = None, writer: Writer | None = None, **values: object) -> RecordedStudy:
+    kept = None if storage is None else open_optuna(storage)
+    return RecordedStudy(settings(**values), SPACE, device="cpu", storage=kept, name="one", writer=writer)
+
+
+def run(study: RecordedStudy, scorer: Bowl, trials: int = 20, single: float = 0.95, **values: object) -> str:
+    return play(study, scorer, first=baselines(3, single), protected=3, trials=trials, **values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_plays_a_whole_study_inside_the_ranges(sampler: str) -> None:
-    study = new_study(sampler)
-    results = play(study, Bowl(), trials=16)
-    kinds = [r.candidate.kind for r in results]
+def test_every_sampler_plays_a_whole_study_inside_the_ranges(sampler: str, tmp_path: Path) -> None:
+    study = new_study(f"sqlite:///{tmp_path}/a.db", sampler=sampler)
+    run(study, Bowl(), trials=16)
+    kinds = [r.candidate.kind for r in study.results]
     assert kinds[:3] == ["identity", "alpha_0.5", "best_single"]
     assert set(kinds[3:]) == {"sampler"}
-    trials = study.trials
+    trials = open_optuna(f"sqlite:///{tmp_path}/a.db").get_all_trials(1)
     assert trials[0].params == {}
-    assert trials[1].params == dict.fromkeys(SPACE.names, 0.5)
-    assert trials[2].params == dict.fromkeys(SPACE.names, 0.95), "a baseline outside the ranges is recorded as it is"
-    for result, trial in zip(results[3:], trials[3:], strict=True):
+    assert trials[1].params["alpha_2"] == 0.5
+    assert trials[2].params["alpha_0"] == 0.95, "a baseline outside the ranges is recorded as it is"
+    for result, trial in zip(study.results[3:], trials[3:], strict=True):
         assert result.candidate.alphas == tuple(trial.params[n] for n in SPACE.names)
-        for value, low, high in zip(result.candidate.alphas, SPACE.low, SPACE.high, strict=True):
+        for value, (_, low, high) in zip(result.candidate.alphas, SPACE.floats, strict=True):
             assert low <= value <= high
-    assert len({r.candidate.alphas for r in results}) == len(results), "the N sets are pairwise different (claim A-2)"
-    assert best_trial(results).loss == study.best_value
+    sets = {r.candidate.alphas for r in study.results}
+    assert len(sets) == len(study.results), "the N sets are pairwise different (claim A-2)"
+    assert best_trial(study.results).loss == min(t.value for t in trials if t.value is not None)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
-def test_learning_samplers_sample_jointly(sampler: str) -> None:
-    study = new_study(sampler)
+def test_learning_samplers_sample_jointly(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = new_study(sampler=sampler)
     seen = []
-    independent = study.sampler.sample_independent
-
-    def spy(*args: object) -> object:
-        seen.append(args)
-        return independent(*args)  # type: ignore[arg-type]
-
-    study.sampler.sample_independent = spy  # type: ignore[method-assign]
-    play(study, Bowl(), trials=20)
-    assert len(seen) <= 3 * 8, "after its start-up trials a sampler must use the whole space at once"
+    inner = study._memory.sampler
+    independent = inner.sample_independent
+    monkeypatch.setattr(inner, "sample_independent", lambda *a: seen.append(a) or independent(*a))  # type: ignore[func-returns-value]
+    run(study, Bowl(), trials=20)
+    assert len(seen) <= 3 * 4, "after its start-up trials a sampler must use the whole space at once"
 
 
 def test_same_seed_same_trials() -> None:
-    first, second = (play(new_study(), Bowl()) for _ in range(2))
-    assert first == second
+    first, second = new_study(), new_study()
+    for study in (first, second):
+        run(study, Bowl())
+    assert first.results == second.results
 
 
 def test_tpe_beats_the_baselines_here() -> None:
-    results = play(new_study(), Bowl(), trials=40)
-    assert best_trial(results).candidate.kind == "sampler"
-
-
-def test_non_finite_losses_are_failed_trials_with_a_reason() -> None:
     study = new_study()
-    results = play(study, Bowl(broken=frozenset({0, 4})))
-    assert [r.number for r in results if r.state == "FAIL"] == [0, 4]
-    assert study.trials[4].state == optuna.trial.TrialState.FAIL
-    assert "nan" in study.trials[4].user_attrs["reason"]
-    assert best_trial(results).number not in (0, 4)
+    run(study, Bowl(), trials=40)
+    assert best_trial(study.results).candidate.kind == "sampler"
+
+
+def test_failed_trials_keep_their_reason(tmp_path: Path) -> None:
+    study = new_study(f"sqlite:///{tmp_path}/a.db")
+    run(study, Bowl(broken=frozenset({0, 4})))
+    assert [r.number for r in study.results if r.state == "FAIL"] == [0, 4]
+    trial = open_optuna(f"sqlite:///{tmp_path}/a.db").get_all_trials(1)[4]
+    assert trial.state == optuna.trial.TrialState.FAIL
+    assert "nan" in trial.user_attrs["reason"]
+    assert best_trial(study.results).number not in (0, 4)
 
 
 def test_all_trials_failing_is_an_error() -> None:
     with pytest.raises(AlphasmithError, match="every trial failed"):
-        play(new_study(), Bowl(broken=frozenset(range(20))), trials=4)
+        run(new_study(), Bowl(broken=frozenset(range(20))), trials=4)
 
 
-def test_pruned_trials_have_no_loss_and_baselines_are_never_pruned() -> None:
-    results = play(new_study(sampler="random", pruner="median"), Bowl(), trials=40)
-    pruned = [r for r in results if r.state == "PRUNED"]
+def test_pruned_trials_have_no_loss_and_baselines_are_never_pruned(tmp_path: Path) -> None:
+    study = new_study(f"sqlite:///{tmp_path}/a.db", sampler="random", pruner="median")
+    run(study, Bowl(), trials=40)
+    pruned = [r for r in study.results if r.state == "PRUNED"]
     assert pruned
     assert all(r.loss is None and r.number > 2 for r in pruned)
+    trial = open_optuna(f"sqlite:///{tmp_path}/a.db").get_all_trials(1)[pruned[0].number]
+    assert trial.state == optuna.trial.TrialState.PRUNED
+    assert trial.intermediate_values, "what it was pruned for is kept"
 
 
 def test_ties_go_to_the_lowest_number() -> None:
@@ -133,54 +154,174 @@ def test_ties_go_to_the_lowest_number() -> None:
     assert best_trial(tie).number == 0
 
 
-def test_a_study_refuses_another_space() -> None:
-    study = new_study()
-    play(study, Bowl(), trials=5)
+def test_a_study_refuses_another_space(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/a.db"
+    run(new_study(storage), Bowl(), trials=5)
     other = SearchSpace.of(group_ranges([1.0, 10.0, 1000.0]))
     with pytest.raises(InputError, match="search space"):
-        other.freeze_in(study)
-    SPACE.freeze_in(study)
+        RecordedStudy(settings(), other, device="cpu", storage=open_optuna(storage), name="one")
 
 
-def test_a_study_continues_to_its_total_budget() -> None:
+def test_a_stored_study_continues_to_its_total_budget_and_repeats_nothing(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/a.db"
+    before = new_study(storage)
+    run(before, Bowl(), trials=6)
+    after, scorer = new_study(storage), Bowl()
+    assert after.results == before.results, "what was found before is known again, to the bit"
+    run(after, scorer, trials=10)
+    assert scorer.calls == 4
+    assert [r.number for r in after.results] == list(range(10))
+    verdict = guard(after.results, lambda cs: [1.0 for _ in cs])
+    assert verdict.search.identity == 10.0, "the baselines of a continued study are its trials 0 to 2"
+
+
+def test_a_study_cut_short_among_its_first_candidates_goes_on_there(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/a.db"
+    run(new_study(storage), Bowl(), trials=2)
+    after = new_study(storage)
+    run(after, Bowl(), trials=6)
+    assert [r.candidate.kind for r in after.results[:3]] == ["identity", "alpha_0.5", "best_single"]
+
+
+def test_first_candidates_are_scored_together() -> None:
+    scorer = Bowl()
+    run(new_study(), scorer, trials=9, batch=3)
+    assert scorer.batches == [3, 3, 3]
+
+
+def test_a_study_stops_when_it_is_good_enough() -> None:
     study = new_study()
-    play(study, Bowl(), trials=6)
-    assert len(play(study, Bowl(), trials=10)) == 4
-    assert len(study.trials) == 10
+    why = run(study, Bowl(), trials=30, enough=lambda best: "near enough" if best < 1.0 else "")
+    assert why == "near enough"
+    assert len(study.results) == 3
+
+
+def test_a_study_stops_when_nothing_improves() -> None:
+    class Flat(Bowl):
+        def _one(self, *_: object) -> Outcome:
+            return Outcome(state="COMPLETE", loss=1.0, seconds=0.0)
+
+    study = new_study()
+    why = run(study, Flat(), trials=30, patience=5)
+    assert "5 sampler trials" in why
+    assert len(study.results) == 8
+
+
+def test_writing_in_another_thread_keeps_the_same_trials(tmp_path: Path) -> None:
+    direct, queued = f"sqlite:///{tmp_path}/a.db", f"sqlite:///{tmp_path}/b.db"
+    run(new_study(direct), Bowl(), trials=12)
+    with Writer() as writer:
+        run(new_study(queued, writer), Bowl(), trials=12)
+    a, b = (open_optuna(url).get_all_trials(1) for url in (direct, queued))
+    assert [(t.number, t.params, t.value, t.user_attrs) for t in a] == [
+        (t.number, t.params, t.value, t.user_attrs) for t in b
+    ]
+
+
+def test_trials_that_wait_are_stored_together_but_not_before_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    sizes: list[int] = []
+
+    def insert(storage: optuna.storages.BaseStorage, study_id: int, trials: Sequence[FrozenTrial]) -> None:
+        sizes.append(len(trials))
+        insert_trials(storage, study_id, trials)
+        noted.append("found" in storage.get_study_user_attrs(study_id))
+
+    noted: list[bool] = []
+    monkeypatch.setattr(studies, "insert_trials", insert)
+    busy = threading.Event()
+    with Writer() as writer:
+        study = new_study(url, writer)
+        writer.submit(busy.wait)
+        run(study, Bowl(), trials=9)
+        study.note("found", 9)
+        run(study, Bowl(), trials=13)
+        busy.set()
+    assert [(size, known) for size, known in zip(sizes, noted, strict=True) if size] == [(9, False), (4, True)]
+    trials = open_optuna(url).get_all_trials(1)
+    assert [(t.number, t.value) for t in trials] == [(r.number, r.loss) for r in study.results]
+
+
+def test_a_failing_write_stops_the_search_and_writes_no_later_trial() -> None:
+    done: list[int] = []
+
+    def job(number: int) -> None:
+        if number == 2:
+            raise OSError("disk full")
+        done.append(number)
+
+    def write_all() -> None:
+        with Writer() as writer:
+            for number in range(400):
+                writer.submit(job, number)
+
+    with pytest.raises(OSError, match="disk full"):
+        write_all()
+    assert done == [0, 1], "what is stored is a prefix of what was found"
 
 
 def test_the_guard_prefers_a_baseline_that_is_better_on_held_out_data() -> None:
-    results = play(new_study(), Bowl(), trials=30)
-    best = best_trial(results)
+    study = new_study()
+    run(study, Bowl(), trials=30)
+    best = best_trial(study.results)
 
-    def overfitted(candidate: Candidate) -> float:
-        return {"identity": 3.0, "alpha_0.5": 2.0, "best_single": 1.0}.get(candidate.kind, 1.5)
+    def overfitted(candidates: Sequence[Candidate]) -> list[float | None]:
+        return [{"identity": 3.0, "alpha_0.5": 2.0, "best_single": 1.0}.get(c.kind, 1.5) for c in candidates]
 
-    verdict = guard(results, overfitted)
+    verdict = guard(study.results, overfitted)
     assert verdict.guarded
     assert verdict.winner.candidate.kind == "best_single"
     assert verdict.held_out.ours == 1.0
-    kept = guard(results, lambda c: 1.0)
+    kept = guard(study.results, lambda cs: [1.0 for _ in cs])
     assert not kept.guarded
     assert kept.winner == best
     assert kept.search.identity == 10.0
 
 
+def test_the_guard_lets_another_trial_win_on_held_out_data() -> None:
+    study = new_study()
+    run(study, Bowl(), trials=30)
+    rival = next(r for r in study.results if r.candidate.kind == "sampler" and r != best_trial(study.results))
+    verdict = guard(study.results, lambda cs: [0.5 if c == rival.candidate else 1.0 for c in cs], also=[rival])
+    assert verdict.winner == rival
+    assert verdict.search.ours == rival.loss
+
+
 def test_a_failed_baseline_cannot_win() -> None:
-    results = play(new_study(), Bowl(broken=frozenset({0})), trials=10)
-    verdict = guard(results, lambda c: 0.0 if c.kind == "identity" else 1.0)
+    study = new_study()
+    run(study, Bowl(broken=frozenset({0})), trials=10)
+    verdict = guard(study.results, lambda cs: [0.0 if c.kind == "identity" else 1.0 for c in cs])
     assert verdict.winner.candidate.kind != "identity"
     assert verdict.held_out.identity is None
+    with pytest.raises(NonFiniteError, match="held-out"):
+        guard(study.results, lambda cs: [None for _ in cs])
 
 
-def test_an_objective_may_refuse_a_candidate() -> None:
-    class Refuses(Bowl):
-        def losses(self, candidate: Candidate) -> Iterator[tuple[int, float]]:
-            if candidate.kind == "sampler":
-                raise NonFiniteError("scale of channel 3 is inf")
-            return super().losses(candidate)
+def test_candidates_survive_the_way_through_parameters() -> None:
+    candidate = Candidate(
+        "noise_model",
+        (0.1, 0.2),
+        (0.9, 0.7),
+        (-0.5, 0.0),
+        shift="mean",
+        range="margin",
+        grouping="range",
+        statistic="rms",
+    )
+    assert Candidate.of("noise_model", candidate.params()) == candidate
+    assert Candidate("identity", None).params() == {}
 
-    study = new_study()
-    results = play(study, Refuses(), trials=6)
-    assert [r.state for r in results] == ["COMPLETE"] * 3 + ["FAIL"] * 3
-    assert study.trials[5].user_attrs["reason"] == "scale of channel 3 is inf"
+
+def test_spaces_tell_every_kind_of_coefficient_apart() -> None:
+    ranges = group_ranges([1.0, 10.0])
+    spaces = [
+        SearchSpace.of(ranges),
+        SearchSpace.of(ranges, offsets=True),
+        SearchSpace.of(ranges, betas=True),
+        SearchSpace.of(ranges, choices={"shift": ("none", "mean")}),
+    ]
+    assert len({s.digest() for s in spaces}) == len(spaces)
+    assert SearchSpace.of(ranges, choices={"shift": ("none",)}) == spaces[0], "a single value is no choice"
+    assert math.isclose(spaces[1].distributions()["offset_1"].high, OFFSET_RANGE[1])  # type: ignore[attr-defined]

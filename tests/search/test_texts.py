@@ -38,9 +38,35 @@ def left(name: str, reason: str) -> dict[str, Any]:
 def test_a_row_per_searched_site_with_its_gain() -> None:
     text = texts.sites_table([site("fc1"), site("fc2", best_single=None), left("gate", "it feeds experts")])
     first, second = (line.split() for line in text.splitlines() if line.strip().startswith("fc"))
-    assert first[3:] == ["0.008", "0.0004", "0.00025", "0.65", "0.0002", "0.800"]
+    assert first[3:6] == ["0.008", "0.0004", "0.65"]
+    assert " ".join(first[6:-1]) == "best single alpha 2.50e-4, ours 2.00e-4, limit n/a"
+    assert first[-1] == "0.800"
     assert "0.800" not in second
     assert "gate left: it feeds experts" in text
+
+
+def test_a_row_says_what_was_chosen() -> None:
+    chosen = {"groups": 4, "shift": True, "range_statistic": "margin", "range_factor": 1.1, "grouping": "kmeans"}
+    text = texts.sites_table([site("fc1", **chosen), site("fc2", groups=2)])
+    first, second = (line for line in text.splitlines() if line.strip().startswith("fc"))
+    assert first.endswith("K 4, shift, range x1.1 (margin)")
+    assert second.endswith("K 2")
+
+
+def test_a_row_fits_whatever_was_chosen() -> None:
+    chosen = {"groups": 16, "shift": True, "range_statistic": "percentile", "range_factor": 0.9312}
+    text = texts.sites_table([site("a" * 60, mode="explicit", channels=16384, limit=1e-4, **chosen)])
+    assert "range x0.931 (percentile)" in text
+    assert "limit 1.00e-4" in text
+
+
+def test_the_refinement_is_told() -> None:
+    details = dict.fromkeys(("id", "name", "status", "reason", "scheme", "scope", "created", "finished", "folder"), "x")
+    rows: dict[str, Any] = {"trials": 4, "hardware": {}, "sites": []}
+    assert "refinement" not in texts.run_text(details | rows | {"refinement": None})
+    entry = {"accepted": False, "reason": "every trial failed", "before": None}
+    text = texts.run_text(details | rows | {"refinement": entry})
+    assert "refinement at the output: not accepted: every trial failed" in text
 
 
 def test_long_tables_are_cut_and_say_so() -> None:

@@ -29,7 +29,7 @@ LOSSES = {"identity": 1.0, "alpha_0.5": 0.5, "best_single": 0.4, "best_single_al
 def content(**changes: Any) -> dict[str, Any]:
     """A manifest as JSON, with every part filled in."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": {"id": "r-1", "name": "demo", "created": NOW, "started": NOW, "finished": NOW + timedelta(minutes=1)},
         "versions": {"alphasmith": "0.1.0", "torch": "2.13.0"},
         "config": {"groups": 4, "search": {"seconds": 60, "study": "mine"}},
@@ -58,6 +58,10 @@ def content(**changes: Any) -> dict[str, Any]:
                 "operators": ["q", "k"],
                 "producers": ["norm"],
                 "edits": [{"parameter": "norm.weight", "power": -1, "offset": 1.0, "channel": "channel/q/0"}],
+                "shift_edits": [
+                    {"parameter": "norm.bias", "channel": "shift_channel/q/0", "weight": "", "transposed": False},
+                    {"parameter": "q.bias", "channel": "shift_channel/q/1", "weight": "q.weight", "transposed": False},
+                ],
                 "study": "r-1/q",
                 "groups": [
                     {
@@ -68,6 +72,8 @@ def content(**changes: Any) -> dict[str, Any]:
                         "high": 0.5,
                         "alpha": 0.2,
                         "explanation": "e",
+                        "beta": 0.7,
+                        "offset": -0.125,
                     },
                     {"index": 1, "size": 1, "magnitude": 9.0, "low": 0.5, "high": 0.9, "alpha": 0.8, "explanation": ""},
                 ],
@@ -77,6 +83,17 @@ def content(**changes: Any) -> dict[str, Any]:
                 "trials": 32,
                 "exact_evaluations": 40,
                 "seconds": 1.5,
+                "shift": True,
+                "range_statistic": "percentile",
+                "range_factor": 0.93,
+                "grouping": "kmeans",
+                "statistic": "absmax",
+                "facts": {
+                    "stopped": "within 1 % of the limit",
+                    "noise_model": {"median_log_ratio": 0.02, "kendall_tau": 0.9, "seconds": 0.1, "proposals": 2},
+                    "k_tried": [1, 2],
+                    "range_losses": {"absmax": 2.4e-4, "percentile": 2.3e-4},
+                },
             }
         ],
         "skipped": [{"name": "head", "reason": "weight shared with embeddings"}],
@@ -103,6 +120,19 @@ def content(**changes: Any) -> dict[str, Any]:
         "proof": {"tolerance": 1e-4, "error": 1e-7, "batches": 2},
         "payload": {"weights_float": 400, "weights_quantized": 100, "other": 20},
         "guard": [{"site": "q", "proposed": "sampler", "kept": "sampler", "reason": "better on held-out rows"}],
+        "refinement": {
+            "accepted": True,
+            "before": 1.23e-3,
+            "after": 1.1e-3,
+            "difference": 1.3e-4,
+            "standard_error": 2e-5,
+            "reason": "the held-out output loss falls by 6.5 standard errors",
+            "deltas": {"q_proj,k_proj": -0.1},
+            "changed": {"q": "alphas -0.100"},
+            "trials": 16,
+            "seconds": 3.5,
+            "study": "r-1/refinement",
+        },
         "memory": {"predicted": 1000, "measured": 900},
         "artifacts": [
             {"kind": "scales", "path": "scales.safetensors", "sha256": DIGEST, "bytes": 12, "reproducible": True},
@@ -130,6 +160,19 @@ def test_round_trip_and_bytes() -> None:
     assert json.loads(text)["run"]["created"] == "2026-01-31T12:00:00Z"
 
 
+def test_a_manifest_of_version_1_is_read_with_defaults() -> None:
+    old = json.loads(make().to_json())
+    for name in ("shift", "range_statistic", "range_factor", "grouping", "statistic", "facts", "shift_edits"):
+        del old["sites"][0][name]
+    for group in old["sites"][0]["groups"]:
+        del group["beta"], group["offset"]
+    del old["refinement"]
+    read = parse_manifest(json.dumps(old | {"schema_version": 1}))
+    assert read.schema_version == 2
+    assert (read.refinement, read.sites[0].shift, read.sites[0].range_factor) == (None, False, 1.0)
+    assert parse_manifest(read.to_json()) == read
+
+
 def test_times_are_written_in_utc() -> None:
     east = NOW.astimezone(timezone(timedelta(hours=9)))
     run = content()["run"]
@@ -141,9 +184,11 @@ def test_times_are_written_in_utc() -> None:
 def test_without_times_is_equal_for_equal_results() -> None:
     later = NOW + timedelta(days=3)
     artifacts = content()["artifacts"]
+    slower_facts = site()["facts"] | {"noise_model": site()["facts"]["noise_model"] | {"seconds": 7.0}}
     other = make(
         run={"id": "r-2", "name": "demo", "created": later, "started": later, "finished": later},
-        sites=[site(seconds=99.0, study="r-2/q")],
+        sites=[site(seconds=99.0, study="r-2/q", facts=slower_facts)],
+        refinement=content()["refinement"] | {"seconds": 9.0, "study": "r-2/refinement"},
         study="r-2",
         memory={"predicted": 1000, "measured": None},
         artifacts=[artifacts[0], artifacts[1] | {"sha256": DIGEST[::-1], "bytes": 1}],
@@ -161,6 +206,9 @@ def test_without_times_is_equal_for_equal_results() -> None:
         {"config": {"groups": 5}},
         {"memory": {"predicted": 1001}},
         {"sites": [site(trials=33)]},
+        {"sites": [site(shift=False)]},
+        {"sites": [site(facts=site()["facts"] | {"stopped": "no improvement in 8 sampler trials"})]},
+        {"refinement": content()["refinement"] | {"accepted": False}},
         {"artifacts": [content()["artifacts"][0] | {"sha256": DIGEST[::-1]}]},
         {"run": content()["run"] | {"name": "other"}},
     ],
@@ -180,7 +228,7 @@ def test_schema_accepts_what_is_written_and_nothing_else() -> None:
     written = json.loads(make().to_json())
     validator.validate(written)
     for broken in (
-        written | {"schema_version": 2},
+        written | {"schema_version": 1},
         written | {"extra": 1},
         written | {"data_digest": "x"},
         {key: value for key, value in written.items() if key != "payload"},
@@ -198,9 +246,10 @@ def test_schema_accepts_what_is_written_and_nothing_else() -> None:
         (lambda: make(sites=[site(), site()]), "occurs twice"),
         (lambda: make(sites=[site(groups=[])]), "nowhere described"),
         (lambda: make(sites=[site(extra=1)]), "Extra inputs"),
+        (lambda: make(sites=[site(range_factor=0.0)]), "greater than 0"),
+        (lambda: make(sites=[site(range_statistic="luck")]), "range_statistic"),
         (lambda: make(sites=[site(losses={"search": LOSSES, "held_out": LOSSES | {"ours": float("nan")}})]), "finite"),
         (lambda: make(proof={"tolerance": 1e-4, "error": 1e-3, "batches": 1}), "above its tolerance"),
-        (lambda: make(conventions=content()["conventions"] | {"percentile": 99.9}), "percentile"),
         (lambda: make(conventions=content()["conventions"] | {"statistic": "percentile"}), "percentile"),
         (lambda: make(artifacts=[content()["artifacts"][0] | {"path": "../x"}]), "inside the output folder"),
         (lambda: make(artifacts=[content()["artifacts"][0] | {"path": "/x"}]), "inside the output folder"),
@@ -248,8 +297,8 @@ def test_scheme_round_trip() -> None:
     [
         ("{", "is not JSON"),
         ("[]", "schema_version None"),
-        ('{"schema_version": 2}', "schema_version 2"),
-        ('{"schema_version": 1}', "run: Field required"),
+        ('{"schema_version": 3}', "schema_version 3"),
+        ('{"schema_version": 2}', "run: Field required"),
         (make().to_json().replace('"groups": 4', '"groups": 1e999'), "not finite|finite"),
         (make().to_json().replace('"trials": 32', '"trials": -1'), r"sites\.0\.trials"),
     ],
@@ -294,6 +343,8 @@ def sites(draw: st.DrawFn) -> SiteEntry:
                 low=low,
                 high=high,
                 alpha=draw(FINITE),
+                beta=draw(st.none() | FINITE),
+                offset=draw(st.none() | FINITE),
             )
         )
     losses = st.builds(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from alphasmith.objectives.errors import AlphasmithError, InputError, NonFiniteError
 from alphasmith.storage.database import Database, DuplicateError, StorageError, open_database, optuna_storage
 from alphasmith.storage.frames import groups_frame, sites_frame, trials_frame
-from alphasmith.storage.record_types import TrialKind, params_hash, prose
+from alphasmith.storage.record_types import RangeStatistic, TrialKind, params_hash, prose
 from alphasmith.storage.records import (
     ArtifactRecord,
     GroupRecord,
@@ -47,7 +47,7 @@ LOSSES = Losses(
 )
 GROUPS = (
     GroupRecord(index=0, size=3, low=0.1, high=0.5, alpha=0.3, magnitude=1.0, explanation="small"),
-    GroupRecord(index=1, size=1, low=0.5, high=0.9, alpha=0.8, magnitude=60.0),
+    GroupRecord(index=1, size=1, low=0.5, high=0.9, alpha=0.8, magnitude=60.0, beta=0.3, offset=-0.25),
 )
 SITE = SiteRecord(
     name="layers.0.q_proj",
@@ -63,6 +63,12 @@ SITE = SiteRecord(
     exact_evaluations=40,
     seconds=1.25,
     groups=GROUPS,
+    shift=True,
+    range_statistic="percentile",
+    range_factor=0.93,
+    grouping="kmeans",
+    statistic="absmax",
+    facts={"stopped": "within 1 % of the limit", "noise_model": None, "k_tried": [1, 2, 4]},
 )
 
 
@@ -130,8 +136,19 @@ class TestRuns:
         store.conclude(run_id, space_hash="d" * 64, folder="/out")
         finished = store.finish(run_id)
         assert (finished.space_hash, finished.folder, finished.status) == ("d" * 64, "/out", "finished")
+        assert finished.refinement is None
         with pytest.raises(InputError, match="is finished"):
             store.conclude(run_id, space_hash="e" * 64, folder="/other")
+
+    def test_refinement_comes_back_and_must_be_storable(self, store: RunStore, run_id: str) -> None:
+        store.start(run_id)
+        told = {"accepted": True, "before": 1.23e-3, "deltas": {"q_proj,k_proj": -0.1}, "standard_error": None}
+        for bad in ({"before": math.inf}, {"reason": "\x00"}):
+            with pytest.raises(AlphasmithError):
+                store.conclude(run_id, space_hash="", folder="/out", refinement=bad)
+        assert store.get(run_id).refinement is None
+        assert store.conclude(run_id, space_hash="", folder="/out", refinement=told).refinement == told
+        assert store.finish(run_id).refinement == told
 
     @pytest.mark.parametrize(
         ("before", "act"),
@@ -367,6 +384,8 @@ SOME_GROUPS = st.lists(
         alpha=st.none() | NUMBERS,
         magnitude=NUMBERS,
         explanation=PROSE,
+        beta=st.none() | NUMBERS,
+        offset=st.none() | NUMBERS,
     ),
     max_size=3,
 ).map(lambda groups: tuple(replace(group, index=index) for index, group in enumerate(groups)))
@@ -386,6 +405,12 @@ SOME_SITES = st.builds(
     exact_evaluations=st.integers(0, 10**6),
     seconds=POSITIVE,
     groups=SOME_GROUPS,
+    shift=st.booleans(),
+    range_statistic=st.sampled_from(get_args(RangeStatistic)),
+    range_factor=POSITIVE,
+    grouping=PROSE.map(lambda text: text[:32]),
+    statistic=PROSE.map(lambda text: text[:16]),
+    facts=st.none() | st.dictionaries(PROSE, NUMBERS | PROSE | st.none() | st.lists(st.integers(0, 9)), max_size=3),
 )
 SOME_TRIALS = st.lists(
     st.builds(
@@ -447,6 +472,9 @@ def test_non_finite_numbers_are_no_records(bad: float) -> None:
     attempts: list[Callable[[], object]] = [
         lambda: replace(LOSSES, ours=bad),
         lambda: replace(GROUPS[0], alpha=bad),
+        lambda: replace(GROUPS[0], offset=bad),
+        lambda: replace(SITE, range_factor=bad),
+        lambda: replace(SITE, facts={"noise_model": {"median_log_ratio": bad}}),
         lambda: trial(loss=bad),
         lambda: trial(params={"alpha_0": bad}),
         lambda: replace(SITE, seconds=bad),
@@ -468,6 +496,10 @@ def test_non_finite_numbers_are_no_records(bad: float) -> None:
         (lambda: replace(SITE, name="n" * 513), "sites.name"),
         (lambda: replace(SITE, name="a\x00"), "sites.name"),
         (lambda: change(SITE, winner="luck"), "sites.winner"),
+        (lambda: change(SITE, range_statistic="luck"), "sites.range_statistic"),
+        (lambda: replace(SITE, range_factor=-1.0), "sites.range_factor"),
+        (lambda: replace(SITE, grouping="n" * 33), "sites.grouping"),
+        (lambda: replace(SITE, facts={"stopped": "a\x00"}), "sites.facts"),
         (lambda: replace(SITE, groups=GROUPS[:1] * 2), "sites.groups"),
         (lambda: replace(SITE, operators=("a\x00",)), "sites.operators"),
         (lambda: trial(loss=None), "trials.loss"),
@@ -504,12 +536,18 @@ class TestFrames:
         assert frame.loc[1, ["identity", "ours", "limit", "search_ours"]].isna().all()
         assert math.isnan(float(frame["limit"].iloc[0]))
         assert frame["trials"].tolist() == [3, 0]
+        assert frame["groups"].tolist() == [2, 0]
+        assert frame["shift"].tolist() == [True, False]
+        assert frame["range_statistic"].tolist() == ["percentile", "absmax"]
+        assert frame["stopped"].tolist() == ["within 1 % of the limit", ""]
 
     def test_groups(self) -> None:
         frame = groups_frame([SITE], model_groups=GROUPS[:1])
         assert frame["site"].tolist() == ["", SITE.name, SITE.name]
         assert frame["group"].tolist() == [0, 0, 1]
         assert frame["alpha"].tolist() == [0.3, 0.3, 0.8]
+        assert frame["offset"].isna().tolist() == [True, True, False]
+        assert frame["beta"].iloc[2] == 0.3
 
     def test_trials(self) -> None:
         frame = trials_frame([trial(3), trial(4, state="failed", loss=None, reason="NaN", params={"alpha_1": 1.0})])

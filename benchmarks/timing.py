@@ -1,0 +1,103 @@
+"""What every benchmark needs: the machine in words, threads, medians, markdown tables and their place in a document."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from alphasmith.objectives.errors import InputError
+
+#: Where the tables are kept, from the root of the repository.
+DOCUMENT = Path("docs/performance.md")
+
+
+def machine() -> str:
+    """One sentence on where the figures were made: processor, cores, threads, versions, load of other work."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    busy = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    where = f"{_processor()} ({platform.machine()}), {cores} cores, {torch.get_num_threads()} threads{busy}"
+    return f"Machine: {where}; Python {platform.python_version()}, torch {torch.__version__}."
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or "unknown processor"
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run torch on ``count`` CPU threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def seconds_of(work: Callable[[], object], repeats: int) -> float:
+    """Median wall time of ``work`` [s], after one call that warms up."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def median(values: Sequence[float]) -> float:
+    """Median, NaN of nothing."""
+    return statistics.median(values) if values else math.nan
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table; numbers come ready as text."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Command line of a benchmark with ``--out``, the document its table goes into."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--out", type=Path, nargs="?", const=DOCUMENT, help=f"write the table into a document; alone: {DOCUMENT}"
+    )
+    return made
+
+
+def with_threads(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same command line with ``--threads``."""
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    return made
+
+
+def publish(name: str, text: str, out: Path | None) -> None:
+    """Print a table, and put it between ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a document if there is one.
+
+    Raises:
+        InputError: The document has no such pair of markers.
+    """
+    print(f"\n{text}", flush=True)
+    if out is None:
+        return
+    document = out.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, found, rest = document.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise InputError("--out", f"{out} has no {begin} ... {end}", "add the two markers where the table belongs")
+    out.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""Candidates of one site against each other on growing row subsets, with a paired stopping rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from alphasmith.objectives.site_objective import CandidateBatch, SiteObjective, paired_difference
+from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.search.candidates import Candidate
+from alphasmith.search.studies import Outcome, Pruning, State
+
+#: Shares of the rows after which losing candidates are stopped, and the fewest rows that say anything about a loss.
+_RUNGS = (0.125, 0.5)
+_FEWEST_ROWS = 64
+#: Paired standard errors by which a loss must exceed the incumbent's to be stopped.
+CONFIDENCE = 3.0
+
+
+class SiteScorer:
+    """Exact losses of a site's candidates.
+
+    Attributes:
+        rungs: Rows after which candidates are compared, ascending; the last one is all rows.
+        trace: (seconds since ``start``, loss) at every new incumbent: when the search knew what.
+
+    Args:
+        judge: Exact judge on the search rows.
+        smoothing: Candidate -> what it does to the site.
+        clock: Seconds, monotonic.
+        start: When the search began, by ``clock``.
+    """
+
+    def __init__(
+        self,
+        judge: SiteObjective,
+        smoothing: Callable[[Candidate], Smoothing],
+        *,
+        clock: Callable[[], float],
+        start: float,
+    ) -> None:
+        self._judge = judge
+        self._smoothing = smoothing
+        self._clock = clock
+        self._start = start
+        rows = judge.rows
+        early = {max(_FEWEST_ROWS, int(rows * share)) for share in _RUNGS}
+        self.rungs = (*sorted(r for r in early if r < rows), rows)
+        self.trace: list[tuple[float, float]] = []
+        self._known: dict[Candidate, Outcome] = {}
+        #: Squared errors per row of the best candidate so far, at every rung, and its loss.
+        self._incumbent: dict[int, torch.Tensor] = {}
+        self._best: float | None = None
+
+    def score(self, candidates: Sequence[Candidate], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
+        """See :class:`alphasmith.search.studies.Scorer`; a candidate scored on all rows before is not scored again."""
+        new = [c for c in candidates if c not in self._known]
+        known = [i for i, c in enumerate(candidates) if c in self._known]
+        fresh = self._score(new, protected - sum(i < protected for i in known), pruning) if new else []
+        found = dict(zip(new, fresh, strict=True))
+        self._known |= {c: o for c, o in found.items() if o.state == "COMPLETE"}
+        return [found.get(c) or self._known[c] for c in candidates]
+
+    def _score(self, candidates: Sequence[Candidate], protected: int, pruning: Pruning | None) -> list[Outcome]:
+        began = self._clock()
+        batch = self._judge.batch([self._smoothing(c) for c in candidates])
+        steps: list[list[tuple[int, float]]] = [[] for _ in candidates]
+        errors: list[dict[int, torch.Tensor]] = [{} for _ in candidates]
+        work = [0] * len(candidates)
+        running = list(range(len(candidates)))
+        for rung in self.rungs:
+            # Baselines are scored to the end after the others: they are needed for the record, not for the decision.
+            order = (running,) if rung < self._judge.rows else ([i for i in running if i >= protected], running)
+            for which in order:
+                batch.advance(rung, which)
+                for i in which:
+                    if not batch.failure(i) and rung not in errors[i]:
+                        steps[i].append((rung, float(batch.loss(i) or 0.0)))
+                        errors[i][rung] = batch.row_errors(i)
+                        work[i] = rung
+                        if rung == self._judge.rows:
+                            self._promote(steps[i][-1][1], errors[i])
+            running = [i for i in running if not batch.failure(i)]
+            if rung < self._judge.rows:
+                running = self._survivors(running, protected, errors, steps, rung, pruning)
+        seconds, total = self._clock() - began, sum(work) or 1
+        return [
+            _outcome(batch, i, steps[i], seconds * work[i] / total, done=work[i] == self._judge.rows)
+            for i in range(len(candidates))
+        ]
+
+    def _survivors(
+        self,
+        running: Sequence[int],
+        protected: int,
+        errors: Sequence[dict[int, torch.Tensor]],
+        steps: Sequence[Sequence[tuple[int, float]]],
+        rung: int,
+        pruning: Pruning | None,
+    ) -> list[int]:
+        if pruning is not None:
+            return [i for i in running if i < protected or not pruning(i, rung, steps[i][-1][1])]
+        rivals = [errors[i][rung] for i in running] + ([self._incumbent[rung]] if self._incumbent else [])
+        if not rivals:
+            return []
+        best = min(rivals, key=lambda e: float(e.sum()))
+
+        def loses(i: int) -> bool:
+            mean, deviation = paired_difference(errors[i][rung], best, 1.0)
+            return mean > CONFIDENCE * deviation and mean > 0
+
+        return [i for i in running if i < protected or not loses(i)]
+
+    def _promote(self, loss: float, errors: dict[int, torch.Tensor]) -> None:
+        if self._best is None or loss < self._best:
+            self._best, self._incumbent = loss, errors
+            self.trace.append((self._clock() - self._start, loss))
+
+
+def _outcome(
+    batch: CandidateBatch, index: int, steps: Sequence[tuple[int, float]], seconds: float, *, done: bool
+) -> Outcome:
+    reason = batch.failure(index)
+    state: State = "FAIL" if reason else "COMPLETE" if done else "PRUNED"
+    loss = steps[-1][1] if state == "COMPLETE" else None
+    return Outcome(state=state, loss=loss, seconds=seconds, reason=reason, steps=tuple(steps))
