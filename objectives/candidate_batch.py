@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.losses import relative_loss
-from alphasmith.objectives.site_scoring import PreparedStack, SiteScorer
+from alphasmith.objectives.site_scoring import PreparedStack, SiteKernel
 from alphasmith.objectives.smoothing import Smoothing
 
 
@@ -30,7 +30,7 @@ class CandidateBatch:
         InputError: A scale is not positive.
     """
 
-    def __init__(self, scorer: SiteScorer, smoothings: Sequence[Smoothing], device: torch.device) -> None:
+    def __init__(self, scorer: SiteKernel, smoothings: Sequence[Smoothing], device: torch.device) -> None:
         self._scorer = scorer
         self._smoothings = tuple(_on(device, smoothing) for smoothing in smoothings)
         self._failures = _failures(self._smoothings)

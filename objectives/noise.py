@@ -161,23 +161,6 @@ class NoiseModel:
             raise InputError("scales", f"has shape {tuple(scales.shape)}", f"give (N, {self.data.channels})")
         return self._predicted(self._roundings, scales.detach().to(self.data.device, torch.float32))
 
-    def single_alpha(self, space: LogScales, points: int) -> Tensor:
-        """Predicted losses (points,) float64 of one alpha for all channels, evenly from 0 to 1.
-
-        Args:
-            space: Map of one alpha, without betas and offsets.
-            points: How many alphas, at least 2.
-
-        Raises:
-            InputError: ``space`` has more than one number, or there are fewer than 2 points.
-        """
-        if space.parameters != 1 or points < 2:
-            raise InputError(
-                "points", f"{points} for {space.parameters} numbers", "give one alpha and 2 or more points"
-            )
-        grid = torch.linspace(0, 1, points, dtype=torch.float64, device=self.data.device)
-        return self.losses(space.scales(grid.unsqueeze(1)))
-
     def minimise(self, space: LogScales, low: Tensor, high: Tensor, starts: Tensor, *, steps: int = 40) -> Minimum:
         """Least predicted loss within a box, from several starts.
 

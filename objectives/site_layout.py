@@ -36,11 +36,6 @@ def columns_by_block(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0], groups, -1).transpose(0, 1)
 
 
-def weight_columns(columns: Tensor, part: SitePart, block: Tensor | None) -> Tensor:
-    """Values per column of x (D,), as every weight row sees them: broadcastable to (O, D // groups)."""
-    return columns if block is None else columns.view(part.groups, -1)[block]
-
-
 def check_site_data(data: SiteData) -> None:
     """Refuse data whose shapes contradict each other or whose tensors are not finite.
 

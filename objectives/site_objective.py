@@ -25,9 +25,8 @@ from alphasmith.objectives.site_layout import (
     columns_by_block,
     row_block,
     subset_rows,
-    weight_columns,
 )
-from alphasmith.objectives.site_scoring import SiteScorer
+from alphasmith.objectives.site_scoring import SiteKernel
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "quantization_loss",
     "row_block",
     "subset_rows",
-    "weight_columns",
 ]
 
 
@@ -73,7 +71,7 @@ class SiteObjective:
         check_site_data(data)
         self.data = data
         self.scheme = scheme
-        self._scorer = SiteScorer(data, scheme, budget)
+        self._scorer = SiteKernel(data, scheme, budget)
         self.rows = self._scorer.rows
         self.channels = data.channels
         self.reference_energy = self._scorer.energy(self.rows)

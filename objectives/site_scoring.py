@@ -61,7 +61,7 @@ class PreparedStack:
     parts: tuple[PreparedPart, ...]
 
 
-class SiteScorer:
+class SiteKernel:
     """All parts of a site with their float outputs and scratch buffers. Data is unchecked: see ``check_site_data``.
 
     Attributes:

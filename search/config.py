@@ -206,6 +206,7 @@ class SearchConfig(_Section):
         single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha, where the noise model does
             not find it.
         device: Torch device of the search; None: the first GPU, else the CPU.
+        threads: CPU threads of the search at most; None: as many as torch takes. Small sites are searched on one in any case.
         guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows.
             ``output``: as well, the whole model falls back to the best baseline when that has a lower held-out output loss.
         refine: After the sites (scope ``site``), a small study at the model's output over what site losses cannot see. Its
@@ -231,9 +232,10 @@ class SearchConfig(_Section):
     loss: Literal["mse", "kl", "task"] = "mse"
     single_alphas: int = Field(default=21, ge=3)
     device: str | None = None
+    threads: int | None = Field(default=None, ge=1)
     guard: Literal["site", "output"] = "site"
     refine: bool = True
-    refine_trials: int = Field(default=16, ge=4)
+    refine_trials: int = Field(default=8, ge=4)
 
 
 class SitesConfig(_Section):

@@ -185,8 +185,8 @@ class Frames(Mapping[FrameKey, Frame]):
             percentile: Smoothing -> range factor of the configured percentile.
         """
         frame = self.of(candidate)
-        if candidate.alphas is None:
-            plain = Smoothing(scales=torch.ones_like(frame.activation), shift=frame.shift)
+        if candidate.alphas is None:  # no smoothing at all, whatever shift is configured
+            plain = Smoothing(scales=torch.ones_like(frame.activation))
         elif len(set(candidate.alphas)) == 1 and not candidate.betas and not any(candidate.offsets):
             # One alpha for all is formula fA1 itself, to the bit, whatever coefficients are searched.
             scales = smoothing_scales(frame.activation, self._data.weight_absmax, candidate.alphas[0], self._data.ties)

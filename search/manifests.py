@@ -169,6 +169,7 @@ def search_facts(result: SiteResult) -> SearchFacts:
             seconds=noise.seconds,
             proposals=noise.proposals,
             evaluations_saved=noise.evaluations_saved,
+            seconds_saved=noise.seconds_saved,
         ),
         noise_reason=result.facts.noise_reason,
         k_tried=result.facts.k_tried,

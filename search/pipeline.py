@@ -29,6 +29,7 @@ from alphasmith.search.site_result import SiteResult
 from alphasmith.search.site_stage import refine_sites, search_sites
 from alphasmith.search.studies import TrialResult
 from alphasmith.search.task import Task, load_task
+from alphasmith.search.threads import thread_budget
 from alphasmith.search.writer import Writer
 from alphasmith.storage.database import check_reachable
 from alphasmith.storage.output import OutputFolder
@@ -76,7 +77,7 @@ def run(
     # The prediction starts with the libraries: the model is part of it.
     baseline = resident_bytes() - resident_model_bytes(found_sites.model)
     prepared = prepare(config, task, found_sites, progress)
-    with RunRecorder(config, task, prepared) as recorder:
+    with thread_budget(config.search.threads), RunRecorder(config, task, prepared) as recorder:
         candidate = CandidateModel(
             prepared.survey.model,
             prepared.sites,

@@ -51,7 +51,7 @@ class NoiseFacts:
 
     @property
     def trusted(self) -> bool:
-        """Whether its limit may end a study: its order of the candidates agrees with the exact one."""
+        """Whether its limit may end a study: its order of the candidates agrees with the exact one, as far as known."""
         return self.kendall_tau is None or self.kendall_tau >= 0.6
 
 
@@ -63,15 +63,18 @@ class Proposer:
         scheme: Quantization scheme.
         energy: Squared norm of the float output on all rows.
         frames: Ways to look at the site; their shifts decide which models are made.
+        range_factor: Static range of its proposals, relative to abs-max.
 
     Raises:
         NonFiniteError: The rows or weights hold NaN or infinity.
     """
 
-    def __init__(self, data: SiteData, scheme: Scheme, energy: float, frames: Frames) -> None:
+    def __init__(
+        self, data: SiteData, scheme: Scheme, energy: float, frames: Frames, *, range_factor: float = 1.0
+    ) -> None:
         self._data = data
         self._models = {
-            centre: NoiseModel(data, scheme, shift=frame.shift, energy=energy)
+            centre: NoiseModel(data, scheme, shift=frame.shift, energy=energy, range_factor=range_factor)
             for centre, frame in {frame.centre: frame for frame in frames.values()}.items()
         }
 

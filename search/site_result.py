@@ -52,7 +52,8 @@ class SiteResult:
         statistic: Channel statistic of the winner.
         best_single_alpha: The best single alpha.
         plain: What the three baselines do to the site: ``identity``, ``alpha_0.5``, ``best_single``.
-        slopes: (C,) float64, d log s / d alpha of every channel: ``log a + log w`` as the winner sees them (fA1).
+        slopes: (C,) float64, d log s / d alpha of every channel as the winner sees it: ``log a + log w`` (fA1), or ``log a``
+            where it has betas.
         search: Losses on the search rows.
         held_out: Losses on the held-out rows.
         guarded: True when the best search trial lost to another on held-out rows.

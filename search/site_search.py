@@ -19,10 +19,10 @@ from alphasmith.objectives.limit import Limit, per_channel_limit
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.site_data import SiteData
 from alphasmith.objectives.site_objective import SiteObjective, linear_site_data, paired_difference
-from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.objectives.smoothing import Smoothing, coefficient_map
 from alphasmith.search.candidates import Candidate
 from alphasmith.search.config import GroupsConfig, RunConfig, SearchConfig
-from alphasmith.search.frames import FrameKey, Frames, hull, ranges_of
+from alphasmith.search.frames import Frame, FrameKey, Frames, hull, ranges_of
 from alphasmith.search.proposals import NoiseFacts, Proposer
 from alphasmith.search.ranges import DEFAULT_ALPHA, AlphaRange
 from alphasmith.search.site_result import SearchFacts, SiteResult
@@ -50,6 +50,8 @@ _ALPHA_STEP = 0.05
 _RANGE_CONFIDENCE = 1.0
 #: A percentile that leaves this share of the range or more changes nothing worth a look.
 _CLIPS = 0.98
+#: Proposals of the sampler that are scored together: on a GPU one alone does not fill it.
+_BATCH = {"cuda": 8}
 #: Steps of the descent to the per-channel limit.
 _LIMIT_STEPS = 30
 #: Trials whose loss is at most this many times the best one's meet it on held-out rows, where they see the site otherwise.
@@ -129,6 +131,7 @@ def search_data(
     storage: optuna.storages.BaseStorage | None,
     study_name: str | None,
     shiftable: bool = True,
+    budget: int | None = None,
     writer: Writer | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_trial: Callable[[TrialResult], None] | None = None,
@@ -145,13 +148,14 @@ def search_data(
         storage: Optuna storage, None for memory.
         study_name: Name of the study, None for a random one.
         shiftable: Whether the site's input may be shifted, see ``Site.shiftable``.
+        budget: Memory for the buffers of each judge [bytes]; None: 512 MiB, or what one candidate needs.
         writer: Writes trials to the storage; None: written at once.
         clock: Seconds, monotonic.
         on_trial: Called after each trial.
     """
     work = sum(part.x.shape[0] * part.weight.numel() for part in data.parts)
     with threads_for(work):
-        one = _SiteSearch(data, held_out, scheme, groups, search, rho, shiftable, clock)
+        one = _SiteSearch(data, held_out, scheme, groups, search, rho, shiftable, budget, clock)
         try:
             return one.run(storage=storage, study_name=study_name, writer=writer, on_trial=on_trial)
         finally:
@@ -170,13 +174,15 @@ class _SiteSearch:
         search: SearchConfig,
         rho: float,
         shiftable: bool,
+        budget: int | None,
         clock: Callable[[], float],
     ) -> None:
         self._start = clock()
         self._clock = clock
         self._data, self._scheme = data, scheme
         self._groups, self._search, self._rho, self._shiftable = groups, search, rho, shiftable
-        self._judge, self._held_out_data = SiteObjective(data, scheme), held_out
+        self._budget = budget
+        self._judge, self._held_out_data = SiteObjective(data, scheme, budget=budget), held_out
         #: Candidate -> its loss and squared errors per row on the held-out rows; None where it failed there.
         self._held_out_scores: dict[Candidate, tuple[float, torch.Tensor] | None] = {}
         self._noise_reason = ""
@@ -228,6 +234,7 @@ class _SiteSearch:
             first=first,
             protected=3,
             trials=self._search.trials,
+            batch=_BATCH.get(self._data.device.type, 1),
             patience=self._search.patience,
             enough=lambda best: self._enough(best, study.results),
             follow_up=lambda: self._near_limit(ranges, study.results),
@@ -251,7 +258,7 @@ class _SiteSearch:
             statistic=frame.statistic,
             best_single_alpha=single,
             plain={c.kind: self._to_smoothing(c) for c in first[:3]},
-            slopes=frame.coefficients.features[0],
+            slopes=self._slopes(frame, winner),
             search=replace(verdict.search, limit=limit[0]),
             held_out=replace(verdict.held_out, limit=limit[1]),
             guarded=verdict.guarded,
@@ -260,7 +267,7 @@ class _SiteSearch:
             seconds=self._clock() - self._start,
             study_name=study.name,
             facts=SearchFacts(
-                stopped=stopped,
+                stopped=stopped + (f"; exact losses only: {self._noise_reason}" if self._noise_reason else ""),
                 noise_model=self._bought(study.results),
                 noise_reason=self._noise_reason,
                 k_tried=self._k_tried,
@@ -277,7 +284,14 @@ class _SiteSearch:
     @cached_property
     def _reserve(self) -> SiteObjective:
         """Judge of the held-out rows, made when it is first asked: proposals come before it."""
-        return SiteObjective(self._held_out_data, self._scheme)
+        return SiteObjective(self._held_out_data, self._scheme, budget=self._budget)
+
+    def _slopes(self, frame: Frame, candidate: Candidate) -> torch.Tensor:
+        """d log s / d alpha (C,): that of a^alpha alone where the candidate has betas, else of a^alpha / w^(1 - alpha)."""
+        if candidate.betas:
+            return frame.coefficients.features[0]
+        plain = coefficient_map(frame.activation, self._data.weight_absmax, frame.grouping.labels, ties=self._data.ties)
+        return plain.features[0]
 
     def _look(self, k: int) -> Frames:
         return Frames(self._data, self._groups, self._search, k=k, shiftable=self._shiftable)
@@ -288,7 +302,8 @@ class _SiteSearch:
     def _make_proposer(self) -> Proposer | None:
         """None, with the reason kept, where the noise model cannot be made: then losses are exact only."""
         try:
-            return Proposer(self._data, self._scheme, self._judge.reference_energy, self._frames)
+            factor = self._search.range_margin if self._search.range[0] == "margin" else 1.0
+            return Proposer(self._data, self._scheme, self._judge.reference_energy, self._frames, range_factor=factor)
         except NonFiniteError as error:
             self._noise_reason = str(error)
             return None
@@ -422,7 +437,8 @@ class _SiteSearch:
 
     def _measure_noise_model(self, results: Sequence[TrialResult]) -> NoiseFacts:
         """Predicted against exact losses of the candidates scored on all rows so far."""
-        scored = [r for r in results if r.loss]
+        # Identity has no frame of its own, so where shifting is forced no model looks at its rows.
+        scored = [r for r in results if r.loss and (r.candidate.alphas is not None or self._frames.base.shift is None)]
         candidates = [r.candidate for r in scored]
         predicted = self._timed(
             lambda p: p.predicted(self._frames, candidates, [self._to_smoothing(c) for c in candidates]), default=[]

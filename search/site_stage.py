@@ -16,7 +16,6 @@ from alphasmith.search.candidates import Candidate, CandidateKind
 from alphasmith.search.config import RunConfig
 from alphasmith.search.prepare import Prepared, search_device
 from alphasmith.search.progress import Progress
-from alphasmith.search.ranges import DEFAULT_ALPHA
 from alphasmith.search.recorder import RunRecorder
 from alphasmith.search.refinement import RefinementResult, refine
 from alphasmith.search.refinement_space import RefinableSite
@@ -56,6 +55,7 @@ def search_sites(
             storage=recorder.optuna_storage,
             study_name=recorder.study_name(name),
             shiftable=site.shiftable,
+            budget=_scratch(config, prepared, device),
             writer=writer,
         )
         results[name] = result
@@ -121,20 +121,25 @@ def _refinable(site: Site, result: SiteResult) -> RefinableSite:
     )
 
 
+def _scratch(config: RunConfig, prepared: Prepared, device: torch.device) -> int | None:
+    """Memory for the buffers of one judge [bytes]; None: its own default.
+
+    On a GPU half of what is free, shared by two judges. On the CPU, where a budget is given, what the plan leaves of it.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    given = config.hardware.search_memory
+    return None if given is None else max(prepared.plan.evaluator, given - prepared.plan.total)
+
+
 _PLAIN: tuple[CandidateKind, ...] = ("best_single", "alpha_0.5", "identity")
 
 
 def _changed(result: SiteResult, refinement: RefinementResult, name: str) -> Candidate:
     """The candidate that the refinement put in the place of a site's winner."""
     choice = refinement.changed[name]
-    k = len(result.ranges)
-    match choice:
-        case "identity":
-            return Candidate("refined", None)
-        case "alpha_0.5":
-            return Candidate("refined", (DEFAULT_ALPHA,) * k)
-        case "best_single":
-            return Candidate("refined", (result.best_single_alpha,) * k)
+    if choice in _PLAIN:
+        return next(replace(r.candidate, kind="refined") for r in result.results if r.candidate.kind == choice)
     kind = next(kind for kind, names in refinement.kinds.items() if name in names)
     return result.moved(refinement.deltas[kind])[0]
 

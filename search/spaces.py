@@ -17,8 +17,8 @@ from alphasmith.search.ranges import AlphaRange
 _SPACE = "alphasmith:space"
 _DIGEST = "alphasmith:space_sha256"
 
-#: How far a group's factor may move its scales, natural logarithm: a factor of 150 either way. Channels that the weights hardly
-#: read need it (docs/performance.md).
+#: How far a group's factor may move its scales, natural logarithm: a factor of 150 either way, which groups of channels that the
+#: weights hardly read do need.
 OFFSET_RANGE = (-5.0, 5.0)
 #: Exponents of w, where they are searched.
 BETA_RANGE = (0.0, 1.0)

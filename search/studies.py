@@ -110,7 +110,7 @@ class Verdict:
         winner: The trial that is kept.
         search: Losses on the search data.
         held_out: Losses on the held-out data.
-        guarded: True when the best search trial lost to a baseline on held-out data.
+        guarded: True when the best search trial lost to another one on held-out data.
     """
 
     winner: TrialResult

@@ -13,6 +13,7 @@ from rich.table import Table
 from alphasmith.dashboards.words import choices_of_site, verdict_of_refinement, verdict_of_site
 from alphasmith.objectives.memory import readable
 from alphasmith.search.recorder import RunResult, frame_rows
+from alphasmith.storage.manifest_parts import SearchFacts
 
 #: Sites shown before a long table is cut; ``--json`` and the report have all of them.
 MOST_SITES = 40
@@ -37,6 +38,7 @@ def result_text(result: RunResult) -> str:
         *_fallback(manifest.output.kept),
         *_refinement(None if manifest.refinement is None else manifest.refinement.model_dump(mode="json")),
         f"sites: {len(manifest.sites)} ({modes}), {searched} searched, {len(result.trials)} trials",
+        *_noise_model([site.facts for site in manifest.sites if site.facts is not None]),
         f"hardware: {manifest.hardware.explanation}",
         "equivalence: nothing was folded"
         if proof is None
@@ -175,6 +177,20 @@ def _fallback(kept: str) -> list[str]:
     if kept == "ours":
         return []
     return [f"kept {kept}: its held-out output loss is lower than that of the winner (search.guard = 'output')"]
+
+
+def _noise_model(facts: Sequence[SearchFacts]) -> list[str]:
+    """What the noise model bought over all sites, and where it failed."""
+    known = [f.noise_model for f in facts if f.noise_model is not None]
+    failed = [f.noise_reason for f in facts if f.noise_reason]
+    lines = [f"noise model: failed at {len(failed)} sites, losses there are exact only ({failed[0]})"] if failed else []
+    if known:
+        seconds, saved = (sum(getattr(k, name) for k in known) for name in ("seconds", "seconds_saved"))
+        lines.append(
+            f"noise model: {sum(k.proposals for k in known)} proposals in {seconds:.1f} s; spared about "
+            f"{sum(k.evaluations_saved for k in known)} exact evaluations of grid and sampler ({saved:+.1f} s)"
+        )
+    return lines
 
 
 def _refinement(entry: Mapping[str, Any] | None) -> list[str]:

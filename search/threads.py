@@ -12,6 +12,17 @@ _WORTH_SHARING = 2**28
 
 
 @contextmanager
+def thread_budget(threads: int | None) -> Iterator[None]:
+    """At most ``threads`` torch threads inside the block; None: as many as the process has. Restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else min(before, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def threads_for(multiply_adds: int) -> Iterator[None]:
     """One torch thread inside the block for small work, the process's own number for large; restored afterwards.
 

@@ -268,7 +268,9 @@ class NoiseModelFacts(Part):
     proposals: NonNegativeInt = 0
     """Trials it proposed."""
     evaluations_saved: int = 0
-    """Exact evaluations that the grid of single alphas and the unused trials would have cost, less those of its proposals."""
+    """Exact evaluations of the grid of single alphas and of all trials, less those that were made."""
+    seconds_saved: Annotated[float, Volatile] = 0.0
+    """Those at the median time of a trial, less ``seconds`` [s]; negative where it cost more than it spared."""
 
 
 class SearchFacts(Part):
@@ -317,7 +319,7 @@ class SiteEntry(Part):
     seconds: Annotated[NonNegativeFloat, Volatile] = 0.0
     """Time spent [s]."""
     shift: bool = False
-    """Whether every channel is centred before it is scaled; the shift is ``shift/SITE`` in ``scales.safetensors``."""
+    """Whether a shift is subtracted from every channel before it is scaled; the shift is ``shift/SITE`` in ``scales.safetensors``."""
     range_statistic: Literal["absmax", "percentile", "margin"] = "absmax"
     """How the static range of the activation was set."""
     range_factor: PositiveFloat = 1.0

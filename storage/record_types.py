@@ -192,7 +192,7 @@ class SiteRecord:
         exact_evaluations: Number of exact losses computed, all row subsets counted.
         seconds: Time spent on the site [s].
         groups: Its groups; empty in scope ``model``.
-        shift: Whether every channel is centred before it is scaled.
+        shift: Whether a shift is subtracted from every channel before it is scaled.
         range_statistic: How the static range of the activation was set.
         range_factor: That range over the calibrated abs-max (dimensionless).
         grouping: Grouping method; empty for sites left alone.

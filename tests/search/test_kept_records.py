@@ -83,7 +83,7 @@ def test_the_refinement_is_kept_three_times(kept: tuple[RunResult, Path]) -> Non
     assert record.refinement is not None
     assert RefinementEntry.model_validate(record.refinement) == entry
     trials = store.trials(result.id, study_name=f"{result.id}/{REFINEMENT}")
-    assert len(trials) == entry.trials == 16
+    assert len(trials) == entry.trials == result.manifest.config["search"]["refine_trials"]
     assert trials[0].kind == "refined"
     assert entry.accepted
     refined = {site.name for site in store.sites(result.id) if site.winner == "refined"}
