@@ -16,6 +16,9 @@ from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.sites.types import ParameterEdit, ShiftEdit, Site
 from alphasmith.objectives.smoothing import Smoothing
 
+#: Elements of a parameter that are turned into float64 at a time: bounds the temporaries of a large weight to some tens of MiB.
+_BLOCK = 1 << 21
+
 
 def edit_parameter(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
     """Apply one edit to one parameter.
@@ -53,12 +56,28 @@ def edit_parameter(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor
 
 def _edited(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
     channel = edit.channel.to(value.device)
+    if value.numel() <= _BLOCK or value.dim() < 2:
+        return _edited_block(value, channel, edit, scales)
+    result = torch.empty_like(value)
+    channel = channel.expand(value.shape)
+    for rows in _row_blocks(value):
+        result[rows] = _edited_block(value[rows], channel[rows], edit, scales)
+    return result
+
+
+def _edited_block(value: Tensor, channel: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
     factor = scales.to(device=value.device, dtype=torch.float64)[channel.clamp(min=0)] ** edit.power
     # p * f + offset * (f - 1) is the same number and returns p exactly where f = 1
     result = value.double() * factor
     if edit.offset:
         result += edit.offset * (factor - 1.0)
     return torch.where(channel >= 0, result.to(value.dtype), value)
+
+
+def _row_blocks(value: Tensor) -> list[slice]:
+    """Slices of the first axis with at most ``_BLOCK`` elements each, or one row."""
+    rows = max(1, _BLOCK * value.shape[0] // value.numel())
+    return [slice(start, start + rows) for start in range(0, value.shape[0], rows)]
 
 
 def shift_product(weight: Tensor, channel: Tensor, transposed: bool, shift: Tensor) -> Tensor:
@@ -73,10 +92,15 @@ def shift_product(weight: Tensor, channel: Tensor, transposed: bool, shift: Tens
     Returns:
         (O,) float64.
     """
-    channel = channel.to(weight.device)
-    z = shift.to(device=weight.device, dtype=torch.float64)[channel.clamp(min=0)]
-    product = weight.detach().double() * torch.where(channel >= 0, z, 0.0)
-    return product.sum(0) if transposed else product.flatten(1).sum(1)
+    z = shift.to(device=weight.device, dtype=torch.float64)
+    weight, channel = weight.detach(), channel.to(weight.device).expand(weight.shape)
+    if transposed:
+        weight, channel = weight.transpose(0, -1), channel.transpose(0, -1)
+    blocks = []
+    for rows in _row_blocks(weight):
+        shifts = torch.where(channel[rows] >= 0, z[channel[rows].clamp(min=0)], 0.0)
+        blocks.append((weight[rows].double() * shifts).flatten(1).sum(1))
+    return torch.cat(blocks)
 
 
 def shift_bias(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.noise import NoiseModel
 from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_objective import linear_site_data
+from alphasmith.objectives.site_objective import SiteObjective, linear_site_data
 from alphasmith.objectives.smoothing import smoothing_scales
 from alphasmith.search.config import RunConfig
 from alphasmith.search.site_result import SiteResult
@@ -344,3 +345,34 @@ def test_layers_at_the_edge_of_sense(name: str, scheme: str) -> None:
 def test_a_site_whose_output_is_zero_loses_nothing() -> None:
     found = search_site(torch.randn(40, 6), torch.zeros(5, 6), scheme="w8a8-channel-static", trials=4)
     assert found.held_out_loss == 0.0
+
+
+def test_nothing_of_a_search_outlives_it() -> None:
+    """Rows and buffers of a site must go at once, not when the garbage collector comes by: many sites follow each other."""
+    gc.collect()
+    gc.disable()
+    try:
+        search_site(*wide_layer(), scheme=SCHEME, groups=4, trials=8)
+        alive = [o for o in gc.get_objects() if type(o) is SiteObjective]
+    finally:
+        gc.enable()
+    assert alive == []
+
+
+@pytest.mark.parametrize("shift", ["none", "mean"])
+def test_identity_is_no_smoothing_whatever_shift_is_configured(shift: str) -> None:
+    found = search_site(*wide_layer(), scheme=SCHEME, groups=2, trials=5, settings=settings(search={"shift": shift}))
+    plain = found.plain["identity"]
+    assert plain.shift is None
+    assert bool((plain.scales == 1).all())
+    assert (found.best_single.shift is None) == (shift == "none")
+
+
+def test_moved_alphas_know_whether_betas_are_theirs() -> None:
+    config = settings(groups={"betas": True}, search={"shift": "none"})
+    found = search_site(*wide_layer(), scheme=SCHEME, groups=2, trials=6, settings=config)
+    x, w = wide_layer()
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+    a, b = x[order[:384]].abs().amax(0), w.abs().amax(0)
+    expected = a.log() if found.candidate.betas else a.log() + b.log()
+    assert torch.allclose(found.slopes.to(torch.float32), expected, rtol=1e-4, atol=1e-4)
