@@ -12,7 +12,7 @@ from alphasmith.objectives.calibration import weight_absmax
 from alphasmith.objectives.candidate_model import CandidateModel
 from alphasmith.objectives.equivalence import Equivalence, fold_and_prove
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.memory import measured_peak, resident_bytes, resident_model_bytes
+from alphasmith.objectives.memory import measured_peak, resident_bytes, resident_model_bytes, return_large_blocks
 from alphasmith.objectives.model_objective import ModelLoss, ModelObjective
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
@@ -66,6 +66,7 @@ def run(
     if config.out is not None:
         OutputFolder(config.out)  # refuses a used target before any work
     check_reachable(config.storage or DEFAULT_STORAGE)
+    return_large_blocks()
     progress.stage("loading model and data")
     task = load_task(config, model=model, batches=batches, metric=metric)
     if config.search.loss == "task" and config.search.scope == "model" and task.metric is None:

@@ -12,6 +12,7 @@ from optuna_dashboard import get_note
 from safetensors.torch import load_file
 
 from alphasmith.search import RunResult, refinement
+from alphasmith.search.config import SearchConfig
 from alphasmith.storage.database import open_existing, optuna_storage
 from alphasmith.storage.frames import REFINEMENT
 from alphasmith.storage.manifest import Manifest, schema
@@ -83,7 +84,7 @@ def test_the_refinement_is_kept_three_times(kept: tuple[RunResult, Path]) -> Non
     assert record.refinement is not None
     assert RefinementEntry.model_validate(record.refinement) == entry
     trials = store.trials(result.id, study_name=f"{result.id}/{REFINEMENT}")
-    assert len(trials) == entry.trials == result.manifest.config["search"]["refine_trials"]
+    assert len(trials) == entry.trials == SearchConfig().refine_trials
     assert trials[0].kind == "refined"
     assert entry.accepted
     refined = {site.name for site in store.sites(result.id) if site.winner == "refined"}
