@@ -13,6 +13,9 @@ from alphasmith.objectives.losses import relative_loss
 from alphasmith.objectives.site_scoring import PreparedStack, SiteKernel
 from alphasmith.objectives.smoothing import Smoothing
 
+#: Paired standard errors by which a loss must exceed the best one's for its candidate to be stopped.
+CONFIDENCE = 3.0
+
 
 class CandidateBatch:
     """Several candidates scored together on growing subsets of the rows; made by ``SiteObjective.batch``.
@@ -140,6 +143,22 @@ class CandidateBatch:
 
     def _unfinished(self, stack: tuple[int, ...]) -> bool:
         return any(not self._failures[index] and self._rows[index] < self._scorer.rows for index in stack)
+
+
+def is_behind(errors: Tensor, others: Tensor, confidence: float = CONFIDENCE) -> bool:
+    """Whether a candidate's loss is above another's by more than ``confidence`` paired standard errors: it may stop.
+
+    Args:
+        errors: Its errors, one per row or sample.
+        others: The other's on the same ones; where the lengths differ, those both have are compared.
+        confidence: Standard errors that the difference must exceed.
+
+    Raises:
+        InputError: There is nothing to compare.
+        NonFiniteError: An error is not finite.
+    """
+    difference, deviation = paired_difference(errors, others.to(errors), 1.0)
+    return difference > 0 and difference > confidence * deviation
 
 
 def paired_difference(errors_a: Tensor, errors_b: Tensor, energy: float) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.batch import Batch, call, main_output
+from alphasmith.objectives.candidate_batch import CONFIDENCE, is_behind
 from alphasmith.objectives.candidate_model import CandidateModel
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.losses import divergences, relative_loss, squared_sum
@@ -158,7 +159,7 @@ class ModelObjective:
         candidates: Sequence[Mapping[str, Smoothing]],
         *,
         incumbent: Tensor | None = None,
-        confidence: float = 3.0,
+        confidence: float = CONFIDENCE,
         protected: int = 0,
     ) -> list[ModelScore]:
         """Score several candidates on the same batches and give up those that are clearly behind.
@@ -269,9 +270,7 @@ class _Run:
         common = min(self.errors.numel(), other.numel())
         if common < max(fewest, 2):
             return False
-        difference = self.errors[:common] - other[:common].to(self.errors)
-        mean, deviation = float(difference.mean()), float(difference.std())
-        return mean > 0 and mean > confidence * deviation / math.sqrt(common)
+        return is_behind(self.errors, other, confidence)
 
 
 def real_rows(output: Tensor, batch: Batch) -> Tensor:

@@ -10,6 +10,9 @@ from alphasmith.search.config import RangeStatistic, ShiftStatistic
 
 CandidateKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined"]
 
+#: Trials 0, 1 and 2 of every study.
+BASELINES: tuple[CandidateKind, ...] = ("identity", "alpha_0.5", "best_single")
+
 
 @dataclass(frozen=True)
 class Candidate:

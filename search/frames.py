@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -127,7 +127,7 @@ class Frames(Mapping[FrameKey, Frame]):
         key = (candidate.grouping or method, candidate.statistic or statistic, candidate.shift)
         return self._frames.get(key) or self._frames[key[0], key[1], centre]
 
-    def named(self, frame: Frame) -> dict[str, str]:
+    def named(self, frame: Frame) -> dict[str, Any]:
         """The fields of a candidate that name ``frame``, where there is a choice."""
         values = {"grouping": frame.method, "statistic": frame.statistic, "shift": frame.centre}
         return {name: values[name] for name, choice in self.choices().items() if len(choice) > 1}
@@ -170,7 +170,7 @@ class Frames(Mapping[FrameKey, Frame]):
         padded = [tuple(row + row[-1:] * (self.k - frame.k)) for row in numbers]
         betas = padded[1] if self._betas else ()
         offsets = padded[-1] if self._offsets else ()
-        return Candidate(template.kind, padded[0], betas, offsets, range=template.range, **self.named(frame))  # type: ignore[arg-type]
+        return Candidate(template.kind, padded[0], betas, offsets, range=template.range, **self.named(frame))
 
     def single(self, alpha: float) -> Smoothing:
         """One alpha for every channel, in the base frame, without betas and offsets."""

@@ -31,9 +31,6 @@ from alphasmith.search.studies import (
     play,
 )
 
-#: K where ``groups.k`` is ``auto``: growing it needs the noise model of single sites.
-_AUTO_GROUPS = 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStatistics:
@@ -125,7 +122,7 @@ def search_model(
         on_trial: Called after each trial.
 
     Raises:
-        InputError: No site can be smoothed.
+        InputError: No site can be smoothed, or the number of groups is left open.
     """
     start = clock()
     if not sites:
@@ -183,7 +180,9 @@ def _group(sites: Mapping[str, SiteStatistics], groups: GroupsConfig) -> tuple[G
 
 
 def _requested(groups: GroupsConfig) -> int:
-    return _AUTO_GROUPS if groups.k == "auto" else groups.k
+    if groups.k == "auto":
+        raise InputError("groups.k", "is 'auto', which the noise model of a site decides", "give a number of groups")
+    return groups.k
 
 
 def _single_losses(judge: ModelObjective, to_scales: ModelScales, points: int) -> Callable[[float], float]:

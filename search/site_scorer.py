@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from alphasmith.objectives.site_objective import CandidateBatch, SiteObjective, paired_difference
+from alphasmith.objectives.candidate_batch import CandidateBatch, is_behind
+from alphasmith.objectives.site_objective import SiteObjective
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.candidates import Candidate
 from alphasmith.search.studies import Outcome, Pruning, State
@@ -14,8 +15,6 @@ from alphasmith.search.studies import Outcome, Pruning, State
 #: Shares of the rows after which losing candidates are stopped, and the fewest rows that say anything about a loss.
 _RUNGS = (0.125, 0.5)
 _FEWEST_ROWS = 64
-#: Paired standard errors by which a loss must exceed the incumbent's to be stopped.
-CONFIDENCE = 3.0
 
 
 class SiteScorer:
@@ -105,12 +104,7 @@ class SiteScorer:
         if not rivals:
             return []
         best = min(rivals, key=lambda e: float(e.sum()))
-
-        def loses(i: int) -> bool:
-            mean, deviation = paired_difference(errors[i][rung], best, 1.0)
-            return mean > CONFIDENCE * deviation and mean > 0
-
-        return [i for i in running if i < protected or not loses(i)]
+        return [i for i in running if i < protected or not is_behind(errors[i][rung], best)]
 
     def _promote(self, loss: float, errors: dict[int, torch.Tensor]) -> None:
         if self._best is None or loss < self._best:

@@ -20,7 +20,7 @@ from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.site_data import SiteData
 from alphasmith.objectives.site_objective import SiteObjective, linear_site_data, paired_difference
 from alphasmith.objectives.smoothing import Smoothing, coefficient_map
-from alphasmith.search.candidates import Candidate
+from alphasmith.search.candidates import BASELINES, Candidate
 from alphasmith.search.config import GroupsConfig, RunConfig, SearchConfig
 from alphasmith.search.frames import Frame, FrameKey, Frames, hull, ranges_of
 from alphasmith.search.proposals import NoiseFacts, Proposer
@@ -424,7 +424,7 @@ class _SiteSearch:
         """A proposal made from the scales of the limit, where no other one came near it."""
         best = best_trial(results).candidate
         limit = self._limit
-        if limit is None or best.kind in _BASELINES:
+        if limit is None or best.kind in BASELINES:
             return []
         bounds = ranges[self._frames.of(best).key]
         if self._groups.ranges != "strict":
@@ -501,7 +501,7 @@ class _SiteSearch:
     def _range_variants(self, winner: Candidate) -> list[Candidate]:
         """The winner under every other range statistic that can make a difference on the held-out rows."""
         static = self._scheme.activations != "none" and self._scheme.activation_granularity == "static"
-        if not static or winner.alphas is None or winner.kind in _BASELINES:
+        if not static or winner.alphas is None or winner.kind in BASELINES:
             return []
         plain = self._to_smoothing(replace(winner, range="absmax"))
         useful = {
@@ -522,17 +522,12 @@ class _SiteSearch:
         return min(self._limit.loss, verdict.search.ours), min(held_out, verdict.held_out.ours)
 
 
-#: Candidates that are kept as they are: they stand for what others would have done.
-_BASELINES = ("identity", "alpha_0.5", "best_single")
-
-
 def _rivals(results: Sequence[TrialResult]) -> list[TrialResult]:
     """The best trial near the best one of every other frame: what a shift or a grouping gains may not hold on other rows."""
-    complete = [r for r in results if r.loss is not None]
-    best = best_trial(complete)
+    best = best_trial(results)
     by_frame: dict[tuple[str, str, str], list[TrialResult]] = {}
-    for r in complete:
-        if r.candidate.kind not in _BASELINES and float(r.loss or 0.0) <= _RIVAL * float(best.loss or 0.0):
+    for r in results:
+        if r.candidate.kind not in BASELINES and r.loss is not None and r.loss <= _RIVAL * float(best.loss or 0.0):
             by_frame.setdefault((r.candidate.grouping, r.candidate.statistic, r.candidate.shift), []).append(r)
     by_frame.pop((best.candidate.grouping, best.candidate.statistic, best.candidate.shift), None)
     return [best_trial(trials) for trials in by_frame.values()]

@@ -12,7 +12,7 @@ from alphasmith.objectives.site_data import SiteData, to_device
 from alphasmith.objectives.site_objective import SiteObjective
 from alphasmith.objectives.sites.folded_weights import FoldedWeights
 from alphasmith.objectives.sites.types import Site
-from alphasmith.search.candidates import Candidate, CandidateKind
+from alphasmith.search.candidates import BASELINES, Candidate
 from alphasmith.search.config import RunConfig
 from alphasmith.search.prepare import Prepared, search_device
 from alphasmith.search.progress import Progress
@@ -116,7 +116,7 @@ def _refinable(site: Site, result: SiteResult) -> RefinableSite:
         name=site.name,
         operators=tuple(o.name for o in site.operators),
         rescale=lambda delta: result.moved(delta)[1],
-        choices={"ours": result.smoothing, **{kind: result.plain[kind] for kind in _PLAIN}},
+        choices={"ours": result.smoothing, **{kind: result.plain[kind] for kind in reversed(BASELINES)}},
         loss=result.held_out_loss,
     )
 
@@ -132,13 +132,10 @@ def _scratch(config: RunConfig, prepared: Prepared, device: torch.device) -> int
     return None if given is None else max(prepared.plan.evaluator, given - prepared.plan.total)
 
 
-_PLAIN: tuple[CandidateKind, ...] = ("best_single", "alpha_0.5", "identity")
-
-
 def _changed(result: SiteResult, refinement: RefinementResult, name: str) -> Candidate:
     """The candidate that the refinement put in the place of a site's winner."""
     choice = refinement.changed[name]
-    if choice in _PLAIN:
+    if choice in BASELINES:
         return next(replace(r.candidate, kind="refined") for r in result.results if r.candidate.kind == choice)
     kind = next(kind for kind, names in refinement.kinds.items() if name in names)
     return result.moved(refinement.deltas[kind])[0]

@@ -248,8 +248,9 @@ class RecordedStudy:
 
     def add(self, candidate: Candidate, outcome: Outcome) -> TrialResult:
         """Record a candidate that the sampler did not propose."""
-        self._memory.add_trial(_frozen(candidate, outcome, self._space))
-        return self._record(candidate, outcome)
+        frozen = _frozen(candidate, outcome, self._space)
+        self._memory.add_trial(frozen)
+        return self._record(candidate, outcome, frozen)
 
     def ask(self, count: int) -> list[tuple[optuna.Trial, Candidate]]:
         """The sampler's next proposals; answer each, in order, with :meth:`tell`."""
@@ -268,9 +269,9 @@ class RecordedStudy:
             for step, loss in outcome.steps:
                 trial.report(loss, step)
         self._memory.tell(trial, outcome.loss) if outcome.loss is not None else self._memory.tell(trial, state=state)
-        return self._record(candidate, outcome)
+        return self._record(candidate, outcome, _frozen(candidate, outcome, self._space))
 
-    def _record(self, candidate: Candidate, outcome: Outcome) -> TrialResult:
+    def _record(self, candidate: Candidate, outcome: Outcome, frozen: FrozenTrial) -> TrialResult:
         result = TrialResult(
             number=len(self.results),
             candidate=candidate,
@@ -281,7 +282,7 @@ class RecordedStudy:
         )
         self.results.append(result)
         if self._insert is not None:
-            self._waiting.append(_frozen(candidate, outcome, self._space))
+            self._waiting.append(frozen)
             self._write(_store, self._insert, self._waiting)
         if self._on_trial is not None:
             self._on_trial(result)
@@ -335,16 +336,13 @@ def play(
             study.add(candidate, outcome)
     since = 0
     while True:
-        complete = [r for r in study.results if r.loss is not None]
-        best = best_trial(complete) if complete else None
-        if best is not None and enough is not None and (why := enough(float(best.loss or 0.0))):
+        best = min((r.loss for r in study.results if r.loss is not None), default=None)
+        if best is not None and enough is not None and (why := enough(best)):
             return why
-        if patience is not None and since >= patience:
-            return f"no improvement in {since} sampler trials"
         left = trials - len(study.results)
-        if left <= 0:
+        if left <= 0 or (patience is not None and since >= patience):
             break
-        if follow_up is not None:
+        if best is not None and follow_up is not None:
             more, follow_up = list(follow_up())[:left], None
             for candidate, outcome in zip(more, scorer.score(more, protected=0, pruning=None), strict=True):
                 study.add(candidate, outcome)
@@ -353,12 +351,12 @@ def play(
         asked = study.ask(min(batch, left))
         for (trial, candidate), outcome in zip(asked, _score_asked(study, scorer, asked), strict=True):
             result = study.tell(trial, candidate, outcome)
-            improved = result.loss is not None and (best is None or result.loss < float(best.loss or 0.0))
+            improved = result.loss is not None and (best is None or result.loss < best)
             since = 0 if improved else since + 1
-    if not any(r.state == "COMPLETE" for r in study.results):
+    if best is None:
         reasons = {r.reason for r in study.results if r.reason}
         raise AlphasmithError(f"study {study.name}: every trial failed ({'; '.join(sorted(reasons))})")
-    return f"all {trials} trials were made"
+    return f"all {trials} trials were made" if left <= 0 else f"no improvement in {since} sampler trials"
 
 
 def best_trial(results: Sequence[TrialResult]) -> TrialResult:

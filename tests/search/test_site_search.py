@@ -16,6 +16,7 @@ from torch import Tensor
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.noise import NoiseModel
 from alphasmith.objectives.scheme import Scheme
+from alphasmith.objectives.site_data import SiteData
 from alphasmith.objectives.site_objective import SiteObjective, linear_site_data
 from alphasmith.objectives.smoothing import smoothing_scales
 from alphasmith.search.config import RunConfig
@@ -142,6 +143,21 @@ def settings(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.build(sections)
 
 
+def searched(data: SiteData, held_out: SiteData, config: RunConfig) -> SiteResult:
+    """A search of a site whose rows are split already, kept in memory."""
+    scheme = Scheme.parse(SCHEME)
+    return search_data(
+        data,
+        held_out,
+        scheme=scheme,
+        groups=config.groups,
+        search=config.search,
+        rho=0.0,
+        storage=None,
+        study_name=None,
+    )
+
+
 def wide_layer(seed: int = 3, rows: int = 512) -> tuple[Tensor, Tensor]:
     """Activations (rows, 64): log-normal channels, a few loud ones, a quarter of them far from centred."""
     generator = torch.Generator().manual_seed(seed)
@@ -229,16 +245,7 @@ def test_statistics_and_groupings_are_choices_of_the_study() -> None:
     data = linear_site_data(*wide_layer())
     rms = data.parts[0].x.square().mean(0).sqrt()
     data = replace(data, activation_statistics={**data.activation_statistics, "rms": rms})
-    found = search_data(
-        data,
-        data,
-        scheme=Scheme.parse(SCHEME),
-        groups=choices.groups,
-        search=choices.search,
-        rho=0.0,
-        storage=None,
-        study_name=None,
-    )
+    found = searched(data, data, choices)
     assert {name for name, _ in found.space.choices} == {"grouping", "statistic", "shift"}
     tried = {(r.candidate.grouping, r.candidate.statistic) for r in found.results if r.candidate.kind == "noise_model"}
     assert len(tried) >= 2
@@ -250,9 +257,8 @@ def test_k_grows_only_as_long_as_held_out_rows_agree() -> None:
     found = search_site(*wide_layer(), scheme=SCHEME, groups="auto", trials=12)
     assert found.facts.k_tried == (1, 2, 4, 8, 16)
     assert len(found.ranges) in found.facts.k_tried
-    same = torch.ones(64)
     flat = search_site(
-        torch.randn(256, 64, generator=torch.Generator().manual_seed(0)) * same,
+        torch.randn(256, 64, generator=torch.Generator().manual_seed(0)),
         wide_layer()[1],
         scheme=SCHEME,
         groups="auto",
@@ -267,16 +273,7 @@ def test_a_margin_wins_where_held_out_rows_leave_the_calibrated_range() -> None:
     louder = linear_site_data(1.25 * x[384:], w)
     louder = replace(louder, activation_statistics=data.activation_statistics, input_range=data.input_range)
     config = settings()
-    found = search_data(
-        data,
-        louder,
-        scheme=Scheme.parse(SCHEME),
-        groups=config.groups,
-        search=config.search,
-        rho=0.0,
-        storage=None,
-        study_name=None,
-    )
+    found = searched(data, louder, config)
     losses = dict(found.facts.range_losses)
     assert losses["margin"] < losses["absmax"]
     assert found.range_statistic == "margin"

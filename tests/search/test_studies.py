@@ -135,6 +135,19 @@ def test_all_trials_failing_is_an_error() -> None:
         run(new_study(), Bowl(broken=frozenset(range(20))), trials=4)
 
 
+def test_all_trials_failing_is_an_error_although_the_study_might_stop_early() -> None:
+    """Nothing improves where everything fails, and nothing can be proposed around a best trial that is not there."""
+    asked: list[int] = []
+
+    def around_the_best() -> list[Candidate]:
+        asked.append(1)
+        return []
+
+    with pytest.raises(AlphasmithError, match="every trial failed"):
+        run(new_study(), Bowl(broken=frozenset(range(20))), trials=12, patience=2, follow_up=around_the_best)
+    assert asked == []
+
+
 def test_pruned_trials_have_no_loss_and_baselines_are_never_pruned(tmp_path: Path) -> None:
     study = new_study(f"sqlite:///{tmp_path}/a.db", sampler="random", pruner="median")
     run(study, Bowl(), trials=40)
