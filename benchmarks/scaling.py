@@ -121,7 +121,7 @@ def figure(every: Sequence[Series]) -> go.Figure:
         made.update_xaxes(type="log", tickvals=series.sizes, ticktext=sizes, row=1, col=column)
     # One scale for all panels, so that flat looks flat.
     ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
-    made.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=[-1, 1])
+    made.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=[-1.2, 1])
     made.update_yaxes(title="seconds of the search", row=1, col=1)
     made.update_layout(template="plotly_white", showlegend=False, width=1280, height=380, margin={"t": 70, "b": 40})
     return made
