@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.numbers import number
 from alphasmith.storage.urls import mask
 
 Facts = list[tuple[str, str]]

@@ -10,7 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from alphasmith.dashboards.frames import checked_trials
-from alphasmith.dashboards.theme import BY_COLUMN, MUTED, OURS, WORSE, log_axis, number, rounded, spread, styled
+from alphasmith.dashboards.numbers import number
+from alphasmith.dashboards.theme import BY_COLUMN, MUTED, OURS, WORSE, log_axis, rounded, spread, styled
 
 #: Most trials drawn one by one; longer studies keep the best trial of every stretch.
 MOST_TRIALS = 1000

@@ -19,8 +19,8 @@ from plotly.offline import get_plotlyjs
 from alphasmith.dashboards.facts import Facts, duration, facts_of, value_text
 from alphasmith.dashboards.figures import alpha_heatmap, alphas_by_group, gain_by_site, losses_by_site, trial_history
 from alphasmith.dashboards.frames import checked_groups, checked_sites, geometric_mean, ratio
+from alphasmith.dashboards.numbers import number
 from alphasmith.dashboards.site_table import KEPT, SITE_TABLE, site_rows
-from alphasmith.dashboards.theme import number
 from alphasmith.dashboards.words import verdict_of_refinement
 from alphasmith.objectives.errors import InputError
 from alphasmith.storage.frames import REFINEMENT

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from alphasmith.dashboards.frames import ratio
-from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.numbers import number
 from alphasmith.dashboards.words import Row, choices_of_site, verdict_of_site
 from alphasmith.storage.urls import mask
 

@@ -18,7 +18,7 @@ from optuna_dashboard import save_note, save_plotly_graph_object
 from alphasmith.dashboards.facts import Facts, facts_of
 from alphasmith.dashboards.figures import losses_by_site, trial_history
 from alphasmith.dashboards.frames import checked_sites, geometric_mean, ratio
-from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.numbers import number
 from alphasmith.dashboards.words import Row, choices_of_site, verdict_of_site
 from alphasmith.objectives.errors import InputError
 

@@ -130,16 +130,6 @@ def text(value: object) -> str:
     return escape(str(value), quote=False)
 
 
-def number(value: float) -> str:
-    """A loss or ratio with three significant digits, e.g. ``3.31e-4`` or ``0.912``; ``n/a`` when there is none."""
-    if not math.isfinite(value):
-        return "n/a"
-    if value == 0 or 1e-2 <= abs(value) < 1e4:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
 def rounded(values: Iterable[float], digits: int = 4) -> list[float | None]:
     """Values as a JSON list with few digits (figures are stored in database rows of 2 kB); NaN becomes None."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in map(float, values)]

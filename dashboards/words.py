@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.numbers import number
 
 #: A row of a site frame, or of a table as JSON.
 Row: TypeAlias = Mapping[Any, Any]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -125,6 +125,38 @@ class Calibration:
             weight_absmax=weight_absmax(site, parameters),
             ties=site.ties,
         )
+
+    def only(self, site: Site | str) -> Calibration:
+        """What is known of one site: its record, or the reason why it has none. The record is shared, not copied.
+
+        Raises:
+            InputError: The site was not calibrated.
+        """
+        name = site if isinstance(site, str) else site.name
+        if name not in self.sites and name not in self.missing:
+            raise InputError(f"site {name}", "was not calibrated", "calibrate it first")
+        return replace(
+            self,
+            sites={key: record for key, record in self.sites.items() if key == name},
+            missing={key: reason for key, reason in self.missing.items() if key == name},
+        )
+
+    @classmethod
+    def merged(cls, parts: Sequence[Calibration]) -> Calibration:
+        """One calibration of all sites of ``parts``, in their order: the inverse of :meth:`only` over all sites.
+
+        Raises:
+            InputError: No parts, a site in two of them, or parts with different statistics.
+        """
+        settings = {(part.statistics, part.percentile) for part in parts}
+        if len(settings) != 1:
+            problem = "there is no part" if not parts else "parts were made with different statistics"
+            raise InputError("calibration", problem, "calibrate again")
+        sites = {name: record for part in parts for name, record in part.sites.items()}
+        missing = {name: reason for part in parts for name, reason in part.missing.items()}
+        if len(sites.keys() | missing.keys()) != sum(len(part.sites) + len(part.missing) for part in parts):
+            raise InputError("calibration", "a site is in more than one part", "calibrate again")
+        return replace(parts[0], sites=sites, missing=missing)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The whole calibration as contiguous CPU tensors that share no memory, e.g. for safetensors.

@@ -27,6 +27,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.statistics import CHUNK_BYTES, CHUNK_ELEMENTS, PERCENTILE_BINS
+from alphasmith.objectives.units import readable
 
 #: Fewest rows per part that ``fit_rows`` goes down to: below, a reservoir says little about a layer.
 MINIMUM_ROWS = 64
@@ -315,16 +316,6 @@ def resident_model_bytes(model: nn.Module) -> int:
     """Parameters and buffers that a model holds in main memory, shared ones once [bytes]."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     return sum(t.nbytes for t in tensors if t.device.type == "cpu")
-
-
-def readable(size: int) -> str:
-    """A size in the largest unit that leaves at least 1, e.g. ``1.5 GiB``."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
 
 
 def _high_water() -> int:

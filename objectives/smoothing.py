@@ -76,6 +76,11 @@ class Smoothing:
     shift: Tensor | None = None
     range_factor: float = 1.0
 
+    def to(self, device: torch.device | str) -> Smoothing:
+        """The same on ``device``."""
+        shift = None if self.shift is None else self.shift.to(device)
+        return Smoothing(scales=self.scales.to(device), shift=shift, range_factor=self.range_factor)
+
 
 def smoothing_scales(activation: Tensor, weight: Tensor, alpha: float | Tensor, ties: Tensor | None = None) -> Tensor:
     """Scale of every channel; differentiable in ``alpha``. Source: claims A-5, A-11, formula fA1, traps T1 and T7.

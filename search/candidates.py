@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from alphasmith.search.config import RangeStatistic, ShiftStatistic
 
-CandidateKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined"]
+CandidateKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined", "reused"]
 
 #: Trials 0, 1 and 2 of every study.
 BASELINES: tuple[CandidateKind, ...] = ("identity", "alpha_0.5", "best_single")

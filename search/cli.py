@@ -6,16 +6,21 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, InputError
-from alphasmith.search import commands, texts, verification
 from alphasmith.search.config import RunConfig, apply_overrides
-from alphasmith.search.pipeline import run as run_pipeline
+from alphasmith.search.interruption import Interrupted, Interruption
 from alphasmith.search.progress import Progress, TerminalBars, for_terminal
+
+if TYPE_CHECKING:
+    from alphasmith.search.recorder import RunResult
+
+# Every command imports what it does when it is called: `alphasmith list` must not wait for torch and transformers.
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,13 +44,33 @@ factory_options = _options(
     click.option("--factory", metavar="MODULE:FUNCTION", help="Function that returns the model; runs your code."),
     click.option("--factory-path", type=_PATH, help="Folder put on the module search path for --factory."),
 )
+engine_options = _options(
+    click.option("--engine", metavar="local|ray", help="Where candidates are evaluated."),
+    click.option("--workers", metavar="N", type=int, help="Worker processes; short for --set workers.count=N."),
+)
 config_options = _options(
     click.argument("config", metavar="[CONFIG.toml]", required=False, type=_PATH),
     click.option("--set", "overrides", metavar="a.b=c", multiple=True, help="Override one field; repeatable."),
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands; the group ``db`` is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, sorted."""
+        return sorted([*super().list_commands(ctx), "db"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command."""
+        if cmd_name == "db":
+            from alphasmith.search.db_commands import db
+
+            return db
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="alphasmith")
 def app() -> None:
     """Search smoothing coefficients for quantized neural networks, with every trial on record."""
@@ -59,18 +84,73 @@ def app() -> None:
 @factory_options
 @click.option("--name", help="Free name of the run.")
 @storage_option
-@click.option("--engine", metavar="local", help="Where candidates are evaluated.")
+@engine_options
 @click.option("--out", metavar="DIR", type=_PATH, help="Output folder; must not exist.")
+@click.option(
+    "--new", "fresh", is_flag=True, help="Begin a new run even if an unfinished one of the same kind is there."
+)
 @json_option
-def run(config: Path | None, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def run(config: Path | None, overrides: tuple[str, ...], fresh: bool, as_json: bool, **flags: Any) -> None:
     """Search, smooth, quantize and keep a model.
 
-    Without a configuration: the embedded image demo.
+    Without a configuration: the embedded image demo. An unfinished run of the same configuration, model and data is
+    continued.
     """
+    from alphasmith.search.pipeline import run as run_pipeline
+
     settings = _settings(config, (*overrides, *_as_overrides(flags)))
-    with _progress() as progress:
-        result = run_pipeline(settings, progress=progress)
-    answer = {"run": result.id, "folder": str(result.folder), "storage": result.storage}
+    with _interruptible() as (progress, stop):
+        result = run_pipeline(settings, progress=progress, fresh=fresh, stop=stop)
+    _print_result(result, as_json)
+
+
+@app.command()
+@click.argument("run", metavar="RUN")
+@storage_option
+@engine_options
+@json_option
+def resume(run: str, storage: str | None, as_json: bool, **flags: Any) -> None:
+    """Go on with a run that was interrupted, killed or failed, and finish it."""
+    from alphasmith.search.pipeline import resume as resume_pipeline
+
+    with _interruptible() as (progress, stop):
+        changes = apply_overrides({}, _as_overrides(flags))
+        result = resume_pipeline(run, storage=storage, changes=changes, progress=progress, stop=stop)
+    _print_result(result, as_json)
+
+
+@app.command()
+@click.argument("run", metavar="RUN")
+@storage_option
+@click.option("--workers", metavar="N", type=click.IntRange(min=0), default=0, help="Worker processes; 0: this one.")
+@click.option("--artifacts", metavar="PLACE", help="Where the run's objects are, if not where its driver had them.")
+@click.option("--device", help="Torch device of the searches; default: the first GPU, else the CPU.")
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Wait so long for the run to appear, where driver and workers are launched together.",
+)
+@click.option("--no-finish", is_flag=True, help="Leave the writing of the result to the driver or to `resume`.")
+@json_option
+def worker(run: str, storage: str | None, no_finish: bool, as_json: bool, **options: Any) -> None:
+    """Search sites of a run together with its driver and other workers, through its database.
+
+    Needs neither the model nor the data. The last one to be done writes the result where no driver is alive to do it.
+    """
+    from alphasmith.search import texts
+    from alphasmith.search.worker import work
+
+    with _interruptible() as (progress, stop):
+        answer = work(run, storage=storage, finish=not no_finish, progress=progress, stop=stop, **options)
+    _print(asdict(answer), as_json, lambda: texts.worker_text(answer))
+
+
+def _print_result(result: RunResult, as_json: bool) -> None:
+    from alphasmith.search import texts
+
+    answer = {"run": result.id, "folder": str(texts.near(result.folder)), "storage": result.storage}
     _print(answer | {"manifest": json.loads(result.manifest.to_json())}, as_json, lambda: texts.result_text(result))
 
 
@@ -79,6 +159,8 @@ def run(config: Path | None, overrides: tuple[str, ...], as_json: bool, **flags:
 @json_option
 def list_(storage: str | None, as_json: bool) -> None:
     """List the runs in a storage, newest first."""
+    from alphasmith.search import commands, texts
+
     rows = commands.list_runs(storage)
     _print(rows, as_json, lambda: texts.runs_table(rows))
 
@@ -86,9 +168,24 @@ def list_(storage: str | None, as_json: bool) -> None:
 @app.command()
 @click.argument("run", metavar="RUN")
 @storage_option
+@click.option("--watch", is_flag=True, help="Keep showing how far it is, until it ends or Ctrl-C.")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="Time between two looks of --watch.",
+)
 @json_option
-def show(run: str, storage: str | None, as_json: bool) -> None:
-    """Show one run: what was asked, what was found at every site."""
+def show(run: str, storage: str | None, watch: bool, interval: float, as_json: bool) -> None:
+    """Show one run: what was asked, what was found at every site; with --watch how far it is."""
+    from alphasmith.search import commands, texts
+    from alphasmith.search.watch import watch_run
+
+    if watch:
+        watch_run(run, storage, interval=interval, as_json=as_json)
+        return
     details = commands.show_run(run, storage)
     _print(details, as_json, lambda: texts.run_text(details))
 
@@ -101,6 +198,8 @@ def show(run: str, storage: str | None, as_json: bool) -> None:
 @json_option
 def verify(folder: Path, as_json: bool, **places: Any) -> None:
     """Check every digest and prove that the smoothed model computes what the original does."""
+    from alphasmith.search import texts, verification
+
     answer = verification.verify(folder, **places)
     _print(answer, as_json, lambda: texts.verify_text(answer))
 
@@ -111,6 +210,8 @@ def verify(folder: Path, as_json: bool, **places: Any) -> None:
 @json_option
 def undo(folder: Path, out: Path, as_json: bool) -> None:
     """Take the scales out of a smoothed model again."""
+    from alphasmith.search import verification
+
     answer = verification.undo(folder, out)
     _print(answer, as_json, lambda: f"{answer['parameters']} parameters restored in {answer['out']}")
 
@@ -120,6 +221,8 @@ def undo(folder: Path, out: Path, as_json: bool) -> None:
 @json_option
 def hardware(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the detected budget and what the given one does to the alpha ranges."""
+    from alphasmith.search import commands, texts
+
     answer = commands.hardware(_settings(config, overrides))
     _print(answer, as_json, lambda: texts.hardware_text(answer))
 
@@ -131,6 +234,8 @@ def hardware(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> 
 @json_option
 def report(run: str, out: Path, storage: str | None, as_json: bool) -> None:
     """Write one self-contained HTML page about a run."""
+    from alphasmith.search import commands
+
     commands.report(run, out, storage)
     _print({"report": str(out)}, as_json, lambda: f"report written to {out}")
 
@@ -150,6 +255,8 @@ def report(run: str, out: Path, storage: str | None, as_json: bool) -> None:
 def dashboard(storage: str | None, host: str, port: int, hosts: tuple[str, ...], allow_write: bool) -> None:
     """Serve the Optuna dashboard on a storage; read-only unless told otherwise."""
 
+    from alphasmith.search import commands
+
     def ready(url: str) -> None:
         click.echo(f"dashboard at {url}, Ctrl-C stops it", err=True)
 
@@ -160,8 +267,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: errors a user can act on become one line on standard error."""
     try:
         code = app.main(args=arguments, prog_name="alphasmith", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+    except Interrupted as error:
+        _fail(str(error).replace("\n", " "), 130)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        _fail(str(error) or "interrupted", 130)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
@@ -189,13 +298,24 @@ def _as_overrides(flags: dict[str, Any]) -> list[str]:
         "data": "data.path",
         "factory": "model.factory",
         "factory_path": "model.factory_path",
+        "workers": "workers.count",
     }
-    return [f"{fields.get(flag, flag)}={json.dumps(str(v))}" for flag, v in flags.items() if v is not None]
+    given = {fields.get(flag, flag): value for flag, value in flags.items() if value is not None}
+    return [f"{name}={json.dumps(v if isinstance(v, int) else str(v))}" for name, v in given.items()]
 
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[tuple[Progress, Interruption]]:
+    """Progress on standard error, and a first Ctrl-C that asks to stop in good order."""
+    with _progress() as progress:
+        said = "stopping after the current batch; Ctrl-C again leaves at once"
+        with Interruption(lambda: progress.note(said)) as stop:
+            yield progress, stop
 
 
 @contextlib.contextmanager

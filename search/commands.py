@@ -6,21 +6,23 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alphasmith.dashboards.report import render_report
-from alphasmith.dashboards.server import serve
 from alphasmith.objectives.errors import InputError
-from alphasmith.search.config import RunConfig
-from alphasmith.search.hardware import HardwareBudget, detect, scarcity, target_budget
-from alphasmith.search.prepare import survey
-from alphasmith.search.ranges import group_ranges
-from alphasmith.search.recorder import DEFAULT_STORAGE, frame_rows, run_frames
-from alphasmith.search.task import load_task
+from alphasmith.search.defaults import DEFAULT_STORAGE
+from alphasmith.search.progress_texts import lease_of, progress_facts
+from alphasmith.storage.counts import trial_counts
 from alphasmith.storage.database import check_exists, open_existing
-from alphasmith.storage.manifest import read_manifest
+from alphasmith.storage.frames import frame_rows, groups_frame, run_frames, sites_frame
+from alphasmith.storage.looks import live_drivers, look_at
 from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
+
+if TYPE_CHECKING:
+    from alphasmith.search.config import RunConfig
+    from alphasmith.search.hardware import HardwareBudget
+
+# What only one command needs is imported there: `list` and `show` must not wait for torch and plotly.
 
 #: Groups whose ranges ``hardware`` shows where every site chooses its own number.
 _SHOWN_GROUPS = 4
@@ -28,22 +30,29 @@ _SHOWN_GROUPS = 4
 
 def list_runs(storage: str | None) -> list[dict[str, Any]]:
     """One mapping per run, newest first."""
-    return [_run_facts(record) for record in _store(storage).runs()]
+    database = open_existing(storage or DEFAULT_STORAGE)
+    drivers = live_drivers(database)
+    return [_run_facts(record) | {"driver": drivers.get(record.id)} for record in RunStore(database).runs()]
 
 
 def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
     """Everything stored about a run: facts, configuration, sites with their groups."""
-    store = _store(storage)
+    database = open_existing(storage or DEFAULT_STORAGE)
+    store = RunStore(database)
     record = store.get(prefix)
-    sites, groups, trials = run_frames(store, record.id)
-    return _run_facts(record) | {
+    sites = store.sites(record.id)
+    # Trials are many: they are counted where they are.
+    counts = trial_counts(database, record.id)
+    look = look_at(database, record, lease=lease_of(record))
+    return _run_facts(look.record) | {
         "config": dict(record.config),
         "hardware": dict(record.hardware),
         "refinement": None if record.refinement is None else dict(record.refinement),
-        "trials": len(trials),
-        "failed_trials": int((trials["state"] == "failed").sum()),
-        "sites": frame_rows(sites),
-        "groups": frame_rows(groups),
+        "progress": progress_facts(look),
+        "trials": sum(counts.values()),
+        "failed_trials": counts.get("failed", 0),
+        "sites": frame_rows(sites_frame(sites)),
+        "groups": frame_rows(groups_frame(sites, store.groups(record.id))),
     }
 
 
@@ -52,6 +61,11 @@ def hardware(config: RunConfig) -> dict[str, Any]:
 
     Without a model in ``config`` nothing is known of what is required, and the ranges are those of fA6 for rho = 0.
     """
+    from alphasmith.search.hardware import detect, scarcity, target_budget
+    from alphasmith.search.prepare import survey
+    from alphasmith.search.ranges import group_ranges
+    from alphasmith.search.task import load_task
+
     answer: dict[str, Any] = {"detected": _budget(detect()), "given": _budget(target_budget(config.hardware))}
     rho, explanation = 0.0, "no model given, rho = 0"
     if config.model.path or config.model.factory or config.model.demo:
@@ -78,6 +92,9 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
     Raises:
         InputError: No such run, it is not finished, or ``out`` cannot be written.
     """
+    from alphasmith.dashboards.report import render_report
+    from alphasmith.storage.manifest import read_manifest
+
     store = _store(storage)
     record = store.get(prefix)
     if record.status != "finished":
@@ -103,6 +120,8 @@ def dashboard(
     ready: Callable[[str], None],
 ) -> None:
     """Serve the Optuna dashboard until interrupted; ``ready`` is called once with the address it listens on."""
+    from alphasmith.dashboards.server import serve
+
     url = storage or DEFAULT_STORAGE
     check_exists(url)
     serve(url, host=host, port=port, hosts=hosts, allow_write=allow_write, ready=ready)

@@ -11,7 +11,7 @@ from torch import nn
 
 from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.candidate_model import CandidateModel
-from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.errors import AlphasmithError, InputError, NonFiniteError
 from alphasmith.objectives.model_objective import ModelObjective
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.progress import Progress
@@ -69,8 +69,15 @@ def task_loss(metric: Metric, float_metric: float) -> Callable[[nn.Module, Seque
     scale = abs(float_metric) or 1.0
     sign = -1.0 if metric.higher_is_better else 1.0
 
+    def score(model: nn.Module) -> float:
+        # It did score the float model, so what it raises now is this candidate's failure and not the run's.
+        try:
+            return metric.score(model)
+        except InputError as error:
+            raise error.__cause__ or error from None
+
     def loss(model: nn.Module, _: Sequence[Batch]) -> float:
-        worse = sign * (metric.score(model) - float_metric) / scale
+        worse = sign * (score(model) - float_metric) / scale
         return 1.0 + worse if worse > 0 else math.exp(worse)
 
     return loss
@@ -106,6 +113,12 @@ def score_variants(
                 candidate.apply(of_sites)
                 metrics[variant] = metric.score(candidate.model)
         except NonFiniteError:
+            losses.setdefault(variant, None)
+            metrics[variant] = None
+        except Exception as error:  # a metric may raise anything; the other variants still count
+            if isinstance(error, AlphasmithError) and error.__cause__ is None:
+                raise
+            progress.note(f"warning: {variant} cannot be scored ({type(error).__name__}: {error})")
             losses.setdefault(variant, None)
             metrics[variant] = None
         progress.advance()

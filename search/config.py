@@ -212,6 +212,8 @@ class SearchConfig(_Section):
         refine: After the sites (scope ``site``), a small study at the model's output over what site losses cannot see. Its
             winner is kept only if the held-out output loss falls by more than its paired standard error.
         refine_trials: Trials of that study.
+        reuse: Start the search at a site from the winner that an earlier run in the same storage recorded for it under the same
+            scheme (scope ``site``).
     """
 
     scope: Literal["site", "model"] = "site"
@@ -236,6 +238,7 @@ class SearchConfig(_Section):
     guard: Literal["site", "output"] = "site"
     refine: bool = True
     refine_trials: int = Field(default=8, ge=4)
+    reuse: bool = True
 
 
 class SitesConfig(_Section):
@@ -265,6 +268,26 @@ class ProofConfig(_Section):
     tolerance: float = Field(default=1e-4, gt=0, lt=1)
 
 
+class WorkersConfig(_Section):
+    """Who evaluates candidates, and how dead workers are told from slow ones. Nothing here changes a result.
+
+    Attributes:
+        count: Engine ``local``: worker processes; 0 searches in this process, or, on a machine with several GPUs, takes one
+            process for each. Engine ``ray``: searches at once at most; 0: as many as the cluster takes.
+        threads: CPU threads of each worker process; None: the cores of the machine, shared out.
+        lease: Seconds after which a worker that was not heard of counts as dead. Workers report four times as often.
+        attempts: How often a site is tried before it counts as failed, where its worker died.
+        address: Engine ``ray``: address of a running cluster, ``auto`` to find it; None: the one in ``RAY_ADDRESS``, else a
+            new one on this machine.
+    """
+
+    count: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+    lease: float = Field(default=60.0, ge=1)
+    attempts: int = Field(default=3, ge=1)
+    address: str | None = None
+
+
 class RunConfig(_Section):
     """One launch: model, data, scheme, budget and search settings.
 
@@ -272,13 +295,16 @@ class RunConfig(_Section):
         name: Free name shown in lists.
         storage: SQLAlchemy URL of the trial database; None: ``alphasmith.db`` (SQLite) in the working directory.
         out: Output folder; None: ``alphasmith-runs/<run>``.
-        engine: Where candidates are evaluated.
+        engine: Where candidates are evaluated: ``local``, in this process or in worker processes; ``ray``, on a Ray cluster.
+        artifacts: Where calibration rows and results of sites are kept while a run is not finished: a folder, or
+            ``s3://bucket/prefix``; None: a folder beside an SQLite database, else ``alphasmith-artifacts``.
     """
 
     name: str = Field(default="", max_length=200)
     storage: str | None = None
     out: Path | None = None
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "ray"] = "local"
+    artifacts: str | None = None
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     scheme: SchemeConfig = SchemeConfig()
@@ -287,6 +313,7 @@ class RunConfig(_Section):
     search: SearchConfig = SearchConfig()
     sites: SitesConfig = SitesConfig()
     proof: ProofConfig = ProofConfig()
+    workers: WorkersConfig = WorkersConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -52,7 +52,7 @@ from alphasmith.storage.manifest_parts import (
 from alphasmith.storage.record_types import RunRecord
 
 #: Fields of the configuration that say where a result lies, not what it is.
-_PLACES = {"out", "storage"}
+_PLACES = {"out", "storage", "artifacts", "workers", "engine"}
 
 
 def build_manifest(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import optuna
 import torch
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
@@ -16,6 +15,7 @@ from alphasmith.objectives.smoothing import Smoothing, group_scales
 from alphasmith.search.candidates import Candidate, CandidateKind
 from alphasmith.search.config import GroupsConfig, SearchConfig
 from alphasmith.search.frames import ranges_of
+from alphasmith.search.interruption import leave, never
 from alphasmith.search.ranges import AlphaRange
 from alphasmith.search.spaces import SearchSpace
 from alphasmith.search.studies import (
@@ -27,9 +27,16 @@ from alphasmith.search.studies import (
     TrialResult,
     baselines,
     best_single_alpha,
+    best_trial,
     guard,
+    lowest_of,
     play,
 )
+from alphasmith.search.study_log import StudyLog
+from alphasmith.search.survival import Racer, race_all, survive
+
+#: Fact of a study under which the single alphas that were looked at are kept.
+_GRID = "single_alpha_grid"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +109,14 @@ def search_model(
     groups: GroupsConfig,
     search: SearchConfig,
     rho: float,
-    storage: optuna.storages.BaseStorage | None,
-    study_name: str | None,
+    log: StudyLog | None = None,
+    study_name: str | None = None,
+    device: str = "cpu",
+    racer: Racer | None = None,
+    batch: int = 1,
     clock: Callable[[], float] = time.perf_counter,
     on_trial: Callable[[TrialResult], None] | None = None,
+    stop: Callable[[], bool] = never,
 ) -> ModelResult:
     """Search K alphas shared by all channels of the model.
 
@@ -116,32 +127,42 @@ def search_model(
         groups: Grouping over the pooled channels of all sites.
         search: Trials, sampler, pruner, seed.
         rho: Scarcity of the target hardware (fA7).
-        storage: Optuna storage, None for memory.
-        study_name: Name of the study.
+        log: Keeps the study, and knows what is on record; None: nothing is kept.
+        study_name: Name of the study, None for a random one.
+        device: Where candidates are scored, recorded with the study.
+        racer: Scores several candidates against each other, in other processes say; None: ``judge``.
+        batch: Proposals of the sampler that are scored together.
         clock: Seconds, monotonic.
         on_trial: Called after each trial.
+        stop: Asked before every batch whether to leave.
 
     Raises:
         InputError: No site can be smoothed, or the number of groups is left open.
+        Interrupted: ``stop`` said so.
     """
     start = clock()
     if not sites:
         raise InputError("model", "no site can be smoothed", "see the reasons printed for each site")
     grouping, labels = _group(sites, groups)
     to_scales = ModelScales(sites, labels)
-    single, grid = best_single_alpha(_single_losses(judge, to_scales, search.single_alphas), search.single_alphas)
+    grid = None if log is None else log.past.notes.get(_GRID)
+    if grid is None:
+        leave(stop)
+        losses = _single_losses(racer or judge, to_scales, search.single_alphas)
+        _, grid = best_single_alpha(losses, search.single_alphas)
+    single = lowest_of(grid)
     ranges = ranges_of(grouping, groups, rho, single)
     space = SearchSpace.of(ranges)
-    study = RecordedStudy(
-        search, space, device=search.device or "cpu", storage=storage, name=study_name, on_trial=on_trial
-    )
-    study.note("single_alpha_grid", grid)
+    study = RecordedStudy(search, space, device=device, log=log, name=study_name, on_trial=on_trial)
+    study.note(_GRID, grid)
     play(
         study,
-        ModelScorer(judge, to_scales, clock=clock),
+        ModelScorer(judge, to_scales, clock=clock, racer=racer),
         first=baselines(len(ranges), single),
         protected=3,
         trials=search.trials,
+        batch=1 if study.pruning else batch,  # an Optuna pruner compares one candidate with those before it
+        stop=stop,
     )
     verdict = guard(study.results, lambda candidates: [_loss(reserve, to_scales(c.alphas)) for c in candidates])
     chosen = verdict.winner.candidate
@@ -185,10 +206,10 @@ def _requested(groups: GroupsConfig) -> int:
     return groups.k
 
 
-def _single_losses(judge: ModelObjective, to_scales: ModelScales, points: int) -> Callable[[float], float]:
+def _single_losses(racer: Racer, to_scales: ModelScales, points: int) -> Callable[[float], float]:
     """Loss of each alpha of an even grid; NonFiniteError for those that broke down or were clearly behind."""
     alphas = [k / (points - 1) for k in range(points)]
-    scores = dict(zip(alphas, judge.race([to_scales.single(alpha) for alpha in alphas]), strict=True))
+    scores = dict(zip(alphas, race_all(racer, [to_scales.single(alpha) for alpha in alphas]), strict=True))
 
     def loss(alpha: float) -> float:
         score = scores[alpha]
@@ -201,10 +222,7 @@ def _single_losses(judge: ModelObjective, to_scales: ModelScales, points: int) -
 
 def _loss(objective: ModelObjective, smoothings: Mapping[str, Smoothing]) -> float | None:
     """The loss of one candidate, None where it breaks down."""
-    try:
-        return objective.loss(smoothings)
-    except NonFiniteError:
-        return None
+    return race_all(objective, [smoothings], protected=1)[0].loss
 
 
 class ModelScorer:
@@ -214,20 +232,28 @@ class ModelScorer:
         judge: Loss at the model's output on the search batches.
         smoothings: Alphas -> what they do to every site.
         clock: Seconds, monotonic.
+        racer: Scores several candidates against each other; None: the judge, in this process.
     """
 
-    def __init__(self, judge: ModelObjective, smoothings: ModelScales, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, judge: ModelObjective, smoothings: ModelScales, *, clock: Callable[[], float], racer: Racer | None = None
+    ) -> None:
         self._judge = judge
+        self._racer: Racer = racer or judge
         self._smoothings = smoothings
         self._clock = clock
         self._best: ModelScore | None = None
 
     def score(self, candidates: Sequence[Candidate], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
         """See :class:`alphasmith.search.studies.Scorer`; steps are batches, from 1."""
+        return survive(self._score, candidates, protected=protected, pruning=pruning)
+
+    def _score(self, candidates: Sequence[Candidate], protected: int, pruning: Pruning | None) -> list[Outcome]:
         if pruning is not None:
             return [self._pruned(i, c, None if i < protected else pruning) for i, c in enumerate(candidates)]
         began = self._clock()
-        scores = self._judge.race(
+        scores = race_all(
+            self._racer,
             [self._smoothings(c.alphas) for c in candidates],
             incumbent=None if self._best is None or not self._best.samples else self._best.errors,
             protected=protected,
@@ -237,6 +263,13 @@ class ModelScorer:
             if score.loss is not None and (self._best is None or score.loss < float(self._best.loss or 0.0)):
                 self._best = score
         return [_outcome(score, seconds * len(score.losses) / total) for score in scores]
+
+    def recall(self, results: Sequence[TrialResult]) -> None:
+        """See :class:`alphasmith.search.studies.Scorer`."""
+        complete = [r for r in results if r.loss is not None]
+        if complete:
+            best = best_trial(complete)
+            self.score([best.candidate], protected=1, pruning=None)
 
     def _pruned(self, index: int, candidate: Candidate, pruning: Pruning | None) -> Outcome:
         """One candidate, stopped where an Optuna pruner says so."""

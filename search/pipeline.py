@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
+import torch
 from torch import nn
 
 from alphasmith.objectives.calibration import weight_absmax
@@ -16,23 +18,38 @@ from alphasmith.objectives.memory import measured_peak, resident_bytes, resident
 from alphasmith.objectives.model_objective import ModelLoss, ModelObjective
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
+from alphasmith.search.calibration_cache import CalibrationCache
 from alphasmith.search.compare import Variant, best_variant, score_float, score_variants, task_loss
 from alphasmith.search.config import RunConfig
+from alphasmith.search.defaults import DEFAULT_STORAGE
+from alphasmith.search.engines.choose import make_engine
+from alphasmith.search.engines.types import Engine, ModelWork
+from alphasmith.search.interruption import Interrupted, leave, never
 from alphasmith.search.model_search import ModelResult, SiteStatistics, search_model
+from alphasmith.search.open_run import find_run, named, new_run, open_existing_run, open_run
 from alphasmith.search.outcome import Found, Products, Proof
-from alphasmith.search.prepare import Prepared, prepare, search_device, survey
+from alphasmith.search.planning import plan_sites
+from alphasmith.search.prepare import Prepared, Survey, prepare, search_device, survey
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.ranges import DEFAULT_ALPHA
-from alphasmith.search.recorder import DEFAULT_STORAGE, RunRecorder, RunResult
+from alphasmith.search.recorder import RunRecorder, RunResult, conclude, written_before
+from alphasmith.search.refine_stage import refine_sites
 from alphasmith.search.refinement import RefinementResult
+from alphasmith.search.resuming import check_same, stored_config
+from alphasmith.search.run_handle import RunHandle
+from alphasmith.search.site_keeper import SiteKeeper
 from alphasmith.search.site_result import SiteResult
-from alphasmith.search.site_stage import refine_sites, search_sites
+from alphasmith.search.site_source import PreparedSites
+from alphasmith.search.site_stage import SiteSettings, SiteStage
 from alphasmith.search.studies import TrialResult
 from alphasmith.search.task import Task, load_task
 from alphasmith.search.threads import thread_budget
 from alphasmith.search.writer import Writer
-from alphasmith.storage.database import check_reachable
+from alphasmith.storage.database import check_reachable, open_existing
+from alphasmith.storage.kept import KeptArtifacts
+from alphasmith.storage.manifest import FILE_NAME
 from alphasmith.storage.output import OutputFolder
+from alphasmith.storage.record_types import RunRecord
 
 
 def run(
@@ -42,8 +59,10 @@ def run(
     batches: Iterable[Any] | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     progress: Progress | None = None,
+    fresh: bool = False,
+    stop: Callable[[], bool] = never,
 ) -> RunResult:
-    """Search, smooth, quantize and keep a model.
+    """Search, smooth, quantize and keep a model; an unfinished run of the same configuration, model and data is continued.
 
     Args:
         config: What to do; None: the embedded image demo.
@@ -51,6 +70,8 @@ def run(
         batches: Batches in place of ``config.data``: tensors, tuples, dicts or ``Batch``.
         metric: Task metric of a model, in place of ``config.data.metric``.
         progress: Told what happens; None: silent.
+        fresh: Begin a new run in any case.
+        stop: Asked again and again whether to leave in good order.
 
     Returns:
         The run's id, folder, manifest and tables.
@@ -58,27 +79,158 @@ def run(
     Raises:
         InputError: Anything the user can mend; nothing is left behind.
         EquivalenceError: Folding changed the float model; nothing is written.
+        Interrupted: ``stop`` said so; what was found is on record, see :func:`resume`.
     """
     config = config or RunConfig()
-    progress = progress or Silent()
+    given = Given(model=model, batches=batches, metric=metric)
+    return _drive(config, given, progress or Silent(), stop, record=None, fresh=fresh)
+
+
+def resume(
+    run: str,
+    *,
+    storage: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    batches: Iterable[Any] | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = never,
+) -> RunResult:
+    """Go on with a run that was interrupted, killed or failed, and finish it. No finished trial is repeated.
+
+    Args:
+        run: Its id, or the beginning of it.
+        storage: The database it is in; None: the default one.
+        changes: Fields of its configuration to change, of those that decide no result: ``engine``, ``workers``, ``out``, ...
+        model: Where the run was given a module: the same one.
+        batches: Likewise.
+        metric: Likewise.
+        progress: Told what happens; None: silent.
+        stop: Asked again and again whether to leave in good order.
+
+    Raises:
+        InputError: No such run, it is finished or driven by another live process, or its model, data or configuration is
+            not what it was.
+        Interrupted: As :func:`run`.
+    """
+    url = storage or DEFAULT_STORAGE
+    database = open_existing(url)
+    try:
+        record = open_existing_run(database, run)
+    finally:
+        database.close()
+    values = stored_config(record, url).model_dump()
+    config = RunConfig.build({**values, **(changes or {})})
+    given = Given(model=model, batches=batches, metric=metric)
+    return _drive(config, given, progress or Silent(), stop, record=record, fresh=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a launch script gives in place of a configuration's sections."""
+
+    model: nn.Module | None
+    batches: Iterable[Any] | None
+    metric: Callable[[nn.Module], float] | None
+
+
+def _drive(
+    config: RunConfig,
+    given: Given,
+    progress: Progress,
+    stop: Callable[[], bool],
+    *,
+    record: RunRecord | None,
+    fresh: bool,
+) -> RunResult:
     # Optuna logs a line per trial to standard error, which the progress display replaces.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if config.out is not None:
+    if config.out is not None and not (config.out / FILE_NAME).exists():
         OutputFolder(config.out)  # refuses a used target before any work
     check_reachable(config.storage or DEFAULT_STORAGE)
     return_large_blocks()
     progress.stage("loading model and data")
-    task = load_task(config, model=model, batches=batches, metric=metric)
+    task = load_task(config, model=given.model, batches=given.batches, metric=given.metric)
     if config.search.loss == "task" and config.search.scope == "model" and task.metric is None:
         raise InputError("search.loss", "is 'task' but there is no metric", "give data.metric, or use 'mse' or 'kl'")
     for note in task.notes:
         progress.note(note)
+    if record is not None:
+        check_same(record, config, task)
     found_sites = survey(config, task)
+    if record is None and not fresh:
+        record = find_run(config, task, progress)
+    before = None if record is not None else _begin(config, task, found_sites, progress, stop)
+    if record is None:
+        record = new_run(config, task, found_sites)
+    with make_engine(config, stop) as engine:
+        handle = open_run(config, record, engine=engine.name)
+        with named(handle.id, handle.storage), handle:
+            written = written_before(handle)
+            if written is not None:
+                progress.note(f"{handle.folder} was written before; only its record is finished")
+                return conclude(handle, written)
+            handle.discard_partial_output()
+            begun = before or _begin(config, task, found_sites, progress, stop, handle.kept)
+            if before is not None:
+                before.calibrations.attach(handle.kept)
+            return _finish(config, task, begun, handle, engine, progress, stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """What a run needs before its first search: checked and calibrated, nothing on record yet.
+
+    Attributes:
+        prepared: Sites and calibration.
+        calibrations: Keeps the calibration once the run is on record.
+        float_metric: Task metric of the float model; None where there is none.
+        baseline: Memory of the libraries, the model left out [bytes].
+    """
+
+    prepared: Prepared
+    calibrations: CalibrationCache
+    float_metric: float | None
+    baseline: int
+
+
+def _begin(
+    config: RunConfig,
+    task: Task,
+    found_sites: Survey,
+    progress: Progress,
+    stop: Callable[[], bool],
+    kept: KeptArtifacts | None = None,
+) -> _Begun:
+    """Everything that can be wrong with model and data shows here, before anything is on record."""
     float_metric = score_float(found_sites.model, task.metric, progress)
     # The prediction starts with the libraries: the model is part of it.
     baseline = resident_bytes() - resident_model_bytes(found_sites.model)
-    prepared = prepare(config, task, found_sites, progress)
-    with thread_budget(config.search.threads), RunRecorder(config, task, prepared) as recorder:
+    calibrations = CalibrationCache(config, task, kept)
+    try:
+        leave(stop)
+        prepared = prepare(config, task, found_sites, progress, calibrations, stop)
+    except Interrupted as error:
+        if kept is not None:
+            raise
+        raise Interrupted("interrupted before anything was on record; the same command starts it again") from error
+    return _Begun(prepared=prepared, calibrations=calibrations, float_metric=float_metric, baseline=baseline)
+
+
+def _finish(
+    config: RunConfig,
+    task: Task,
+    begun: _Begun,
+    handle: RunHandle,
+    engine: Engine,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> RunResult:
+    """Everything from the first search on."""
+    prepared = begun.prepared
+    with thread_budget(config.search.threads):
+        recorder = RunRecorder(handle, config, task, prepared)
         candidate = CandidateModel(
             prepared.survey.model,
             prepared.sites,
@@ -87,21 +239,34 @@ def run(
             skip_patterns(config, prepared),
             keep_dense=prepared.plan.dense > 0,
         )
-        found = _search(config, task, prepared, candidate, float_metric, recorder, progress)
-        products = _produce(config, task, prepared, candidate, found, baseline, progress)
+        launch = _Launch(
+            config, task, prepared, candidate, begun.float_metric, handle, recorder, engine, progress, stop
+        )
+        found = _search(launch)
+        leave(stop)
+        products = _produce(config, task, prepared, candidate, found, begun.baseline, progress)
         progress.stage("writing")
         return recorder.write(found, products)
 
 
-def _search(
-    config: RunConfig,
-    task: Task,
-    prepared: Prepared,
-    candidate: CandidateModel,
-    float_metric: float | None,
-    recorder: RunRecorder,
-    progress: Progress,
-) -> Found:
+@dataclass(frozen=True)
+class _Launch:
+    """What the stages of a run share."""
+
+    config: RunConfig
+    task: Task
+    prepared: Prepared
+    candidate: CandidateModel
+    float_metric: float | None
+    handle: RunHandle
+    recorder: RunRecorder
+    engine: Engine
+    progress: Progress
+    stop: Callable[[], bool]
+
+
+def _search(launch: _Launch) -> Found:
+    config, task, prepared, candidate = launch.config, launch.task, launch.prepared, launch.candidate
     device = search_device(config)
     held_out = [b.to(device) for b in task.held_out]
     statistics = _statistics(prepared)
@@ -113,34 +278,40 @@ def _search(
     whole: ModelResult | None = None
     refinement: RefinementResult | None = None
     kind = config.search.loss if config.search.scope == "model" else "mse"
-    reserve = ModelObjective(candidate, held_out, loss=_output_loss(config, task, float_metric))
-    if config.search.scope == "site":
-        candidate.reset()
-        with Writer() as writer:
-            sites = search_sites(config, prepared, recorder, writer, progress)
-        if config.search.refine and sites:
-            judge = ModelObjective(candidate, [b.to(device) for b in task.calibration], loss="mse")
-            sites, refinement = refine_sites(config, prepared, sites, judge, reserve, recorder, progress)
-        smoothings["best_single"] = {n: r.best_single for n, r in sites.items()}
-        smoothings["ours"] = {n: r.smoothing for n, r in sites.items()}
-    else:
-        whole = _search_whole(config, task, candidate, statistics, reserve, float_metric, recorder, progress)
-        smoothings["best_single"] = _single(statistics, whole.best_single_alpha)
-        smoothings["ours"] = whole.smoothings
-    scores = score_variants(candidate, reserve, kind, smoothings, task.metric, float_metric, progress)
+    reserve = ModelObjective(candidate, held_out, loss=_output_loss(config, task, launch.float_metric))
+    with Writer() as writer:
+        if config.search.scope == "site":
+            candidate.reset()
+            sites = _search_sites(launch, writer)
+            if config.search.refine and sites:
+                judge = ModelObjective(candidate, [b.to(device) for b in task.calibration], loss="mse")
+                log = launch.handle.study_log("refinement", writer)
+                name = launch.handle.study_name("refinement")
+                sites, refinement = refine_sites(
+                    config, prepared, sites, judge, reserve, log, name, launch.progress, launch.stop
+                )
+            smoothings["best_single"] = {n: r.best_single for n, r in sites.items()}
+            smoothings["ours"] = {n: r.smoothing for n, r in sites.items()}
+        else:
+            whole = _search_whole(launch, statistics, reserve, writer)
+            smoothings["best_single"] = _single(statistics, whole.best_single_alpha)
+            smoothings["ours"] = whole.smoothings
+    if whole is not None:
+        launch.recorder.whole(whole)
+    scores = score_variants(candidate, reserve, kind, smoothings, task.metric, launch.float_metric, launch.progress)
     candidate.reset()
     best = best_variant(scores)
     ours = scores.losses["ours"]
     # A winner that breaks the whole model is never kept, whatever its sites say.
     fallback = best if best != "ours" and (config.search.guard == "output" or ours is None) else None
     if best != "ours" and fallback is None:
-        progress.note(
+        launch.progress.note(
             f"note: at the model's output {best} has the lower held-out loss "
             f"({scores.losses[best]:.3g} against {ours:.3g}); search.guard='output' would keep it"
         )
     notes = _fewer_groups(config.groups.k, {"the model": whole} if whole else sites)
     for note in notes:
-        progress.note(f"warning: {note}")
+        launch.progress.note(f"warning: {note}")
     found = Found(
         sites=sites,
         whole=whole,
@@ -150,44 +321,93 @@ def _search(
         refinement=refinement,
         notes=notes,
     )
-    recorder.outcome(found)
+    launch.recorder.outcome(found)
     return found
 
 
+def _search_sites(launch: _Launch, writer: Writer) -> dict[str, SiteResult]:
+    config, prepared, handle = launch.config, launch.prepared, launch.handle
+    source = PreparedSites(prepared)
+    shared = plan_sites(config, prepared, source, handle, launch.progress)
+    settings = SiteSettings(
+        scheme=config.scheme.build(),
+        groups=config.groups,
+        search=config.search,
+        rho=prepared.survey.scarcity.rho,
+        budget=_scratch(config, prepared),
+    )
+    if shared:
+        launch.progress.note(f"more workers: alphasmith worker {handle.id} --storage {handle.storage}")
+    stage = SiteStage(
+        handle.id,
+        source,
+        settings,
+        engine=launch.engine,
+        board=handle.board,
+        keeper=SiteKeeper(handle.board, handle.kept, scheme=settings.scheme.name, position=source.position),
+        storage=handle.optuna_storage,
+        writer=writer,
+        progress=launch.progress,
+        stop=launch.stop,
+    )
+    stage.run()
+    return stage.results()
+
+
 def _search_whole(
-    config: RunConfig,
-    task: Task,
-    candidate: CandidateModel,
-    statistics: Mapping[str, SiteStatistics],
-    reserve: ModelObjective,
-    float_metric: float | None,
-    recorder: RunRecorder,
-    progress: Progress,
+    launch: _Launch, statistics: Mapping[str, SiteStatistics], reserve: ModelObjective, writer: Writer
 ) -> ModelResult:
+    config, task, prepared = launch.config, launch.task, launch.prepared
     device = search_device(config)
-    batches = [b.to(device) for b in task.calibration]
-    judge = ModelObjective(candidate, batches, loss=_output_loss(config, task, float_metric))
-    progress.stage("searching the model", config.search.trials)
+    loss = _output_loss(config, task, launch.float_metric)
+    judge = ModelObjective(launch.candidate, [b.to(device) for b in task.calibration], loss=loss)
+
+    def shipped() -> ModelWork:
+        launch.candidate.reset()
+        return ModelWork(
+            model=prepared.survey.model,
+            sites=prepared.sites,
+            ranges=input_ranges(prepared),
+            scheme=config.scheme.build(),
+            skip=skip_patterns(config, prepared),
+            batches=tuple(task.calibration),
+            loss=loss,
+        )
+
+    launch.progress.stage("searching the model", config.search.trials)
     best: list[float] = []
 
     def told(result: TrialResult) -> None:
         if result.loss is not None:
             best.append(result.loss)
-        progress.advance(f"best loss {min(best):.3g}" if best else "")
+        launch.progress.advance(f"best loss {min(best):.3g}" if best else "")
 
-    result = search_model(
+    return search_model(
         statistics,
         judge,
         reserve,
         groups=config.groups,
         search=config.search,
-        rho=recorder.rho,
-        storage=recorder.optuna_storage,
-        study_name=recorder.study_name("model"),
+        rho=prepared.survey.scarcity.rho,
+        log=launch.handle.study_log("model", writer),
+        study_name=launch.handle.study_name("model"),
+        device=str(device),
+        racer=launch.engine.racer(judge, shipped),
+        batch=max(1, launch.engine.slots),
         on_trial=told,
+        stop=launch.stop,
     )
-    recorder.whole(result)
-    return result
+
+
+def _scratch(config: RunConfig, prepared: Prepared) -> int | None:
+    """Memory for the buffers of one judge [bytes]; None: its own default.
+
+    On a GPU half of what is free, shared by two judges. On the CPU, where a budget is given, what the plan leaves of it.
+    """
+    if search_device(config).type == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) // 4
+    given = config.hardware.search_memory
+    return None if given is None else max(prepared.plan.evaluator, given - prepared.plan.total)
 
 
 def _output_loss(config: RunConfig, task: Task, float_metric: float | None) -> ModelLoss:

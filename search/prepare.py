@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 import psutil
 import torch
@@ -20,15 +21,16 @@ from alphasmith.objectives.memory import (
     MemoryPlan,
     activation_bytes,
     fit_rows,
-    readable,
     resident_model_bytes,
 )
 from alphasmith.objectives.model_objective import real_rows
 from alphasmith.objectives.recurrent import unroll
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.units import readable
 from alphasmith.search.config import RunConfig
 from alphasmith.search.hardware import Scarcity, required_budget, scarcity, target_budget
+from alphasmith.search.interruption import leave, never
 from alphasmith.search.progress import Progress
 from alphasmith.search.task import Task
 
@@ -166,10 +168,38 @@ def check_output(model: nn.Module, batches: Sequence[Batch], device: torch.devic
             )
 
 
-def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) -> Prepared:
+class Calibrations(Protocol):
+    """Remembers calibrations."""
+
+    def load(self, sites: Sequence[Site], rows: int) -> tuple[Calibration, Calibration] | None:
+        """Those made before from the same model, data and settings, to search on and held out; None: there are none."""
+        ...
+
+    def save(self, sites: Sequence[Site], rows: int, calibration: Calibration, held_out: Calibration) -> None:
+        """Keep them."""
+        ...
+
+
+def prepare(
+    config: RunConfig,
+    task: Task,
+    found: Survey,
+    progress: Progress,
+    known: Calibrations | None = None,
+    stop: Callable[[], bool] = never,
+) -> Prepared:
     """Check the memory plan, then calibrate twice: rows to search on, rows to judge on.
 
+    Args:
+        config: The run's configuration.
+        task: Model and data.
+        found: Its sites.
+        progress: Told after each batch.
+        known: Calibrations on record; None: nothing is remembered.
+        stop: Asked after every batch whether to leave.
+
     Raises:
+        Interrupted: ``stop`` said so.
         InputError: Not enough memory, data without a real position, non-finite activations or outputs, or nothing to
             search in scope ``model``.
     """
@@ -200,11 +230,22 @@ def prepare(config: RunConfig, task: Task, found: Survey, progress: Progress) ->
             statistics=search.statistic,
             percentile=search.percentile,
             device=search_device(config),
-            on_batch=lambda _: progress.advance(),
+            on_batch=done,
         )
 
-    calibration = record("calibrating", task.calibration, search.seed)
-    held_out = record("held-out rows", task.held_out, search.seed + 1)
+    def done(_: int) -> None:
+        progress.advance()
+        leave(stop)
+
+    before = None if known is None else known.load(watched, plan.rows)
+    if before is not None:
+        progress.note("calibration rows and statistics are on record and used again")
+        calibration, held_out = before
+    else:
+        calibration = record("calibrating", task.calibration, search.seed)
+        held_out = record("held-out rows", task.held_out, search.seed + 1)
+        if known is not None:
+            known.save(watched, plan.rows, calibration, held_out)
     missing = {**calibration.missing, **held_out.missing}
     sites = tuple(
         replace(s, mode="left", reason=missing[s.name]) if s.name in missing and s.mode != "left" else s

@@ -8,18 +8,20 @@ Nothing changes unless held-out data say so beyond their own scatter.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import time
-import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import optuna
+from optuna.distributions import distribution_to_json
 from optuna.samplers import BaseSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from alphasmith.objectives.candidate_batch import paired_difference
@@ -27,6 +29,7 @@ from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.losses import relative_loss
 from alphasmith.objectives.model_objective import ModelObjective
 from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.search.interruption import leave, never
 from alphasmith.search.refinement_space import (
     OURS,
     PLAIN,
@@ -36,6 +39,9 @@ from alphasmith.search.refinement_space import (
     distinct_choices,
     site_kinds,
 )
+from alphasmith.search.spaces import check_space
+from alphasmith.search.study_log import Began, Noted, StudyLog, Tried
+from alphasmith.search.survival import race_all
 
 RefinementKind = Literal["ours", "best_single", "alpha_0.5", "proposal", "sampler"]
 TrialOutcome = Literal["COMPLETE", "PRUNED", "FAIL"]
@@ -44,6 +50,8 @@ TrialOutcome = Literal["COMPLETE", "PRUNED", "FAIL"]
 STEP = 0.1
 #: Sites whose choice is re-opened at most.
 REOPENED_MAX = 4
+#: Fact of the study under which they are kept.
+_REOPENED = "reopened"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +126,12 @@ def refine(
     probes: int = 16,
     seed: int = 0,
     sampler: BaseSampler | None = None,
-    storage: optuna.storages.BaseStorage | None = None,
+    log: StudyLog | None = None,
     study_name: str | None = None,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
     on_trial: Callable[[RefinementTrial], None] | None = None,
+    stop: Callable[[], bool] = never,
 ) -> RefinementResult:
     """Search around the sites' winners at the model's output; keep them unless a held-out gain exceeds its standard error.
 
@@ -138,13 +147,15 @@ def refine(
         probes: Candidates scored before the study to find the sites to re-open: one site at another choice, the rest ours.
         seed: Of the default sampler.
         sampler: None: Optuna's TPE.
-        storage: Optuna storage, None for memory.
-        study_name: Name of the new study, None for a random one.
+        log: Keeps the study; trials it has on record are not scored again. None: nothing is kept.
+        study_name: Name of the study, None for a random one.
         device: Recorded with the study.
         clock: Seconds, monotonic.
         on_trial: Called after each trial.
+        stop: Asked before every trial whether to leave; what was found by then is on record.
 
     Raises:
+        Interrupted: ``stop`` said so.
         InputError: No sites, a site given twice or without ``ours``, fewer than one trial, or an objective that scores a
             task metric, which has no samples.
     """
@@ -158,18 +169,19 @@ def refine(
     ours_start = clock()
     ours = referee.score(winners, protected=True)
     ours_seconds = clock() - ours_start
-    probed = _probe(sites, judge, ours, probes)
+    noted = None if log is None else log.past.notes.get(_REOPENED)
+    probed = _probe(sites, judge, ours, probes, stop) if noted is None else {n: (c, loss) for n, c, loss in noted}
     space = RefinementSpace(sites, kinds, tuple(probed))
-    study = optuna.create_study(
-        study_name=study_name, storage=storage, sampler=sampler or TPESampler(seed=seed, n_startup_trials=8)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names(["quantization loss"])  # the dashboard's axis label
-    study.set_user_attr("device", device)
-    study.set_user_attr("kinds", {kind: list(names) for kind, names in kinds.items()})
-    study.set_user_attr("reopened", [[name, *found] for name, found in probed.items()])
-    driver = _Driver(study, space, referee, clock, on_trial)
+    study = optuna.create_study(study_name=study_name, sampler=sampler or TPESampler(seed=seed, n_startup_trials=8))
+    if log is not None:
+        canonical = json.dumps({n: distribution_to_json(d) for n, d in space.distributions().items()}, sort_keys=True)
+        digest = hashlib.sha256(canonical.encode()).hexdigest()
+        check_space(log.past.notes, study.study_name, canonical, digest)
+        log.tell(Began(space=canonical, space_digest=digest, device=device))
+        if noted is None:
+            log.tell(Noted(name="kinds", value={kind: list(names) for kind, names in kinds.items()}))
+            log.tell(Noted(name=_REOPENED, value=[[name, *found] for name, found in probed.items()]))
+    driver = _Driver(study, space, referee, clock, log, on_trial, stop)
     driver.record("ours", Change(), ours, ours_seconds)
     _run_trials(driver, {name: choice for name, (choice, _) in probed.items()}, trials)
 
@@ -235,12 +247,17 @@ class _Referee:
             self._best = score
         return score
 
+    def recall(self, smoothings: Mapping[str, Smoothing], loss: float) -> None:
+        """A candidate on record is the best one: its errors are needed again, unless a better one is known."""
+        if self._best is None or self._best.loss is None or loss < self._best.loss:
+            self.score(smoothings, protected=True)
+
 
 def _scored(
     judge: ModelObjective, smoothings: Mapping[str, Smoothing], incumbent: Tensor | None, *, protected: bool = False
 ) -> _Score:
     # One candidate a time: several at once would be quantized anew for every batch.
-    found = judge.race([smoothings], incumbent=incumbent, protected=int(protected))[0]
+    found = race_all(judge, [smoothings], incumbent=incumbent, protected=int(protected))[0]
     if found.failure:
         return _Score(state="FAIL", reason=found.failure)
     if found.stopped or found.loss is None:
@@ -251,7 +268,7 @@ def _scored(
 
 
 def _probe(
-    sites: Sequence[RefinableSite], judge: ModelObjective, ours: _Score, probes: int
+    sites: Sequence[RefinableSite], judge: ModelObjective, ours: _Score, probes: int, stop: Callable[[], bool]
 ) -> dict[str, tuple[str, float]]:
     """Sites to re-open -> their best choice and the loss with it alone, lowest loss first.
 
@@ -266,6 +283,7 @@ def _probe(
     of_site = {site.name: site.choices for site in sites}
     winners = {name: choices[OURS] for name, choices in of_site.items()}
     for name, choice in swaps[: max(0, probes)]:
+        leave(stop)
         score = _scored(judge, winners | {name: of_site[name][choice]}, ours.errors)
         if score.loss is None or score.loss >= found.get(name, ("", math.inf))[1]:
             continue
@@ -283,7 +301,7 @@ def _falls(before: _Score, after: _Score, weight: float) -> bool:
 
 
 class _Driver:
-    """Runs and records the trials of one refinement."""
+    """Runs and records the trials of one refinement; those on record are replayed, see ``RecordedStudy``."""
 
     def __init__(
         self,
@@ -291,22 +309,33 @@ class _Driver:
         space: RefinementSpace,
         referee: _Referee,
         clock: Callable[[], float],
+        log: StudyLog | None,
         on_trial: Callable[[RefinementTrial], None] | None,
+        stop: Callable[[], bool],
     ) -> None:
         self.space = space
         self.results: list[RefinementTrial] = []
         self._study = study
         self._referee = referee
         self._clock = clock
+        self._log = log
+        self._past = deque(() if log is None else log.past.trials)
         self._on_trial = on_trial
+        self._stop = stop
 
     def record(self, kind: RefinementKind, change: Change, score: _Score, seconds: float) -> None:
         """Add a trial that was scored already."""
-        self._finish(self._ask(change), kind, score, seconds)
+        trial = self._ask(change)
+        if not self._replay(trial, kind):
+            self._finish(trial, kind, score, seconds)
 
     def run(self, kind: RefinementKind, change: Change | None) -> RefinementTrial:
         """Score ``change``, or what the sampler proposes. Baselines are never stopped."""
         trial = self._ask(change)
+        if known := self._replay(trial, kind):
+            return known
+        leave(self._stop)
+        self._recall()
         start = self._clock()
         smoothings = self.space.smoothings(self.space.change(trial.params))
         score = self._referee.score(smoothings, protected=kind in PLAIN)
@@ -316,22 +345,48 @@ class _Driver:
         self._study.enqueue_trial(self.space.kept if change is None else self.space.params(change))
         return self._study.ask(self.space.distributions())
 
+    def _replay(self, trial: optuna.Trial, kind: RefinementKind) -> RefinementTrial | None:
+        """The trial as it is on record, where the next one there is this one."""
+        if not self._past or (self._past[0].user_attrs["candidate"], self._past[0].params) != (kind, trial.params):
+            return None
+        known = self._known(self._past.popleft())
+        self._study.tell(trial, known.loss, state=TrialState[known.state])
+        return self._add(known)
+
+    def _recall(self) -> None:
+        """Something new is to be scored: the rest of the record counts as it is, and its best one is what to beat."""
+        while self._past:
+            frozen = self._past.popleft()
+            self._study.add_trial(frozen)
+            self._add(self._known(frozen))
+        best = min((r for r in self.results if r.loss is not None), key=_loss_or_infinity, default=None)
+        if best is not None and best.loss is not None:
+            self._referee.recall(self.space.smoothings(best.change), best.loss)
+
+    def _known(self, frozen: FrozenTrial) -> RefinementTrial:
+        return RefinementTrial(
+            number=len(self.results),
+            candidate=frozen.user_attrs["candidate"],
+            change=self.space.change(frozen.params),
+            state=frozen.state.name,  # type: ignore[arg-type]  # finished trials have one of the three
+            loss=frozen.value if frozen.state == TrialState.COMPLETE else None,
+            seconds=frozen.user_attrs["seconds"],
+            reason=frozen.user_attrs.get("reason", ""),
+        )
+
     def _finish(self, trial: optuna.Trial, kind: RefinementKind, score: _Score, seconds: float) -> RefinementTrial:
         # Before tell: a finished trial refuses attributes.
         trial.set_user_attr("candidate", kind)
         trial.set_user_attr("seconds", seconds)
         if score.reason:
             trial.set_user_attr("reason", score.reason)
-        self._study.tell(trial, score.loss, state=TrialState[score.state])
-        result = RefinementTrial(
-            number=trial.number,
-            candidate=kind,
-            change=self.space.change(trial.params),
-            state=score.state,
-            loss=score.loss,
-            seconds=seconds,
-            reason=score.reason,
-        )
+        frozen = self._study.tell(trial, score.loss, state=TrialState[score.state])
+        result = self._known(frozen)
+        if self._log is not None:
+            self._log.tell(Tried(first=result.number, trials=(frozen,)))
+        return self._add(result)
+
+    def _add(self, result: RefinementTrial) -> RefinementTrial:
         self.results.append(result)
         if self._on_trial is not None:
             self._on_trial(result)

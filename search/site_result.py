@@ -89,6 +89,16 @@ class SiteResult:
     trace: tuple[tuple[float, float], ...]
     space: SearchSpace
 
+    def cpu(self) -> SiteResult:
+        """The same with every tensor on the CPU, so that it can travel."""
+        return replace(
+            self,
+            labels=self.labels.cpu(),
+            smoothing=self.smoothing.to("cpu"),
+            plain={kind: smoothing.to("cpu") for kind, smoothing in self.plain.items()},
+            slopes=self.slopes.cpu(),
+        )
+
     @property
     def winner(self) -> CandidateKind:
         """Where the winner comes from."""

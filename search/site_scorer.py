@@ -10,7 +10,8 @@ from alphasmith.objectives.candidate_batch import CandidateBatch, is_behind
 from alphasmith.objectives.site_objective import SiteObjective
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.candidates import Candidate
-from alphasmith.search.studies import Outcome, Pruning, State
+from alphasmith.search.studies import Outcome, Pruning, State, TrialResult
+from alphasmith.search.survival import survive
 
 #: Shares of the rows after which losing candidates are stopped, and the fewest rows that say anything about a loss.
 _RUNGS = (0.125, 0.5)
@@ -56,10 +57,21 @@ class SiteScorer:
         """See :class:`alphasmith.search.studies.Scorer`; a candidate scored on all rows before is not scored again."""
         new = [c for c in candidates if c not in self._known]
         known = [i for i, c in enumerate(candidates) if c in self._known]
-        fresh = self._score(new, protected - sum(i < protected for i in known), pruning) if new else []
+        shielded = protected - sum(i < protected for i in known)
+        fresh = survive(self._score, new, protected=shielded, pruning=pruning) if new else []
         found = dict(zip(new, fresh, strict=True))
         self._known |= {c: o for c, o in found.items() if o.state == "COMPLETE"}
         return [found.get(c) or self._known[c] for c in candidates]
+
+    def recall(self, results: Sequence[TrialResult]) -> None:
+        """See :class:`alphasmith.search.studies.Scorer`."""
+        complete = [r for r in results if r.loss is not None]
+        best = min(complete, key=lambda r: (r.loss, r.number), default=None)
+        if best is not None and best.candidate not in self._known:
+            self._score([best.candidate], 1, None)
+        for r in complete:
+            steps = ((self._judge.rows, float(r.loss or 0.0)),)
+            self._known[r.candidate] = Outcome(state="COMPLETE", loss=r.loss, seconds=r.seconds, steps=steps)
 
     def _score(self, candidates: Sequence[Candidate], protected: int, pruning: Pruning | None) -> list[Outcome]:
         began = self._clock()

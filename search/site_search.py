@@ -23,6 +23,7 @@ from alphasmith.objectives.smoothing import Smoothing, coefficient_map
 from alphasmith.search.candidates import BASELINES, Candidate
 from alphasmith.search.config import GroupsConfig, RunConfig, SearchConfig
 from alphasmith.search.frames import Frame, FrameKey, Frames, hull, ranges_of
+from alphasmith.search.interruption import leave, never
 from alphasmith.search.proposals import NoiseFacts, Proposer
 from alphasmith.search.ranges import DEFAULT_ALPHA, AlphaRange
 from alphasmith.search.site_result import SearchFacts, SiteResult
@@ -38,8 +39,8 @@ from alphasmith.search.studies import (
     guard,
     play,
 )
+from alphasmith.search.study_log import StoredLog, StudyLog
 from alphasmith.search.threads import threads_for
-from alphasmith.search.writer import Writer
 from alphasmith.storage.database import open_optuna
 
 #: K that ``auto`` tries, in this order, while held-out loss falls.
@@ -115,8 +116,8 @@ def search_site(
         groups=settings.groups,
         search=settings.search,
         rho=0.0,
-        storage=None if storage is None else open_optuna(storage),
-        study_name=None if storage is None else f"search_site-{time.time_ns()}",
+        log=None if storage is None else StoredLog(open_optuna(storage), name := f"search_site-{time.time_ns()}"),
+        study_name=None if storage is None else name,
     )
 
 
@@ -128,13 +129,14 @@ def search_data(
     groups: GroupsConfig,
     search: SearchConfig,
     rho: float,
-    storage: optuna.storages.BaseStorage | None,
-    study_name: str | None,
+    log: StudyLog | None = None,
+    study_name: str | None = None,
     shiftable: bool = True,
     budget: int | None = None,
-    writer: Writer | None = None,
+    reused: Candidate | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_trial: Callable[[TrialResult], None] | None = None,
+    stop: Callable[[], bool] = never,
 ) -> SiteResult:
     """Search one site given its calibration and held-out rows; ``search_site`` and the run both end here.
 
@@ -145,19 +147,24 @@ def search_data(
         groups: Grouping and range settings.
         search: Trials, sampler, pruner, seed.
         rho: Scarcity of the target hardware (fA7).
-        storage: Optuna storage, None for memory.
+        log: Keeps the study, and knows what is on record of it; None: nothing is kept.
         study_name: Name of the study, None for a random one.
         shiftable: Whether the site's input may be shifted, see ``Site.shiftable``.
         budget: Memory for the buffers of each judge [bytes]; None: 512 MiB, or what one candidate needs.
-        writer: Writes trials to the storage; None: written at once.
+        reused: The winner of an earlier search at this site, to start from; left out where it does not fit the settings.
         clock: Seconds, monotonic.
         on_trial: Called after each trial.
+        stop: Asked before every batch of candidates whether to leave; what was found by then is on record.
+
+    Raises:
+        AlphasmithError: Every trial failed, or the study on record was made for another space.
+        Interrupted: ``stop`` said so.
     """
     work = sum(part.x.shape[0] * part.weight.numel() for part in data.parts)
     with threads_for(work):
-        one = _SiteSearch(data, held_out, scheme, groups, search, rho, shiftable, budget, clock)
+        one = _SiteSearch(data, held_out, scheme, groups, search, rho, shiftable, budget, reused, clock)
         try:
-            return one.run(storage=storage, study_name=study_name, writer=writer, on_trial=on_trial)
+            return one.run(log=log, study_name=study_name, on_trial=on_trial, stop=stop)
         finally:
             one.release()
 
@@ -175,6 +182,7 @@ class _SiteSearch:
         rho: float,
         shiftable: bool,
         budget: int | None,
+        reused: Candidate | None,
         clock: Callable[[], float],
     ) -> None:
         self._start = clock()
@@ -191,23 +199,25 @@ class _SiteSearch:
         self._frames = self._look(1 if groups.k == "auto" else groups.k)
         self._proposer = self._make_proposer() if search.noise_model else None
         self._scorer = SiteScorer(self._judge, self._to_smoothing, clock=clock, start=self._start)
+        self._reused = reused
         self._limit: Limit | None = None
         self._facts: NoiseFacts | None = None
 
     def run(
         self,
         *,
-        storage: optuna.storages.BaseStorage | None,
+        log: StudyLog | None,
         study_name: str | None,
-        writer: Writer | None,
         on_trial: Callable[[TrialResult], None] | None,
+        stop: Callable[[], bool],
     ) -> SiteResult:
         """Best single alpha, K, proposals, trials, guard, range statistic."""
+        leave(stop)
         lead = self._lead()
         single, grid = self._best_single()
         if self._groups.k == "auto":
             self._grow_k(single)
-            lead = None
+            lead = self._from_earlier()
         ranges = self._ranges(single)
         space = SearchSpace.of(
             hull(list(ranges.values())),
@@ -216,15 +226,18 @@ class _SiteSearch:
             choices=self._frames.choices(),
             recorded={"range": self._search.range},
         )
-        proposals = self._propose(ranges, single, beyond=self._groups.ranges != "strict", lead=lead)
+        leave(stop)
+        beyond = self._groups.ranges != "strict"
+        # An earlier winner is tried alone at first: where it is near the limit, no descent is needed.
+        known = lead is not None and lead.kind == "reused"
+        proposals = [lead] if known and lead else self._propose(ranges, single, beyond=beyond, lead=lead)
         first = [replace(c, range=self._search.range[0]) for c in baselines(self._frames.k, single)] + proposals
         study = RecordedStudy(
             self._search,
             space,
             device=str(self._data.device),
-            storage=storage,
+            log=log,
             name=study_name,
-            writer=writer,
             on_trial=on_trial,
         )
         study.note("single_alpha_grid", grid)
@@ -237,7 +250,11 @@ class _SiteSearch:
             batch=_BATCH.get(self._data.device.type, 1),
             patience=self._search.patience,
             enough=lambda best: self._enough(best, study.results),
-            follow_up=lambda: self._near_limit(ranges, study.results),
+            follow_up=lambda: (
+                (self._propose(ranges, single, beyond=beyond, lead=lead)[1:] if known else [])
+                + self._near_limit(ranges, study.results)
+            ),
+            stop=stop,
         )
         rivals = _rivals(study.results)
         ranged, range_losses = self._try_ranges(study, best_trial(study.results))
@@ -350,9 +367,15 @@ class _SiteSearch:
         return {key: ranges_of(f.grouping, self._groups, self._rho, single) for key, f in self._frames.items()}
 
     def _lead(self) -> Candidate | None:
-        """A quick proposal, scored before anything else: what follows has an incumbent to lose against."""
+        """A quick proposal, scored before anything else: what follows has an incumbent to lose against.
+
+        The winner of an earlier search at this site is a better one and costs nothing.
+        """
         if self._groups.k == "auto":
             return None
+        known = self._from_earlier()
+        if known is not None and self._scorer.score([known], protected=1, pruning=None)[0].state == "COMPLETE":
+            return known
         ranges = self._ranges(DEFAULT_ALPHA)
         lead: Candidate | None = self._timed(
             lambda p: p.lead(self._frames, ranges, self._search.range[0]), default=None
@@ -360,6 +383,20 @@ class _SiteSearch:
         if lead is None or self._scorer.score([lead], protected=1, pruning=None)[0].state != "COMPLETE":
             return None
         return lead
+
+    def _from_earlier(self) -> Candidate | None:
+        """The winner of an earlier search in the terms of this one; None where it does not fit or a baseline says the same."""
+        old = self._reused
+        if old is None or old.alphas is None or old.kind in BASELINES or old.range not in self._search.range:
+            return None
+        kinds = (bool(old.betas), bool(old.offsets)) == (self._groups.betas, self._groups.offsets)
+        if not kinds or len(old.alphas) != self._frames.k:
+            return None
+        frame = self._frames.of(old)
+        if (old.grouping or frame.method, old.statistic or frame.statistic, old.shift) != frame.key:
+            return None
+        plain = Candidate("reused", old.alphas, old.betas, old.offsets, range=old.range)
+        return replace(plain, **self._frames.named(frame))
 
     def _propose(
         self,
@@ -495,8 +532,7 @@ class _SiteSearch:
         mean, deviation = paired_difference(before[1], after[1], 1.0)
         if mean <= _RANGE_CONFIDENCE * deviation:
             return [], tuple(known.items())
-        result = study.add(chosen, self._scorer.score([chosen], protected=1, pruning=None)[0])
-        return [result], tuple(known.items())
+        return study.attempt(self._scorer, [chosen], protected=1), tuple(known.items())
 
     def _range_variants(self, winner: Candidate) -> list[Candidate]:
         """The winner under every other range statistic that can make a difference on the held-out rows."""

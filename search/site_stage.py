@@ -1,178 +1,210 @@
-"""All sites of a run, one study each, then the refinement of their winners at the model's output."""
+"""All sites of a run, one study each, on whatever engine there is, together with whoever else works on the run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
+from optuna.storages import BaseStorage
 
-from alphasmith.objectives.model_objective import ModelObjective
-from alphasmith.objectives.site_data import SiteData, to_device
-from alphasmith.objectives.site_objective import SiteObjective
-from alphasmith.objectives.sites.folded_weights import FoldedWeights
-from alphasmith.objectives.sites.types import Site
-from alphasmith.search.candidates import BASELINES, Candidate
-from alphasmith.search.config import RunConfig
-from alphasmith.search.prepare import Prepared, search_device
+from alphasmith.objectives.errors import AlphasmithError
+from alphasmith.objectives.scheme import Scheme
+from alphasmith.search.config import GroupsConfig, SearchConfig
+from alphasmith.search.engines.types import Ended, Engine, SiteWork
+from alphasmith.search.interruption import Interrupted
 from alphasmith.search.progress import Progress
-from alphasmith.search.recorder import RunRecorder
-from alphasmith.search.refinement import RefinementResult, refine
-from alphasmith.search.refinement_space import RefinableSite
+from alphasmith.search.published import work_memory
+from alphasmith.search.site_keeper import SiteKeeper
 from alphasmith.search.site_result import SiteResult
-from alphasmith.search.site_search import search_data
-from alphasmith.search.studies import Losses
+from alphasmith.search.site_source import SiteSource
+from alphasmith.search.site_state import candidate_of
+from alphasmith.search.study_log import StoredLog, StudyMessage
 from alphasmith.search.writer import Writer
+from alphasmith.storage.board import Board
+from alphasmith.storage.work_records import Claim
+
+#: Seconds between two looks at a signal to stop while an engine works, and at what other processes have done, at first and
+#: at most: many idle workers must not keep the database busy.
+_TICK, _POLL, _LONGEST_POLL = 0.2, 1.0, 5.0
 
 
-def search_sites(
-    config: RunConfig, prepared: Prepared, recorder: RunRecorder, writer: Writer, progress: Progress
-) -> dict[str, SiteResult]:
-    """One study per site. Weights carry the folds of the sites searched before, see ``producers_first``.
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings:
+    """What is the same for the search at every site of a run.
+
+    Attributes:
+        scheme: Quantization scheme.
+        groups: Grouping and range settings.
+        search: Trials, sampler, pruner, seed.
+        rho: Scarcity of the target hardware (fA7).
+        budget: Memory for the buffers of each judge [bytes]; None: see ``search_data``.
+    """
+
+    scheme: Scheme
+    groups: GroupsConfig
+    search: SearchConfig
+    rho: float
+    budget: int | None = None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A piece of work the engine holds."""
+
+    claim: Claim
+    log: StoredLog
+
+
+class SiteStage:
+    """Claims sites, has them searched, keeps what is found.
 
     Args:
-        config: The run's configuration.
-        prepared: Sites and calibration.
-        recorder: Keeps each result as soon as it is found.
-        writer: The thread that writes.
+        run_id: The run.
+        source: Rows and weights.
+        settings: What is the same at every site.
+        engine: Searches.
+        board: Hands out sites, to other processes, too.
+        keeper: Keeps results.
+        storage: Optuna storage of the studies.
+        writer: The one thread that writes trials and results.
         progress: Told after each site.
+        stop: Asked again and again whether to leave.
+        sleep: Waits a number of seconds.
     """
-    by_name = {s.name: s for s in prepared.sites}
-    weights = _weights(prepared)
-    device = search_device(config)
-    results: dict[str, SiteResult] = {}
-    progress.stage("searching sites", len(prepared.order))
-    for name in prepared.order:
-        site = by_name[name]
-        data, reserve = _rows(prepared, site, weights, device)
-        result = search_data(
-            data,
-            reserve,
-            scheme=config.scheme.build(),
-            groups=config.groups,
-            search=config.search,
-            rho=prepared.survey.scarcity.rho,
-            storage=recorder.optuna_storage,
-            study_name=recorder.study_name(name),
-            shiftable=site.shiftable,
-            budget=_scratch(config, prepared, device),
-            writer=writer,
+
+    def __init__(
+        self,
+        run_id: str,
+        source: SiteSource,
+        settings: SiteSettings,
+        *,
+        engine: Engine,
+        board: Board,
+        keeper: SiteKeeper,
+        storage: BaseStorage,
+        writer: Writer,
+        progress: Progress,
+        stop: Callable[[], bool],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._run_id = run_id
+        self._source = source
+        self._settings = settings
+        self._engine = engine
+        self._board = board
+        self._keeper = keeper
+        self._storage = storage
+        self._writer = writer
+        self._progress = progress
+        self._stop = stop
+        self._sleep = sleep
+        self._results: dict[str, SiteResult] = {}
+        self._held: dict[str, _Held] = {}
+        self._stopping = False
+
+    def run(self) -> None:
+        """Search until every site has a result, here or elsewhere; those on record are not searched again.
+
+        Raises:
+            AlphasmithError: A site failed for good, here or elsewhere.
+            Interrupted: ``stop`` said so; what ran has ended after its batch and is on record.
+        """
+        total = len(self._source.order)
+        self._progress.stage("searching sites", total)
+        if before := len(self._board.done()):
+            self._progress.note(f"{before} of {total} sites are on record and not searched again")
+        pause = _POLL
+        while True:
+            if self._stop() and not self._stopping:
+                self._stopping = True
+                self._engine.stop()
+            if self._fill():
+                pause = _POLL
+            if self._held:
+                for ended in self._engine.wait(self._hear, _TICK):
+                    self._end(ended)
+                continue
+            self._writer.flush()
+            if self._stopping:
+                raise Interrupted("asked to stop")
+            if len(self._board.done()) == total:
+                return
+            self._keeper.check()
+            self._sleep(pause)  # others hold what is left
+            pause = min(_LONGEST_POLL, pause * 1.5)
+
+    def results(self) -> dict[str, SiteResult]:
+        """Results of all sites, in search order, once :meth:`run` has returned."""
+        self._fetch([name for name in self._source.order if name not in self._results])
+        return {name: self._results[name] for name in self._source.order}
+
+    def _fill(self) -> bool:
+        """Give the engine what it can take; whether it took anything."""
+        taken = False
+        while not self._stopping and self._engine.slots > 0:
+            claim = self._board.claim()
+            if claim is None and self._writer.flush():
+                claim = self._board.claim()  # what was just kept may have unblocked a site
+            if claim is None:
+                break
+            self._begin(claim)
+            taken = True
+        return taken
+
+    def _begin(self, claim: Claim) -> None:
+        name = claim.site
+        self._fetch([d for d in claim.ticket.depends_on if d not in self._results])
+        smoothings = {d: self._results[d].smoothing for d in claim.ticket.depends_on}
+        data, held_out = self._source.rows(name, smoothings)
+        study = f"{self._run_id}/{name}"
+        log = StoredLog(self._storage, study, writer=self._writer, fence=self._board.fence(claim))
+        reused = claim.ticket.reused
+        settings = self._settings
+        work = SiteWork(
+            site=name,
+            study_name=study,
+            data=data,
+            held_out=held_out,
+            scheme=settings.scheme,
+            groups=settings.groups,
+            search=settings.search,
+            rho=settings.rho,
+            shiftable=self._source.site(name).shiftable,
+            budget=settings.budget,
+            memory=work_memory(data, held_out),
+            reused=None if reused is None else candidate_of(reused["candidate"]),
+            past=log.past,
         )
-        results[name] = result
-        writer.submit(recorder.site, site, result)
-        weights.fold(site, result.smoothing)
-        progress.advance(f"best loss {result.held_out_loss:.3g} at the last site")
-    return results
+        self._held[name] = _Held(claim, log)
+        self._engine.submit(work)
 
+    def _hear(self, site: str, message: StudyMessage) -> None:
+        held = self._held.get(site)
+        if held is not None:
+            held.log.tell(message)
 
-def refine_sites(
-    config: RunConfig,
-    prepared: Prepared,
-    results: Mapping[str, SiteResult],
-    judge: ModelObjective,
-    reserve: ModelObjective,
-    recorder: RunRecorder,
-    progress: Progress,
-) -> tuple[dict[str, SiteResult], RefinementResult]:
-    """Look at the winners of all sites together, at the output; changed sites come back re-scored on their own rows.
+    def _end(self, ended: Ended) -> None:
+        held = self._held.pop(ended.site)
+        if ended.result is not None:
+            self._progress.advance(f"best loss {ended.result.held_out_loss:.3g} at the last site")
+            self._results[ended.site] = ended.result
+            self._writer.submit(self._keep, held.claim, ended.result)
+        elif ended.stopped or ended.lost:
+            self._writer.flush()  # the next attempt starts from what this one told
+            reason = ended.reason or "asked to stop"
+            self._board.give_back(held.claim, reason=reason, counted=ended.lost)
+            if ended.lost:
+                self._progress.note(f"{ended.site}: {reason}; it is searched again")
+        else:
+            self._board.fail(held.claim, ended.reason)
+            raise AlphasmithError(f"site {ended.site}: {ended.reason}")
 
-    Args:
-        config: The run's configuration.
-        prepared: Sites and calibration.
-        results: Winner of every searched site.
-        judge: Loss at the output on the search batches.
-        reserve: The same on held-out batches.
-        recorder: Names the study.
-        progress: Told after each trial.
-    """
-    progress.stage("refining at the output", config.search.refine_trials)
-    by_name = {s.name: s for s in prepared.sites}
-    refinement = refine(
-        [_refinable(by_name[name], result) for name, result in results.items()],
-        judge,
-        reserve,
-        trials=config.search.refine_trials,
-        probes=config.search.refine_trials // 2,
-        seed=config.search.seed,
-        storage=recorder.optuna_storage,
-        study_name=recorder.study_name("refinement"),
-        device=str(search_device(config)),
-        on_trial=lambda _: progress.advance(),
-    )
-    progress.note(f"refinement: {refinement.reason}")
-    judge.reset()  # sites are scored again on the float weights
-    final = dict(results)
-    if refinement.accepted:
-        for name, smoothing in refinement.smoothings.items():
-            if name in refinement.changed:
-                candidate = _changed(results[name], refinement, name)
-                final[name] = replace(results[name], candidate=candidate, smoothing=smoothing)
-        _rescore(config, prepared, final, refinement.changed)
-    return final, refinement
+    def _keep(self, claim: Claim, result: SiteResult) -> None:
+        if not self._keeper.keep(claim, self._source.site(claim.site), result):
+            self._results.pop(claim.site, None)  # another attempt's result counts; it is read when it is there
 
-
-def _refinable(site: Site, result: SiteResult) -> RefinableSite:
-    return RefinableSite(
-        name=site.name,
-        operators=tuple(o.name for o in site.operators),
-        rescale=lambda delta: result.moved(delta)[1],
-        choices={"ours": result.smoothing, **{kind: result.plain[kind] for kind in reversed(BASELINES)}},
-        loss=result.held_out_loss,
-    )
-
-
-def _scratch(config: RunConfig, prepared: Prepared, device: torch.device) -> int | None:
-    """Memory for the buffers of one judge [bytes]; None: its own default.
-
-    On a GPU half of what is free, shared by two judges. On the CPU, where a budget is given, what the plan leaves of it.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 4
-    given = config.hardware.search_memory
-    return None if given is None else max(prepared.plan.evaluator, given - prepared.plan.total)
-
-
-def _changed(result: SiteResult, refinement: RefinementResult, name: str) -> Candidate:
-    """The candidate that the refinement put in the place of a site's winner."""
-    choice = refinement.changed[name]
-    if choice in BASELINES:
-        return next(replace(r.candidate, kind="refined") for r in result.results if r.candidate.kind == choice)
-    kind = next(kind for kind, names in refinement.kinds.items() if name in names)
-    return result.moved(refinement.deltas[kind])[0]
-
-
-def _rescore(config: RunConfig, prepared: Prepared, results: dict[str, SiteResult], changed: Mapping[str, str]) -> None:
-    """Put the losses of changed sites, on their own rows, into their results."""
-    weights = _weights(prepared)
-    device = search_device(config)
-    by_name = {s.name: s for s in prepared.sites}
-    for name in prepared.order:
-        if name in changed:
-            result = results[name]
-            rows = _rows(prepared, by_name[name], weights, device)
-            search, held_out = (
-                _with_ours(losses, SiteObjective(data, config.scheme.build()).loss(result.smoothing))
-                for losses, data in zip((result.search, result.held_out), rows, strict=True)
-            )
-            results[name] = replace(result, search=search, held_out=held_out)
-        weights.fold(by_name[name], results[name].smoothing)
-
-
-def _with_ours(losses: Losses, ours: float) -> Losses:
-    limit = None if losses.limit is None else min(losses.limit, ours)
-    return replace(losses, ours=ours, limit=limit)
-
-
-def _weights(prepared: Prepared) -> FoldedWeights:
-    model = prepared.survey.model
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return FoldedWeights({name: value.detach() for name, value in tensors.items()})
-
-
-def _rows(
-    prepared: Prepared, site: Site, weights: Mapping[str, torch.Tensor], device: torch.device
-) -> tuple[SiteData, SiteData]:
-    """Search and held-out rows of a site, both with the calibrated ranges."""
-    data = prepared.calibration.site_data(site, weights)
-    held_out = prepared.held_out.site_data(site, weights, ranges_from=prepared.calibration)
-    return to_device(data, device), to_device(held_out, device)
+    def _fetch(self, sites: Sequence[str]) -> None:
+        """Read accepted results that another process, or this one before, has found."""
+        if sites:
+            self._results |= self._keeper.results(sites)

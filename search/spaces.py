@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.search.ranges import AlphaRange
 
-_SPACE = "alphasmith:space"
-_DIGEST = "alphasmith:space_sha256"
+#: Attributes of a study that freeze its space.
+SPACE = "alphasmith:space"
+SPACE_DIGEST = "alphasmith:space_sha256"
 
 #: How far a group's factor may move its scales, natural logarithm: a factor of 150 either way, which groups of channels that the
 #: weights hardly read do need.
@@ -96,26 +96,33 @@ class SearchSpace:
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of the space."""
-        return hashlib.sha256(self._json().encode()).hexdigest()
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
 
-    def freeze_in(self, study: optuna.Study) -> None:
-        """Record the space in ``study``, or check that the study already holds the same one.
+    def check(self, noted: Mapping[str, Any], study_name: str) -> None:
+        """Refuse a study that was made for another space, by what is noted of it.
 
-        Optuna accepts changed bounds silently and then samples such parameters independently; so refuse.
+        Optuna accepts changed bounds silently and then samples such parameters independently.
 
         Raises:
             InputError: The study was made for another space.
         """
-        known = study.user_attrs.get(_DIGEST)
-        if known is None:
-            study.set_user_attr(_SPACE, self._json())
-            study.set_user_attr(_DIGEST, self.digest())
-        elif known != self.digest():
-            raise InputError(
-                "search space",
-                f"study {study.study_name!r} was made for {study.user_attrs.get(_SPACE)}, not {self._json()}",
-                "start a new run, or restore the configuration of the old one",
-            )
+        check_space(noted, study_name, self.canonical(), self.digest())
 
-    def _json(self) -> str:
+    def canonical(self) -> str:
+        """Canonical JSON of the space."""
         return json.dumps({"floats": self.floats, "choices": (*self.choices, *self.recorded)}, sort_keys=True)
+
+
+def check_space(noted: Mapping[str, Any], study_name: str, canonical: str, digest: str) -> None:
+    """Refuse a study that was made for another space than the one given by its canonical JSON and digest.
+
+    Raises:
+        InputError: It was.
+    """
+    known = noted.get(SPACE_DIGEST)
+    if known is not None and known != digest:
+        raise InputError(
+            "search space",
+            f"study {study_name!r} was made for {noted.get(SPACE)}, not {canonical}",
+            "start a new run, or restore the configuration of the old one",
+        )

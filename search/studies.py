@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import optuna
@@ -17,11 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 from alphasmith.objectives.errors import AlphasmithError, NonFiniteError
 from alphasmith.search.candidates import Candidate
 from alphasmith.search.config import SearchConfig
+from alphasmith.search.interruption import leave, never
 from alphasmith.search.ranges import DEFAULT_ALPHA
 from alphasmith.search.samplers import make_pruner, make_sampler
 from alphasmith.search.spaces import SearchSpace
-from alphasmith.search.writer import Writer
-from alphasmith.storage.optuna_trials import insert_trials
+from alphasmith.search.study_log import Began, Noted, StudyLog, Tried
 
 State = Literal["COMPLETE", "PRUNED", "FAIL"]
 #: (candidate's place in the batch, step, loss) -> whether a configured Optuna pruner stops it.
@@ -58,6 +56,13 @@ class Scorer(Protocol):
             protected: The first so many are scored on all data whatever their losses are (baselines).
             pruning: Asked after every subset whether to stop a candidate that is not protected; None: candidates whose
                 loss is above the incumbent's by more than three paired standard errors are stopped.
+        """
+        ...
+
+    def recall(self, results: Sequence[TrialResult]) -> None:
+        """Know the trials on record, so that what comes next is compared with the best of them.
+
+        The best one is scored once more, since its errors row by row are not on record.
         """
         ...
 
@@ -168,7 +173,12 @@ def best_single_alpha(loss: Callable[[float], float], points: int) -> tuple[floa
             grid.append([round(alpha, 9), loss(alpha)])
         except NonFiniteError:
             continue
-    return (min(grid, key=lambda point: point[1])[0] if grid else DEFAULT_ALPHA), grid
+    return lowest_of(grid), grid
+
+
+def lowest_of(grid: Sequence[Sequence[float]]) -> float:
+    """The alpha of the lowest loss in a grid of [alpha, loss], first on ties; the default where the grid is empty."""
+    return min(grid, key=lambda point: point[1])[0] if grid else DEFAULT_ALPHA
 
 
 def baselines(k: int, best_single_alpha: float) -> list[Candidate]:
@@ -181,11 +191,15 @@ def baselines(k: int, best_single_alpha: float) -> list[Candidate]:
 
 
 class RecordedStudy:
-    """An Optuna study whose sampler works in memory while one writer thread keeps every finished trial in the storage.
+    """An Optuna study whose sampler works in memory while a log keeps every batch of finished trials.
 
     Parameters are the price of a stored trial (ecosystem.md section 4): asking, suggesting and telling through the database
-    costs many times what the search does. Here finished trials are inserted off the search's path, all that wait at a time
-    together. A study that already holds trials goes on from them.
+    costs many times what the search does. Here finished trials are recorded off the search's path, all of a batch together.
+
+    A study of which trials are recorded already is played again from its beginning: the sampler is asked as it was then and
+    told what is on record, so its state is what it was, and nothing that finished is scored a second time. Where the
+    replayed candidates differ from the recorded ones (another library, another machine), the rest of the record is taken as
+    it is, as history, and counts like any other trial.
 
     Attributes:
         name: Name of the study.
@@ -196,10 +210,12 @@ class RecordedStudy:
         search: Sampler, pruner, seed.
         space: Frozen space of the sampler's proposals. Candidates may lie outside: ranges are defaults, not laws (T3).
         device: Where candidates are scored, recorded with the study.
-        storage: Optuna storage, None for memory.
+        log: Keeps trials and facts, and knows those recorded before; None: nothing is kept.
         name: Name of the study, None for a random one.
-        writer: Writes the trials; None: written at once.
         on_trial: Called after each trial.
+
+    Raises:
+        InputError: What is recorded was found in another space.
     """
 
     def __init__(
@@ -208,91 +224,166 @@ class RecordedStudy:
         space: SearchSpace,
         *,
         device: str,
-        storage: optuna.storages.BaseStorage | None = None,
+        log: StudyLog | None = None,
         name: str | None = None,
-        writer: Writer | None = None,
         on_trial: Callable[[TrialResult], None] | None = None,
     ) -> None:
         self._space = space
         self.pruning = search.pruner != "paired"
         self._memory = optuna.create_study(
-            study_name=name if storage is None else None,
+            study_name=name,
             sampler=make_sampler(search.sampler, seed=search.seed, space=space.distributions()),
             pruner=make_pruner(search.pruner),
         )
-        self._kept = self._memory
-        self._insert: Callable[[Sequence[FrozenTrial]], None] | None = None
-        self._waiting: deque[FrozenTrial] = deque()
-        self._writer = writer
+        self.name = self._memory.study_name
+        self._log = log
         self._on_trial = on_trial
         self.results: list[TrialResult] = []
-        if storage is not None:
-            self._kept = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
-            for trial in self._kept.trials:
-                if trial.state.is_finished():
-                    self._memory.add_trial(trial)
-                    self.results.append(_result(trial))
-        self.name = self._kept.study_name
-        if storage is not None:
-            self._insert = partial(insert_trials, storage, storage.get_study_id_from_name(self.name))
-        space.freeze_in(self._kept)
-        self._kept.set_user_attr("device", device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._kept.set_metric_names(["quantization loss"])  # the dashboard's axis label
+        self._past: deque[FrozenTrial] = deque(() if log is None else log.past.trials)
+        #: Whether trials on record were taken over that the scorer does not know of.
+        self._unknown_to_scorer = False
+        if log is not None:
+            space.check(log.past.notes, self.name)
+            log.tell(Began(space=space.canonical(), space_digest=space.digest(), device=device))
 
     def note(self, name: str, value: Any) -> None:
         """Keep a fact with the study, as an attribute of its own name."""
-        self._waiting = deque()  # trials found later must not be stored before the fact
-        self._write(self._kept.set_user_attr, name, value)
+        if self._log is not None and self._log.past.notes.get(name) != value:
+            self._log.tell(Noted(name=name, value=value))
 
-    def add(self, candidate: Candidate, outcome: Outcome) -> TrialResult:
-        """Record a candidate that the sampler did not propose."""
-        frozen = _frozen(candidate, outcome, self._space)
-        self._memory.add_trial(frozen)
-        return self._record(candidate, outcome, frozen)
+    def attempt(
+        self, scorer: Scorer, candidates: Sequence[Candidate], *, protected: int = 0, most: int | None = None
+    ) -> list[TrialResult]:
+        """Score and record candidates that the sampler did not propose; those recorded already are not scored again.
 
-    def ask(self, count: int) -> list[tuple[optuna.Trial, Candidate]]:
-        """The sampler's next proposals; answer each, in order, with :meth:`tell`."""
-        asked = []
-        for _ in range(count):
-            trial = self._memory.ask()
-            params = {name: trial.suggest_float(name, low, high) for name, low, high in self._space.floats}
-            choices = {name: trial.suggest_categorical(name, values) for name, values in self._space.choices}
-            asked.append((trial, Candidate.of("sampler", params | choices)))
-        return asked
+        Args:
+            scorer: Scores candidates.
+            candidates: What to try, together.
+            protected: The first so many are never stopped early.
+            most: Trials the study may hold; None: any number.
+        """
+        known = self._known(candidates)
+        added = self._replay(candidates, known, add=True)
+        fresh = candidates[len(known) :]
+        if fresh:
+            self._end_replay(scorer)
+            fresh = fresh[: None if most is None else max(0, most - len(self.results))]
+        if fresh:
+            outcomes = scorer.score(fresh, protected=max(0, protected - len(known)), pruning=None)
+            added += self._keep(fresh, outcomes, add=True)
+        return added
 
-    def tell(self, trial: optuna.Trial, candidate: Candidate, outcome: Outcome) -> TrialResult:
-        """Record how a proposal of the sampler fared."""
-        state = TrialState[outcome.state]
-        if not self.pruning:  # a pruner has been told already
+    def sample(self, scorer: Scorer, count: int, *, most: int) -> list[TrialResult]:
+        """Ask the sampler for ``count`` candidates, score them together and tell it how they fared.
+
+        Args:
+            scorer: Scores candidates.
+            count: Proposals asked for before the sampler learns anything new.
+            most: Trials the study may hold.
+        """
+        asked = [self._ask() for _ in range(min(count, most - len(self.results)))]
+        known = self._known([c for _, c in asked])
+        added = self._replay([c for _, c in asked], known, add=False)
+        for (trial, _), outcome in zip(asked, known, strict=False):
+            self._answer(trial, outcome, reported=False)
+        fresh = asked[len(known) :]
+        if fresh:
+            self._end_replay(scorer)
+            left = max(0, most - len(self.results))
+            for trial, _ in fresh[left:]:  # history has filled the study meanwhile
+                self._memory.tell(trial, state=TrialState.FAIL)
+            fresh = fresh[:left]
+
+        def pruned(index: int, step: int, loss: float) -> bool:
+            trial = fresh[index][0]
+            trial.report(loss, step)
+            return trial.should_prune()
+
+        if fresh:
+            candidates = [c for _, c in fresh]
+            outcomes = scorer.score(candidates, protected=0, pruning=pruned if self.pruning else None)
+            for (trial, _), outcome in zip(fresh, outcomes, strict=True):
+                self._answer(trial, outcome, reported=self.pruning)
+            added += self._keep(candidates, outcomes, add=False)
+        return added
+
+    def _ask(self) -> tuple[optuna.Trial, Candidate]:
+        trial = self._memory.ask()
+        params = {name: trial.suggest_float(name, low, high) for name, low, high in self._space.floats}
+        choices = {name: trial.suggest_categorical(name, values) for name, values in self._space.choices}
+        return trial, Candidate.of("sampler", params | choices)
+
+    def _answer(self, trial: optuna.Trial, outcome: Outcome, *, reported: bool) -> None:
+        """Tell the sampler how its proposal fared; a pruner was told of the steps while they were made."""
+        if not reported:
             for step, loss in outcome.steps:
                 trial.report(loss, step)
-        self._memory.tell(trial, outcome.loss) if outcome.loss is not None else self._memory.tell(trial, state=state)
-        return self._record(candidate, outcome, _frozen(candidate, outcome, self._space))
-
-    def _record(self, candidate: Candidate, outcome: Outcome, frozen: FrozenTrial) -> TrialResult:
-        result = TrialResult(
-            number=len(self.results),
-            candidate=candidate,
-            state=outcome.state,
-            loss=outcome.loss,
-            seconds=outcome.seconds,
-            reason=outcome.reason,
-        )
-        self.results.append(result)
-        if self._insert is not None:
-            self._waiting.append(frozen)
-            self._write(_store, self._insert, self._waiting)
-        if self._on_trial is not None:
-            self._on_trial(result)
-        return result
-
-    def _write(self, job: Callable[..., object], *args: Any) -> None:
-        if self._writer is None:
-            job(*args)
+        if outcome.loss is not None:
+            self._memory.tell(trial, outcome.loss)
         else:
-            self._writer.submit(job, *args)
+            self._memory.tell(trial, state=TrialState[outcome.state])
+
+    def _known(self, candidates: Sequence[Candidate]) -> list[Outcome]:
+        """Outcomes of those of ``candidates``, from the first on, that are on record as the next trials of the study."""
+        found = []
+        for candidate, trial in zip(candidates, self._past, strict=False):
+            if (trial.user_attrs["candidate"], trial.params) != (
+                candidate.kind,
+                self._space.recordable(candidate.params()),
+            ):
+                break
+            found.append(_outcome(trial))
+        return found
+
+    def _end_replay(self, scorer: Scorer) -> None:
+        """Something new is to be scored: what is left on record counts as it is, and the scorer learns of all of it."""
+        for trial in self._past:
+            self._memory.add_trial(trial)
+            self.results.append(_result(trial))
+        self._unknown_to_scorer |= bool(self._past)
+        self._past.clear()
+        if self._unknown_to_scorer:
+            self._unknown_to_scorer = False
+            scorer.recall(self.results)
+
+    def _replay(self, candidates: Sequence[Candidate], known: Sequence[Outcome], *, add: bool) -> list[TrialResult]:
+        """Take over trials that are on record: the first ``len(known)`` of ``candidates``."""
+        for _ in known:
+            trial = self._past.popleft()
+            if add:
+                self._memory.add_trial(trial)
+        self._unknown_to_scorer |= bool(known)
+        return self._number(candidates[: len(known)], known)
+
+    def _keep(self, candidates: Sequence[Candidate], outcomes: Sequence[Outcome], *, add: bool) -> list[TrialResult]:
+        """Record trials that were scored together."""
+        trials = tuple(_frozen(c, o, self._space) for c, o in zip(candidates, outcomes, strict=True))
+        if add:
+            for trial in trials:
+                self._memory.add_trial(trial)
+        first = len(self.results)
+        added = self._number(candidates, outcomes)
+        if self._log is not None:
+            self._log.tell(Tried(first=first, trials=trials))
+        return added
+
+    def _number(self, candidates: Sequence[Candidate], outcomes: Sequence[Outcome]) -> list[TrialResult]:
+        added = [
+            TrialResult(
+                number=len(self.results) + i,
+                candidate=candidate,
+                state=outcome.state,
+                loss=outcome.loss,
+                seconds=outcome.seconds,
+                reason=outcome.reason,
+            )
+            for i, (candidate, outcome) in enumerate(zip(candidates, outcomes, strict=True))
+        ]
+        self.results += added
+        if self._on_trial is not None:
+            for result in added:
+                self._on_trial(result)
+        return added
 
 
 def play(
@@ -306,13 +397,14 @@ def play(
     patience: int | None = None,
     enough: Callable[[float], str] | None = None,
     follow_up: Callable[[], Sequence[Candidate]] | None = None,
+    stop: Callable[[], bool] = never,
 ) -> str:
     """Try ``first`` together, then what the sampler proposes, until the study holds ``trials`` trials or may stop.
 
     A non-finite loss is a failed trial with its reason.
 
     Args:
-        study: Fresh or partly finished; its finished trials count towards ``trials`` and are not repeated.
+        study: Fresh, or with trials on record: these count towards ``trials`` and are not repeated.
         scorer: Scores candidates.
         first: Baselines and proposals, as far as ``trials`` reach.
         protected: Baselines among them, at its head: never stopped early.
@@ -321,19 +413,17 @@ def play(
         patience: Stop after this many sampler trials without improvement; None: never.
         enough: Best loss -> why the search may stop, empty to go on; asked after ``first`` and after every batch.
         follow_up: Further candidates, asked for once where ``first`` was not enough, before the sampler's.
+        stop: Asked before every batch whether to leave; what was found by then is on record.
 
     Returns:
         Why the study stopped, for people.
 
     Raises:
         AlphasmithError: Every trial failed.
+        Interrupted: ``stop`` said so.
     """
-    waiting = list(first)[len(study.results) : trials]
-    if waiting:
-        shielded = max(0, protected - len(study.results))
-        outcomes = scorer.score(waiting, protected=shielded, pruning=None)
-        for candidate, outcome in zip(waiting, outcomes, strict=True):
-            study.add(candidate, outcome)
+    leave(stop)
+    study.attempt(scorer, list(first)[:trials], protected=protected, most=trials)
     since = 0
     while True:
         best = min((r.loss for r in study.results if r.loss is not None), default=None)
@@ -342,15 +432,13 @@ def play(
         left = trials - len(study.results)
         if left <= 0 or (patience is not None and since >= patience):
             break
+        leave(stop)
         if best is not None and follow_up is not None:
             more, follow_up = list(follow_up())[:left], None
-            for candidate, outcome in zip(more, scorer.score(more, protected=0, pruning=None), strict=True):
-                study.add(candidate, outcome)
             if more:
+                study.attempt(scorer, more, most=trials)
                 continue
-        asked = study.ask(min(batch, left))
-        for (trial, candidate), outcome in zip(asked, _score_asked(study, scorer, asked), strict=True):
-            result = study.tell(trial, candidate, outcome)
+        for result in study.sample(scorer, batch, most=trials):
             improved = result.loss is not None and (best is None or result.loss < best)
             since = 0 if improved else since + 1
     if best is None:
@@ -363,16 +451,6 @@ def best_trial(results: Sequence[TrialResult]) -> TrialResult:
     """Lowest loss; a tie goes to the lowest trial number (claim A-2)."""
     complete = [r for r in results if r.loss is not None]
     return min(complete, key=lambda r: (r.loss, r.number))
-
-
-def _score_asked(
-    study: RecordedStudy, scorer: Scorer, asked: Sequence[tuple[optuna.Trial, Candidate]]
-) -> list[Outcome]:
-    def pruned(index: int, step: int, loss: float) -> bool:
-        asked[index][0].report(loss, step)
-        return asked[index][0].should_prune()
-
-    return scorer.score([c for _, c in asked], protected=0, pruning=pruned if study.pruning else None)
 
 
 def _frozen(candidate: Candidate, outcome: Outcome, space: SearchSpace) -> FrozenTrial:
@@ -394,11 +472,6 @@ def _frozen(candidate: Candidate, outcome: Outcome, space: SearchSpace) -> Froze
     return trial
 
 
-def _store(insert: Callable[[Sequence[FrozenTrial]], None], waiting: deque[FrozenTrial]) -> None:
-    """Insert all trials that wait by now; the jobs queued for the later ones of them then find nothing to do."""
-    insert([waiting.popleft() for _ in range(len(waiting))])
-
-
 def _result(trial: FrozenTrial) -> TrialResult:
     """A stored trial as it was when it was recorded."""
     attributes = trial.user_attrs
@@ -410,3 +483,10 @@ def _result(trial: FrozenTrial) -> TrialResult:
         seconds=attributes.get("seconds", 0.0),
         reason=attributes.get("reason", ""),
     )
+
+
+def _outcome(trial: FrozenTrial) -> Outcome:
+    """How a stored trial ended."""
+    known = _result(trial)
+    steps = tuple(sorted(trial.intermediate_values.items()))
+    return Outcome(state=known.state, loss=known.loss, seconds=known.seconds, reason=known.reason, steps=steps)

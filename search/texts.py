@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from alphasmith.dashboards.words import choices_of_site, verdict_of_refinement, verdict_of_site
-from alphasmith.objectives.memory import readable
-from alphasmith.search.recorder import RunResult, frame_rows
+from alphasmith.objectives.units import readable
+from alphasmith.search.progress_texts import progress_lines, short_name
+from alphasmith.storage.frames import frame_rows
 from alphasmith.storage.manifest_parts import SearchFacts
+
+if TYPE_CHECKING:
+    from alphasmith.search.recorder import RunResult
+    from alphasmith.search.worker import WorkDone
 
 #: Sites shown before a long table is cut; ``--json`` and the report have all of them.
 MOST_SITES = 40
 #: What was chosen at a site, as far as a line of a terminal holds it.
 _CHOSEN = ("groups", "shift", "range_statistic", "range_factor")
 _LOSS_NAMES = {"mse": "relative MSE", "kl": "KL, nats", "task": "from the metric"}
+
+
+def near(folder: Path) -> Path:
+    """A folder as people would type it from where they are."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def result_text(result: RunResult) -> str:
@@ -48,7 +60,7 @@ def result_text(result: RunResult) -> str:
         + f"other {readable(payload.other)}",
         f"memory: {readable(manifest.memory.predicted)} predicted, {readable(manifest.memory.measured or 0)} measured",
         f"run {result.id} in {result.storage}",
-        f"results in {result.folder}: smoothed/, quantized/, report.html, manifest.json",
+        f"results in {near(result.folder)}: smoothed/, quantized/, report.html, manifest.json",
     ]
     return "\n".join(lines)
 
@@ -58,15 +70,25 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no runs yet; `alphasmith run` makes one"
     columns = ("id", "name", "status", "scheme", "scope", "created", "reason")
-    return _table(columns, ([str(row[c] or "") for c in columns] for row in rows))
+    return _table(columns, ([_state(row) if c == "status" else str(row[c] or "") for c in columns] for row in rows))
 
 
 def run_text(details: Mapping[str, Any]) -> str:
     """``alphasmith show RUN``."""
     keys = ("id", "name", "status", "reason", "scheme", "scope", "created", "finished", "folder", "trials")
     facts = [f"{key}: {details[key]}" for key in keys if details[key] not in (None, "")]
+    if details["status"] != "finished" and "progress" in details:
+        facts += progress_lines(details["progress"])
     facts.append(f"hardware: {details['hardware'].get('explanation', '')}")
     return "\n".join([*facts, *_refinement(details.get("refinement")), sites_table(details["sites"])])
+
+
+def worker_text(done: WorkDone) -> str:
+    """``alphasmith worker RUN``: what it did and where the run stands."""
+    searched = f"{done.searched} site{'' if done.searched == 1 else 's'} of {done.run} searched here; {done.note}"
+    if done.finished:
+        return f"{searched}\nresults in {done.folder}"
+    return f"{searched}\nits result is, or will be, in {done.folder}"
 
 
 def sites_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -75,7 +97,7 @@ def sites_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = ("site", "mode", "C", "no smoothing", "alpha 0.5", "(alpha)", "reached", "ours/single", "chosen")
     body = [
         [
-            _short(row["site"]),
+            short_name(row["site"]),
             row["mode"],
             str(row["channels"]),
             *(_loss(row[k]) for k in ("identity", "alpha_half")),
@@ -95,7 +117,7 @@ def sites_table(rows: Sequence[Mapping[str, Any]]) -> str:
             reasons.setdefault(f"{row['mode']}: {row['reason']}", []).append(row["site"])
     for reason, names in list(reasons.items())[:8]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"{_short(names[0])}{more} {reason}")
+        lines.append(f"{short_name(names[0])}{more} {reason}")
     if len(reasons) > 8:
         lines.append(f"... and {len(reasons) - 8} more reasons, see the report")
     return "\n".join(lines)
@@ -173,6 +195,11 @@ def _budget_cells(budget: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _state(row: Mapping[str, Any]) -> str:
+    """Status of a run, and whether it only seems to run."""
+    return "running (no live driver)" if row["status"] == "running" and row.get("driver") is None else row["status"]
+
+
 def _fallback(kept: str) -> list[str]:
     if kept == "ours":
         return []
@@ -199,10 +226,6 @@ def _refinement(entry: Mapping[str, Any] | None) -> list[str]:
 
 def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def _short(name: str, width: int = 34) -> str:
-    return name if len(name) <= width else f"...{name[-width + 3 :]}"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> str:

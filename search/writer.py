@@ -34,14 +34,16 @@ class Writer:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._run, job, *args))
 
-    def flush(self) -> None:
-        """Wait until everything is written.
+    def flush(self) -> bool:
+        """Wait until everything is written; whether there was anything to wait for.
 
         Raises:
             Exception: Whatever a job raised.
         """
+        waited = bool(self._pending)
         while self._pending:
             self._pending.popleft().result()
+        return waited
 
     def __enter__(self) -> Self:
         return self

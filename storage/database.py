@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -27,9 +28,22 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.storage.locks import PATIENCE, schema_lock
 from alphasmith.storage.migrations import VERSION_TABLE
+from alphasmith.storage.retries import PATIENCE as RETRY_PATIENCE
+from alphasmith.storage.retries import retry_lost
 from alphasmith.storage.urls import mask, parse, secrets_of
 
-__all__ = ["Database", "DuplicateError", "StorageError", "initialise", "mask", "open_database", "optuna_storage"]
+__all__ = [
+    "Database",
+    "DuplicateError",
+    "StorageError",
+    "initialise",
+    "mask",
+    "open_database",
+    "optuna_storage",
+    "retry_lost",
+]
+
+T = TypeVar("T")
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -82,6 +96,39 @@ class Database:
             raise StorageError(f"{self.masked}: {_one_line(error, self.engine.url)}") from error
         finally:
             session.close()  # rolls back what was not committed
+
+    def transact(
+        self,
+        operation: Callable[[Session], T],
+        *,
+        patience: float = RETRY_PATIENCE,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> T:
+        """Run ``operation`` in one transaction, again from its beginning if the database lost it.
+
+        Lost means: the connection dropped, the server restarts or refuses connections, a deadlock or serialization failure,
+        a locked SQLite file. A commit whose answer was lost may have happened, so the operation must be safe to run twice.
+
+        Args:
+            operation: Given a session of its own each time; commits when it returns.
+            patience: Seconds after which it is not begun again; 0: once only.
+            sleep: Waits for so many seconds.
+            clock: Seconds on a clock that never jumps.
+
+        Returns:
+            What the operation returns.
+
+        Raises:
+            DuplicateError: A key exists already.
+            StorageError: Any other error of the database, chained; a lost operation after ``patience`` seconds.
+        """
+
+        def once() -> T:
+            with self.session() as session:
+                return operation(session)
+
+        return retry_lost(once, patience=patience, sleep=sleep, clock=clock)
 
     def close(self) -> None:
         """Close all idle connections; the object stays usable."""
@@ -150,6 +197,24 @@ def check_exists(url: str) -> None:
         raise InputError(
             "storage", f"no database {parsed.database}", "run `alphasmith run`, or name one with --storage"
         )
+
+
+def is_there(url: str) -> bool:
+    """Whether a database with tables of ours answers at an address; nothing is made.
+
+    Raises:
+        InputError: Field ``storage``: not an address, or a server that cannot be reached.
+    """
+    parsed = parse(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).is_file():
+        return False
+    database = open_database(url)
+    try:
+        return _revision(database) is not None
+    except SQLAlchemyError as error:
+        raise _unusable(database, error) from error
+    finally:
+        database.close()
 
 
 def open_existing(url: str) -> Database:

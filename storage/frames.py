@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
+from typing import Any
 
 import pandas as pd
 
 from alphasmith.storage.record_types import GroupRecord, Losses, SiteRecord, TrialDigest
+from alphasmith.storage.records import RunStore
 
 #: What trials of the refinement at the model's output name in place of a site.
 REFINEMENT = "refinement"
@@ -63,7 +66,10 @@ def groups_frame(sites: Iterable[SiteRecord], model_groups: Iterable[GroupRecord
     """
     columns = ["site", "group", "size", "low", "high", "alpha", "magnitude", "explanation", "beta", "offset"]
     owned = [("", group) for group in model_groups] + [(site.name, group) for site in sites for group in site.groups]
-    rows = [{"site": site, "group": group.index, **asdict(group)} for site, group in owned]
+    rows = [
+        {"site": site, "group": group.index, **{name: getattr(group, name) for name in columns[2:]}}
+        for site, group in owned
+    ]
     numbers = ["low", "high", "alpha", "magnitude", "beta", "offset"]
     kinds = dict.fromkeys(numbers, "float64") | dict.fromkeys(["group", "size"], "int64")
     return pd.DataFrame(rows, columns=columns).astype(kinds)
@@ -84,6 +90,20 @@ def trials_frame(trials: Iterable[TrialDigest]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows, columns=[*columns, *(name for name in names if name not in columns)])
     return frame.astype({"number": "int64", "loss": "float64", "seconds": "float64"})
+
+
+def run_frames(store: RunStore, run_id: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Sites, groups and trials of a run as stored; trials name their site (``model`` for the whole model)."""
+    sites = store.sites(run_id)
+    trials = trials_frame(store.trials(run_id))
+    trials["site"] = [str(name).removeprefix(f"{run_id}/") for name in trials["study_name"]]
+    return sites_frame(sites), groups_frame(sites, store.groups(run_id)), trials
+
+
+def frame_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a frame as plain JSON values; NaN becomes None."""
+    rows: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=15))
+    return rows
 
 
 def _value(losses: Losses | None, name: str) -> float | None:

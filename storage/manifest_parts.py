@@ -44,7 +44,7 @@ def _to_utc(moment: datetime) -> datetime:
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="sha256, hexadecimal")]
 Moment = Annotated[AwareDatetime, AfterValidator(_to_utc)]
-Winner = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined"]
+Winner = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined", "reused"]
 
 
 class Part(BaseModel):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from optuna.distributions import distribution_to_json
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 
@@ -20,9 +21,23 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import Connection, Engine, Table, func, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from alphasmith.storage.database import StorageError
+from alphasmith.storage.retries import retry_lost
 
-def insert_trials(storage: BaseStorage, study_id: int, trials: Sequence[FrozenTrial]) -> None:
-    """Add finished trials to a study, numbered on from those it holds: all of them or, after an error, the first few.
+
+def insert_trials(
+    storage: BaseStorage,
+    study_id: int,
+    trials: Sequence[FrozenTrial],
+    *,
+    first: int | None = None,
+    fence: Callable[[Connection], None] | None = None,
+) -> None:
+    """Add finished trials to a study, numbered on from those it holds.
+
+    With ``first``: all of them or none, and once only, however often the call is repeated; what the database lost is repeated
+    here for a while (``retry_lost``). With ``fence``: all of them or none. With neither: all of them or, after an error, the
+    first few.
 
     Unlike ``add_trial`` the distributions are not compared with those of earlier trials: keep the search space of a study
     frozen.
@@ -31,10 +46,15 @@ def insert_trials(storage: BaseStorage, study_id: int, trials: Sequence[FrozenTr
         storage: Optuna storage; one that is not a relational database takes the trials one by one.
         study_id: Optuna's id of the study.
         trials: In the order of their numbers; states ``COMPLETE``, ``PRUNED`` or ``FAIL``. May be empty.
+        first: Number that the first one must get; None: the next free one. Where the study holds the same trials under these
+            numbers already, all is done: an earlier call was committed, only its answer was lost.
+        fence: Checked first in the same transaction, see ``Board.fence``; what it raises is raised here, and nothing is
+            written.
 
     Raises:
-        ValueError: A trial is not finished.
+        ValueError: A trial is not finished; or a fence for a storage that is not a relational database.
         KeyError: There is no such study.
+        StorageError: The study does not hold exactly ``first`` trials, nor these.
         StorageInternalError: The database refused the trials or was lost.
     """
     for trial in trials:
@@ -46,22 +66,43 @@ def insert_trials(storage: BaseStorage, study_id: int, trials: Sequence[FrozenTr
     database = storage._backend if isinstance(storage, _CachedStorage) else storage
     if isinstance(database, RDBStorage):
         try:
-            _insert(database.engine, study_id, trials)
-        except SQLAlchemyError:
+            if first is None:
+                # Not repeated: an insertion whose answer was lost would be made twice.
+                _insert(database.engine, study_id, trials, None, fence)
+            else:
+                retry_lost(lambda: _insert(database.engine, study_id, trials, first, fence))
+        except SQLAlchemyError as error:
+            if first is not None or fence is not None:
+                raise StorageInternalError("the trials were not recorded") from error
             # All is rolled back. Optuna tries again after a deadlock or a lost connection, else raises errors of its own.
-            pass
         else:
             return
+    elif fence is not None:
+        raise ValueError(f"a fence needs a relational database, not {type(database).__name__}")
+    elif first is not None and first != storage.get_n_trials(study_id):
+        raise StorageError(f"study {study_id} does not hold {first} trials")
     for trial in trials:
         storage.create_new_trial(study_id, template_trial=trial)
 
 
-def _insert(engine: Engine, study_id: int, trials: Sequence[FrozenTrial]) -> None:
+def _insert(
+    engine: Engine,
+    study_id: int,
+    trials: Sequence[FrozenTrial],
+    expected: int | None,
+    fence: Callable[[Connection], None] | None,
+) -> None:
     with engine.begin() as connection:
         _lock(connection, study_id)
+        if fence is not None:
+            fence(connection)
         table: Table = models.TrialModel.__table__
         ours = table.c.study_id == study_id
         first = connection.execute(select(func.count(table.c.trial_id)).where(ours)).scalar_one()
+        if expected is not None and first != expected:
+            if first >= expected + len(trials) and _are_held(connection, study_id, trials, expected):
+                return
+            raise StorageError(f"study {study_id} holds {first} trials, not {expected}: another process writes to it")
         heads = [_head(study_id, number, trial) for number, trial in enumerate(trials, first)]
         connection.execute(insert(table), heads)
         new = select(table.c.trial_id).where(ours, table.c.number >= first).order_by(table.c.number)
@@ -72,6 +113,34 @@ def _insert(engine: Engine, study_id: int, trials: Sequence[FrozenTrial]) -> Non
                 parts.setdefault(model, []).append({"trial_id": trial_id, **row})
         for model, rows in parts.items():
             connection.execute(insert(model.__table__), rows)
+
+
+def _are_held(connection: Connection, study_id: int, trials: Sequence[FrozenTrial], first: int) -> bool:
+    """Whether the study holds these trials, by state, parameters and values, under the numbers from ``first`` on."""
+    table: Table = models.TrialModel.__table__
+    numbers = table.c.number.between(first, first + len(trials) - 1)
+    heads = connection.execute(
+        select(table.c.number, table.c.trial_id, table.c.state).where(table.c.study_id == study_id, numbers)
+    ).all()
+    if {number: state for number, _, state in heads} != {n: trial.state for n, trial in enumerate(trials, first)}:
+        return False
+    number_of = {trial_id: number for number, trial_id, _ in heads}
+    for model, columns in (
+        (models.TrialParamModel, ("param_name", "param_value")),
+        (models.TrialValueModel, ("objective", "value", "value_type")),
+    ):
+        part: Table = model.__table__
+        chosen = select(part.c.trial_id, *(part.c[name] for name in columns)).where(part.c.trial_id.in_(number_of))
+        held = {(number_of[row[0]], *row[1:]) for row in connection.execute(chosen)}
+        wanted = {
+            (number, *(row[name] for name in columns))
+            for number, trial in enumerate(trials, first)
+            for kind, row in _parts(trial)
+            if kind is model
+        }
+        if held != wanted:
+            return False
+    return True
 
 
 def _lock(connection: Connection, study_id: int) -> None:

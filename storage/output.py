@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
@@ -248,6 +249,11 @@ class OutputFolder:
         # An OSError may name a file elsewhere (a database, a cache): its device is full, not ours.
         name = getattr(error, "filename", None)
         return not isinstance(name, str) or Path(name).is_relative_to(self._partial)
+
+
+def partial_folders(out: Path) -> list[Path]:
+    """What killed processes left of attempts to write ``out``."""
+    return sorted(path for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*") if path.is_dir())
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.storage.files import canonical_json
 
-RunStatus = Literal["created", "running", "finished", "failed"]
+RunStatus = Literal["created", "running", "finished", "failed", "interrupted"]
 Scope = Literal["site", "model"]
 SiteMode = Literal["fold", "explicit", "left"]
-TrialKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined"]
+TrialKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined", "reused"]
 RangeStatistic = Literal["absmax", "percentile", "margin"]
 TrialState = Literal["complete", "pruned", "failed"]
 ParamValue = float | int | str | bool
@@ -279,6 +279,8 @@ class RunSpec:
         scope: Groups per site, or over the whole model.
         versions: Library versions.
         space_hash: Digest of the search space; a resumed run with another one must be refused.
+        config_digest: sha256 over the part of the configuration that decides the result.
+        artifacts: Address of the artifact store; it holds no password.
     """
 
     name: str
@@ -290,13 +292,16 @@ class RunSpec:
     scope: Scope
     versions: Mapping[str, str]
     space_hash: str
+    config_digest: str = ""
+    artifacts: str = ""
 
     def __post_init__(self) -> None:
         _name("run.name", self.name, empty=True)
         _name("run.scheme", self.scheme, longest=64)
         _choice("run.scope", self.scope, Scope)
-        for digest in ("model_digest", "data_digest", "space_hash"):
+        for digest in ("model_digest", "data_digest", "space_hash", "config_digest"):
             _name(f"run.{digest}", getattr(self, digest), longest=64, empty=True)
+        _name("run.artifacts", self.artifacts, empty=True)
         for content in ("config", "hardware", "versions"):
             check_json(f"run.{content}", getattr(self, content))
 
@@ -308,13 +313,15 @@ class RunRecord(RunSpec):
     Attributes:
         id: Short and unique, e.g. ``r-20260131-1f9c3a``.
         status: See the states in ``tables``.
-        reason: Why it failed; empty otherwise.
+        reason: Why it failed or was interrupted; empty otherwise.
         created: When the record was made, zone-aware UTC.
         started: When it last started or resumed.
-        finished: When it finished or failed.
+        finished: When it finished, failed or was interrupted.
         folder: Output folder, absolute; empty until it is written.
         refinement: What the refinement at the model's output did, JSON-able, see ``manifest_parts.RefinementEntry``; None
             where there was none.
+        driver: Who records it, or did until it vanished; None: nobody, as after an orderly end.
+        driver_until: When the driver counts as dead unless it is heard of again, by the database's clock.
     """
 
     id: str
@@ -325,6 +332,8 @@ class RunRecord(RunSpec):
     finished: datetime | None = None
     folder: str = ""
     refinement: Mapping[str, Any] | None = None
+    driver: str | None = None
+    driver_until: datetime | None = None
 
 
 def utc(moment: datetime) -> datetime:

@@ -66,7 +66,10 @@ _REMEDIES: dict[RunStatus, str] = {
     "running": "launch a new run",
     "finished": "start or resume it first",
     "failed": "a finished run keeps its result",
+    "interrupted": "a finished run keeps its result",
 }
+#: States from which a run can go on.
+_OPEN: tuple[RunStatus, ...] = ("created", "running", "failed", "interrupted")
 
 
 def _now() -> datetime:
@@ -81,7 +84,7 @@ class RunStore:
     """Reads and writes the records of runs.
 
     Every method is one transaction: what it stores is stored whole or not at all, and what it returns is a snapshot that
-    never changes. One store may be used from many threads; every process opens its own database. Writers in several
+    never changes. A transaction that the database lost is repeated, see ``Database.transact``; none stores anything twice. One store may be used from many threads; every process opens its own database. Writers in several
     processes are serialised by the database. On SQLite a writer waits up to 60 s for another.
 
     Methods that take ``run_id`` need the full id; ``get`` resolves a prefix.
@@ -111,27 +114,47 @@ class RunStore:
         now = utc(self._clock())
         for _ in range(_ID_TRIES):
             run_id = f"r-{now:%Y%m%d}-{self._token()}"
+            values = {
+                "id": run_id,
+                "status": "created",
+                "reason": "",
+                "folder": "",
+                "created": now,
+                **_plain(spec, _SPEC),
+            }
             try:
-                with self._database.session() as session:
-                    session.execute(
-                        insert(RunRow).values(
-                            id=run_id, status="created", reason="", folder="", created=now, **_plain(spec, _SPEC)
-                        )
-                    )
+                made = self._database.transact(_Insertion(values))
             except DuplicateError:
                 continue
-            return self._record(run_id)
+            if made:
+                return self._record(run_id)
         raise StorageError(f"{self._database.masked}: no free run id after {_ID_TRIES} tries")
 
+    def place(self, run_id: str, folder: str) -> RunRecord:
+        """Say where the output of a run will be.
+
+        Args:
+            run_id: The run.
+            folder: Absolute path; nothing needs to be there.
+
+        Raises:
+            InputError: No such run.
+        """
+
+        def operation(session: Session) -> RunRecord:
+            row = self._require(session, run_id)
+            row.folder = folder
+            return _run(row)
+
+        return self._database.transact(operation)
+
     def start(self, run_id: str) -> RunRecord:
-        """Mark a run as running, for the first time or again after a failure or a kill.
+        """Mark a run as running, for the first time or again after a failure, an interruption or a kill.
 
         Raises:
             InputError: No such run, or it is finished.
         """
-        return self._move(
-            run_id, "running", ("created", "running", "failed"), reason="", started=utc(self._clock()), finished=None
-        )
+        return self._move(run_id, "running", _OPEN, reason="", started=utc(self._clock()), finished=None)
 
     def conclude(
         self, run_id: str, *, space_hash: str, folder: str, refinement: Mapping[str, Any] | None = None
@@ -168,9 +191,37 @@ class RunStore:
         """
         if not reason.strip():
             raise InputError("reason", "is empty", "say why the run failed")
-        return self._move(
-            run_id, "failed", ("created", "running", "failed"), reason=prose(reason), finished=utc(self._clock())
-        )
+        return self._move(run_id, "failed", _OPEN, reason=prose(reason), finished=utc(self._clock()))
+
+    def interrupt(self, run_id: str, reason: str) -> RunRecord:
+        """Mark a run as interrupted: it was told to stop and can be started again where it stood.
+
+        Raises:
+            InputError: No such run, it is finished, or the reason is empty.
+        """
+        if not reason.strip():
+            raise InputError("reason", "is empty", "say why the run was interrupted")
+        return self._move(run_id, "interrupted", _OPEN, reason=prose(reason), finished=utc(self._clock()))
+
+    def find_unfinished(self, config_digest: str, model_digest: str, data_digest: str) -> list[RunRecord]:
+        """Runs that are not finished and would find the same as one with these digests, newest first.
+
+        Args:
+            config_digest: See ``RunSpec``.
+            model_digest: See ``RunSpec``.
+            data_digest: See ``RunSpec``.
+        """
+
+        def operation(session: Session) -> list[RunRecord]:
+            query = select(RunRow).where(
+                RunRow.status != "finished",
+                RunRow.config_digest == config_digest,
+                RunRow.model_digest == model_digest,
+                RunRow.data_digest == data_digest,
+            )
+            return [_run(row) for row in session.scalars(query.order_by(RunRow.created.desc(), RunRow.id.desc()))]
+
+        return self._database.transact(operation)
 
     def runs(self, *, limit: int | None = None) -> list[RunRecord]:
         """Runs, newest first.
@@ -183,29 +234,38 @@ class RunStore:
         """
         if limit is not None and limit < 0:
             raise InputError("limit", f"{limit} is negative", "give the number of runs to show")
-        with self._database.session() as session:
+
+        def operation(session: Session) -> list[RunRecord]:
             rows = session.scalars(select(RunRow).order_by(RunRow.created.desc(), RunRow.id.desc()).limit(limit))
             return [_run(row) for row in rows]
 
+        return self._database.transact(operation)
+
     def get(self, prefix: str) -> RunRecord:
-        """The run whose id is, or alone begins with, ``prefix``.
+        """The run whose id is, or alone begins with, ``prefix``; else the newest one of that name.
 
         Raises:
             InputError: No run or several runs match.
         """
         if not prefix:
             raise InputError("RUN", "is empty", _SEE)
-        with self._database.session() as session:
+
+        def operation(session: Session) -> RunRecord:
             query = select(RunRow).where(RunRow.id.startswith(prefix, autoescape=True)).order_by(RunRow.id)
             # SQLite's LIKE ignores case; ids do not.
             found = [row for row in session.scalars(query) if row.id.startswith(prefix)]
             exact = [row for row in found if row.id == prefix]
+            if not found:
+                named = select(RunRow).where(RunRow.name == prefix).order_by(RunRow.created.desc(), RunRow.id.desc())
+                found = list(session.scalars(named.limit(1)))
             if not found:
                 raise InputError("RUN", f"no run {prefix!r} in {self._database.masked}", _SEE)
             if len(found) > 1 and not exact:
                 ids = ", ".join(row.id for row in found[:3]) + (", ..." if len(found) > 3 else "")
                 raise InputError("RUN", f"{prefix!r} fits {len(found)} runs ({ids})", "give more of the id")
             return _run((exact or found)[0])
+
+        return self._database.transact(operation)
 
     def delete(self, run_id: str) -> tuple[str, ...]:
         """Delete a run with everything under it.
@@ -216,13 +276,20 @@ class RunStore:
         Raises:
             InputError: No such run.
         """
-        with self._database.session() as session:
+        names: set[str] | None = None
+
+        def operation(session: Session) -> None:
+            nonlocal names
+            if names is not None and session.get(RunRow, run_id) is None:
+                return  # deleted the first time, only the answer was lost
             self._require(session, run_id)
             trials = select(TrialDigestRow.study_name).where(TrialDigestRow.run_id == run_id)
             sites = select(SiteRow.study_name).where(SiteRow.run_id == run_id, SiteRow.study_name.is_not(None))
             names = {name for query in (trials, sites) for name in session.scalars(query) if name is not None}
             session.execute(delete(RunRow).where(RunRow.id == run_id))
-        return tuple(sorted(names))
+
+        self._database.transact(operation)
+        return tuple(sorted(names or ()))
 
     def add_site(self, run_id: str, site: SiteRecord, trials: Iterable[TrialDigest] = ()) -> None:
         """Store a site with its groups and trials.
@@ -233,24 +300,13 @@ class RunStore:
             InputError: No such run.
             DuplicateError: A trial is stored under another site or run already.
         """
-        with self._database.session() as session:
+        digests = tuple(trials)
+
+        def operation(session: Session) -> None:
             self._require(session, run_id)
-            old = session.scalar(select(SiteRow.id).where(SiteRow.run_id == run_id, SiteRow.name == site.name))
-            if old is not None:
-                session.execute(delete(SiteRow).where(SiteRow.id == old))
-            row = SiteRow(
-                run_id=run_id,
-                operators=list(site.operators),
-                seconds=float(site.seconds),
-                facts=None if site.facts is None else dict(site.facts),
-                **_loss_columns("search", site.search),
-                **_loss_columns("held_out", site.held_out),
-                **_plain(site, _SITE),
-            )
-            session.add(row)
-            session.flush()
-            _insert_groups(session, run_id, row.id, site.groups)
-            _insert_trials(session, run_id, row.id, trials)
+            store_site(session, run_id, site, digests)
+
+        self._database.transact(operation)
 
     def set_groups(self, run_id: str, groups: Sequence[GroupRecord]) -> None:
         """Store the groups of the whole model (scope ``model``), replacing earlier ones.
@@ -258,21 +314,31 @@ class RunStore:
         Raises:
             InputError: No such run.
         """
-        with self._database.session() as session:
+
+        def operation(session: Session) -> None:
             self._require(session, run_id)
             session.execute(delete(GroupRow).where(GroupRow.run_id == run_id, GroupRow.site_id.is_(None)))
             _insert_groups(session, run_id, None, groups)
 
+        self._database.transact(operation)
+
     def add_trials(self, run_id: str, trials: Iterable[TrialDigest]) -> None:
-        """Store trials that belong to no single site (scope ``model``).
+        """Store trials that belong to no single site (scope ``model``). Those that are stored already, alike, stay as they are.
 
         Raises:
             InputError: No such run.
-            DuplicateError: One of them is stored already; none is then.
+            DuplicateError: One of them is stored already, but not alike or elsewhere; none is stored then.
         """
-        with self._database.session() as session:
+        digests = tuple(trials)
+
+        def operation(session: Session) -> None:
             self._require(session, run_id)
-            _insert_trials(session, run_id, None, trials)
+            query = select(TrialDigestRow).where(TrialDigestRow.run_id == run_id, TrialDigestRow.site_id.is_(None))
+            named = query.where(TrialDigestRow.study_name.in_({digest.study_name for digest in digests}))
+            known = [_trial(row) for row in session.scalars(named)]
+            _insert_trials(session, run_id, None, [digest for digest in digests if digest not in known])
+
+        self._database.transact(operation)
 
     def set_artifacts(self, run_id: str, artifacts: Iterable[ArtifactRecord]) -> None:
         """Store the files of the output folder, replacing earlier ones.
@@ -282,11 +348,14 @@ class RunStore:
             DuplicateError: A path occurs twice.
         """
         rows = [{"run_id": run_id, **asdict(artifact)} for artifact in artifacts]
-        with self._database.session() as session:
+
+        def operation(session: Session) -> None:
             self._require(session, run_id)
             session.execute(delete(ArtifactRow).where(ArtifactRow.run_id == run_id))
             if rows:
                 session.execute(insert(ArtifactRow), rows)
+
+        self._database.transact(operation)
 
     def sites(self, run_id: str) -> list[SiteRecord]:
         """The sites of a run with their groups, in forward order.
@@ -294,10 +363,13 @@ class RunStore:
         Raises:
             InputError: No such run.
         """
-        with self._database.session() as session:
+
+        def operation(session: Session) -> list[SiteRecord]:
             self._require(session, run_id)
             query = select(SiteRow).where(SiteRow.run_id == run_id).options(selectinload(SiteRow.groups))
             return [_site(row) for row in session.scalars(query.order_by(SiteRow.position, SiteRow.id))]
+
+        return self._database.transact(operation)
 
     def groups(self, run_id: str) -> list[GroupRecord]:
         """The groups of the whole model (scope ``model``), in order.
@@ -305,10 +377,13 @@ class RunStore:
         Raises:
             InputError: No such run.
         """
-        with self._database.session() as session:
+
+        def operation(session: Session) -> list[GroupRecord]:
             self._require(session, run_id)
             query = select(GroupRow).where(GroupRow.run_id == run_id, GroupRow.site_id.is_(None))
             return [_group(row) for row in session.scalars(query.order_by(GroupRow.position))]
+
+        return self._database.transact(operation)
 
     def trials(self, run_id: str, *, study_name: str | None = None) -> list[TrialDigest]:
         """The trials of a run by study and number.
@@ -320,13 +395,16 @@ class RunStore:
         Raises:
             InputError: No such run.
         """
-        with self._database.session() as session:
+
+        def operation(session: Session) -> list[TrialDigest]:
             self._require(session, run_id)
             query = select(TrialDigestRow).where(TrialDigestRow.run_id == run_id)
             if study_name is not None:
                 query = query.where(TrialDigestRow.study_name == study_name)
             rows = session.scalars(query.order_by(TrialDigestRow.study_name, TrialDigestRow.trial_number))
             return [_trial(row) for row in rows]
+
+        return self._database.transact(operation)
 
     def find_trial(self, study_name: str, digest: str) -> TrialDigest | None:
         """The first complete trial of a study with the same canonical parameters, or None.
@@ -335,7 +413,8 @@ class RunStore:
             study_name: The study.
             digest: ``params_hash`` of the parameters.
         """
-        with self._database.session() as session:
+
+        def operation(session: Session) -> TrialDigest | None:
             row = session.scalar(
                 select(TrialDigestRow)
                 .where(
@@ -348,20 +427,24 @@ class RunStore:
             )
             return None if row is None else _trial(row)
 
+        return self._database.transact(operation)
+
     def artifacts(self, run_id: str) -> list[ArtifactRecord]:
         """The files of a run's output folder, by path.
 
         Raises:
             InputError: No such run.
         """
-        with self._database.session() as session:
+
+        def operation(session: Session) -> list[ArtifactRecord]:
             self._require(session, run_id)
             rows = session.scalars(select(ArtifactRow).where(ArtifactRow.run_id == run_id).order_by(ArtifactRow.path))
             return [ArtifactRecord(kind=r.kind, path=r.path, sha256=r.sha256, bytes=r.bytes) for r in rows]
 
+        return self._database.transact(operation)
+
     def _record(self, run_id: str) -> RunRecord:
-        with self._database.session() as session:
-            return _run(self._require(session, run_id))
+        return self._database.transact(lambda session: _run(self._require(session, run_id)))
 
     def _require(self, session: Session, run_id: str) -> RunRow:
         row = session.get(RunRow, run_id)
@@ -372,12 +455,53 @@ class RunStore:
     def _move(self, run_id: str, to: RunStatus, allowed: tuple[RunStatus, ...], **values: object) -> RunRecord:
         # One conditional statement: of two processes that finish a run, one wins and the other is told.
         statement = update(RunRow).where(RunRow.id == run_id, RunRow.status.in_(allowed)).values(status=to, **values)
-        with self._database.session() as session:
+
+        def operation(session: Session) -> RunRecord:
             moved = cast("CursorResult[Any]", session.execute(statement)).rowcount
             row = self._require(session, run_id)
-            if not moved:
+            # A repetition finds its own values, down to the microsecond of its clock.
+            ours = row.status == to and all(getattr(row, name) == value for name, value in values.items())
+            if not moved and not ours:
                 raise InputError("RUN", f"{run_id} is {row.status} and cannot become {to}", _REMEDIES[to])
             return _run(row)
+
+        return self._database.transact(operation)
+
+
+class _Insertion:
+    """Inserts a run, unless its id is taken by another; the same insertion may be made again."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self._tried = False
+
+    def __call__(self, session: Session) -> bool:
+        found = session.get(RunRow, self._values["id"])
+        if found is not None:
+            return self._tried and found.created == self._values["created"]
+        self._tried = True
+        session.execute(insert(RunRow).values(**self._values))
+        return True
+
+
+def store_site(session: Session, run_id: str, site: SiteRecord, trials: Iterable[TrialDigest]) -> None:
+    """Store a site with its groups and trials in a transaction; one of the same name is replaced, trials included."""
+    old = session.scalar(select(SiteRow.id).where(SiteRow.run_id == run_id, SiteRow.name == site.name))
+    if old is not None:
+        session.execute(delete(SiteRow).where(SiteRow.id == old))
+    row = SiteRow(
+        run_id=run_id,
+        operators=list(site.operators),
+        seconds=float(site.seconds),
+        facts=None if site.facts is None else dict(site.facts),
+        **_loss_columns("search", site.search),
+        **_loss_columns("held_out", site.held_out),
+        **_plain(site, _SITE),
+    )
+    session.add(row)
+    session.flush()
+    _insert_groups(session, run_id, row.id, site.groups)
+    _insert_trials(session, run_id, row.id, trials)
 
 
 def _plain(record: object, names: Sequence[str]) -> dict[str, Any]:
@@ -409,6 +533,8 @@ def _run(row: RunRow) -> RunRecord:
         finished=row.finished,
         folder=row.folder,
         refinement=row.refinement,
+        driver=row.driver,
+        driver_until=row.driver_until,
         **{name: getattr(row, name) for name in _SPEC},
     )
 

@@ -8,7 +8,13 @@ States of a run::
     created -> running -> finished
                   |  ^
                   v  |
-                 failed
+           failed, interrupted
+
+States of a ticket (one site that is to be searched), moved only under a lease::
+
+    waiting -> running -> done
+       ^          |
+       +----------+-----> failed
 """
 
 from __future__ import annotations
@@ -98,11 +104,11 @@ class Base(DeclarativeBase):
 
 
 class RunRow(Base):
-    """One launch. ``status`` follows the states at the head of this file; ``reason`` is filled for failed runs."""
+    """One launch. ``status`` follows the states at the head of this file; ``reason`` is filled for failed and interrupted runs."""
 
     __tablename__ = "alphasmith_run"
     __table_args__ = (
-        CheckConstraint("status IN ('created', 'running', 'finished', 'failed')", name="status"),
+        CheckConstraint("status IN ('created', 'running', 'finished', 'failed', 'interrupted')", name="status"),
         CheckConstraint("scope IN ('site', 'model')", name="scope"),
         Index("ix_alphasmith_run_created", "created"),
         _OPTIONS,
@@ -125,6 +131,10 @@ class RunRow(Base):
     finished: Mapped[datetime | None]
     folder: Mapped[str]
     refinement: Mapped[dict[str, Any] | None] = mapped_column(_OPTIONAL_JSON)
+    config_digest: Mapped[str] = mapped_column(String(64), server_default="")
+    artifacts: Mapped[str] = mapped_column(String(NAME_LENGTH), server_default="")
+    driver: Mapped[str | None] = mapped_column(String(NAME_LENGTH))
+    driver_until: Mapped[datetime | None]
 
     sites: Mapped[list[SiteRow]] = relationship(
         back_populates="run", cascade="all, delete-orphan", passive_deletes=True, order_by="SiteRow.position"
@@ -213,7 +223,8 @@ class TrialDigestRow(Base):
         Index("ix_alphasmith_trial_digest_run_id", "run_id"),
         Index("ix_alphasmith_trial_digest_site_id", "site_id"),
         CheckConstraint(
-            "kind IN ('identity', 'alpha_0.5', 'best_single', 'noise_model', 'sampler', 'refined')", name="kind"
+            "kind IN ('identity', 'alpha_0.5', 'best_single', 'noise_model', 'sampler', 'refined', 'reused')",
+            name="kind",
         ),
         CheckConstraint("state IN ('complete', 'pruned', 'failed')", name="state"),
         CheckConstraint("state <> 'complete' OR loss IS NOT NULL", name="loss"),
@@ -247,3 +258,124 @@ class ArtifactRow(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     # A checkpoint easily exceeds the 2 GiB of a plain INTEGER.
     bytes: Mapped[int] = mapped_column(BigInteger())
+
+
+class WorkerRow(Base):
+    """A process that works on a run: its driver, or an autonomous worker. ``state``: ``alive`` or ``left``."""
+
+    __tablename__ = "alphasmith_worker"
+    __table_args__ = (Index("ix_alphasmith_worker_run_id", "run_id"), _OPTIONS)
+
+    id: Mapped[str] = mapped_column(String(NAME_LENGTH), primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    role: Mapped[str] = mapped_column(String(16))
+    host: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    pid: Mapped[int]
+    engine: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    state: Mapped[str] = mapped_column(String(16))
+    joined: Mapped[datetime]
+    heartbeat: Mapped[datetime]
+
+
+class TicketRow(Base):
+    """One site of a run that is to be searched, and the lease of whoever searches it.
+
+    ``attempts`` counts the claims and fences them: what an earlier attempt writes is refused; it never falls. ``tries`` counts
+    those that speak against the site: not the ones given back, nor those that ended because the driver itself died.
+    ``blocked`` counts the sites that must be done first. ``reused`` is the recorded winner of an earlier run that the search
+    starts from.
+    """
+
+    __tablename__ = "alphasmith_ticket"
+    __table_args__ = (
+        UniqueConstraint("run_id", "site"),
+        Index("ix_alphasmith_ticket_state", "run_id", "state", "position"),
+        CheckConstraint("state IN ('waiting', 'running', 'done', 'failed')", name="state"),
+        CheckConstraint("state <> 'running' OR (worker IS NOT NULL AND lease_until IS NOT NULL)", name="lease"),
+        _OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    site: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    position: Mapped[int]
+    depends_on: Mapped[list[str]]
+    blocked: Mapped[int]
+    digest: Mapped[str] = mapped_column(String(64))
+    reused: Mapped[dict[str, Any] | None] = mapped_column(_OPTIONAL_JSON)
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int]
+    tries: Mapped[int]
+    worker: Mapped[str | None] = mapped_column(String(NAME_LENGTH))
+    lease_until: Mapped[datetime | None]
+    started: Mapped[datetime | None]
+    ended: Mapped[datetime | None]
+    reason: Mapped[str]
+
+
+class AttemptRow(Base):
+    """One claim of a ticket and how it ended: ``running``, ``done``, ``failed``, ``lost`` (its lease ran out) or ``returned``."""
+
+    __tablename__ = "alphasmith_attempt"
+    __table_args__ = (
+        UniqueConstraint("ticket_id", "number"),
+        Index("ix_alphasmith_attempt_run_id", "run_id"),
+        CheckConstraint("state IN ('running', 'done', 'failed', 'lost', 'returned')", name="state"),
+        _OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    ticket_id: Mapped[int] = mapped_column(ForeignKey("alphasmith_ticket.id", ondelete="CASCADE"))
+    number: Mapped[int]
+    worker: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    state: Mapped[str] = mapped_column(String(16))
+    started: Mapped[datetime]
+    ended: Mapped[datetime | None]
+    reason: Mapped[str]
+
+
+class ResultRow(Base):
+    """The accepted result of one site: exactly one per site, made by one attempt, its tensors in the artifact store."""
+
+    __tablename__ = "alphasmith_result"
+    __table_args__ = (
+        UniqueConstraint("run_id", "site"),
+        Index("ix_alphasmith_result_digest", "digest", "scheme"),
+        _OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    site: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    attempt: Mapped[int]
+    worker: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    digest: Mapped[str] = mapped_column(String(64))
+    scheme: Mapped[str] = mapped_column(String(64))
+    #: The winner, JSON-able, for later runs at the same site.
+    winner: Mapped[dict[str, Any]]
+    loss: Mapped[float]
+    artifact_id: Mapped[str] = mapped_column(String(128))
+    sha256: Mapped[str] = mapped_column(String(64))
+    accepted: Mapped[datetime]
+
+
+class StoredArtifactRow(Base):
+    """An object in the artifact store that a run needs to go on: calibration rows, weights, results. Found again by ``key``."""
+
+    __tablename__ = "alphasmith_stored_artifact"
+    __table_args__ = (
+        UniqueConstraint("run_id", "kind", "name"),
+        Index("ix_alphasmith_stored_artifact_key", "kind", "key"),
+        _OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("alphasmith_run.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(String(32))
+    name: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    key: Mapped[str] = mapped_column(String(64))
+    artifact_id: Mapped[str] = mapped_column(String(128))
+    sha256: Mapped[str] = mapped_column(String(64))
+    bytes: Mapped[int] = mapped_column(BigInteger())
+    created: Mapped[datetime]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from alphasmith.dashboards.figures import alpha_heatmap, alphas_by_group, gain_by_site, losses_by_site, trial_history
 from alphasmith.dashboards.frames import LOSS_COLUMNS, checked_sites, geometric_mean, thinned_sites
-from alphasmith.dashboards.theme import number
+from alphasmith.dashboards.numbers import number
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from tests.dashboards.dashboard_frames import group_frame, site_frame, study_frames, trial_frame
 

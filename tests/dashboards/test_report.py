@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphasmith.dashboards.facts import duration, facts_of, size_text
+from alphasmith.dashboards.numbers import number
 from alphasmith.dashboards.report import render_report
-from alphasmith.dashboards.theme import number
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.storage.manifest import Manifest
 from tests.dashboards.dashboard_frames import group_frame, manifest, site_frame, study_frames, trial_frame

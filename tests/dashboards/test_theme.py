@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alphasmith.dashboards.numbers import number
 from alphasmith.dashboards.theme import (
     PAPER,
     PAPER_DARK,
     SERIES,
     WORSE,
     log_axis,
-    number,
     rounded,
     short_names,
     spread,

@@ -21,11 +21,11 @@ from alphasmith.objectives.memory import (
     fit_rows,
     measured_peak,
     predict_peak,
-    readable,
     resident_bytes,
 )
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.types import Operator, Site
+from alphasmith.objectives.units import readable
 
 
 def _site(name: str, inputs: int, outputs: int, *, kernel: tuple[int, ...] = (), raw: bool = False) -> Site:

@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_used(
         ("scheme.group_size", ("--set", "scheme.weights=int4", "--set", "scheme.weight_granularity=group")),
         ("scheme.group_size", ("--set", "scheme.group_size=16")),
         ("hardware.memory", ("--set", "hardware.memory=lots")),
-        ("engine", ("--engine", "ray")),
+        ("engine", ("--engine", "spark")),
         ("model.demo", ("--demo", "video")),
         ("model.demo", ("--demo", "text", "--model", "somewhere")),
         ("model.factory", ("--factory", "nothing")),
@@ -451,9 +451,9 @@ def test_an_interrupted_run_is_not_left_running(stage: str, tmp_path: Path) -> N
             if name == stage:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="go on with: alphasmith resume r-"):
         launch(tmp_path, seeded(Mlp), vectors(), FAST, progress=Impatient())
-    assert statuses(tmp_path) == [("failed", "KeyboardInterrupt")]
+    assert statuses(tmp_path) == [("interrupted", "KeyboardInterrupt")]
     assert not [name for name in contents(tmp_path) if not name.startswith("runs.db")]
 
 
@@ -463,7 +463,7 @@ def test_an_interrupt_ends_the_command_with_one_line(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("alphasmith.search.cli.run_pipeline", interrupted)
+    monkeypatch.setattr("alphasmith.search.pipeline.run", interrupted)
     with pytest.raises(SystemExit) as caught:
         main(["run"])
     assert (caught.value.code, capsys.readouterr().err) == (130, "\nerror: interrupted\n")

@@ -189,6 +189,4 @@ def test_nothing_to_search_is_refused() -> None:
             groups=GroupsConfig(),
             search=SearchConfig(),
             rho=0.0,
-            storage=None,
-            study_name=None,
         )

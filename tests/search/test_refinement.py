@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from alphasmith.objectives.model_objective import ModelObjective, ModelScore
 from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
+from alphasmith.search.interruption import Interrupted, never
 from alphasmith.search.refinement import RefinementResult, RefinementTrial, refine
 from alphasmith.search.refinement_space import DELTA_MAX, KINDS_MAX, OTHER_KINDS, RefinableSite, site_kinds
+from alphasmith.search.study_log import StoredLog
 from tests.objectives.quantized_models import Example, block_example
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -388,7 +391,7 @@ def test_every_trial_is_an_optuna_trial_with_its_attributes() -> None:
         cast(ModelObjective, judge),
         cast(ModelObjective, Bowl(targets)),
         trials=10,
-        storage=storage,
+        log=StoredLog(storage, "refinement"),
         study_name="refinement",
         on_trial=heard.append,
     )
@@ -487,3 +490,39 @@ def test_a_task_metric_cannot_be_refined() -> None:
 
 def _alphas(result: RefinementResult) -> dict[str, float]:
     return {name: float(s.scales.log()) for name, s in result.smoothings.items()}
+
+
+def test_a_refinement_cut_anywhere_goes_on_as_if_nothing_had_happened() -> None:
+    targets = {f"layers.{i}.fc": 0.5 for i in range(3)}
+    sites = [site(n, 0.8, single=0.6) for n in targets]
+
+    def refined(log: StoredLog | None, judge: Bowl, stop: Callable[[], bool] = never) -> RefinementResult:
+        return refine(
+            sites,
+            cast(ModelObjective, judge),
+            cast(ModelObjective, Bowl(targets)),
+            trials=10,
+            log=log,
+            study_name="refinement",
+            stop=stop,
+        )
+
+    undisturbed, whole = refined(None, judge := Bowl(targets)), judge.evaluations
+    for cut in range(1, 10):
+        storage = optuna.storages.InMemoryStorage()
+        asked = iter(range(1000))
+        with contextlib.suppress(Interrupted):
+            refined(StoredLog(storage, "refinement"), Bowl(targets), stop=lambda: next(asked) > cut)  # noqa: B023
+        log = StoredLog(storage, "refinement")
+        known = len(log.past.trials)
+        again = refined(log, judge := Bowl(targets))
+        assert [(r.change, r.loss, r.state) for r in again.results] == [
+            (r.change, r.loss, r.state) for r in undisturbed.results
+        ]
+        assert (again.accepted, again.after, again.changed) == (
+            undisturbed.accepted,
+            undisturbed.after,
+            undisturbed.changed,
+        )
+        assert known <= 2 or judge.evaluations < whole, "what is on record is not scored again"
+        assert len(storage.get_all_trials(0)) == len(again.results)

@@ -153,7 +153,6 @@ def searched(data: SiteData, held_out: SiteData, config: RunConfig) -> SiteResul
         groups=config.groups,
         search=config.search,
         rho=0.0,
-        storage=None,
         study_name=None,
     )
 

@@ -6,15 +6,17 @@ import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import FrozenTrial
 
 from alphasmith.objectives.errors import AlphasmithError, InputError, NonFiniteError
-from alphasmith.search import studies
+from alphasmith.search import study_log
 from alphasmith.search.candidates import Candidate
 from alphasmith.search.config import SAMPLERS, RunConfig, SearchConfig
+from alphasmith.search.interruption import Interrupted
 from alphasmith.search.ranges import group_ranges
 from alphasmith.search.spaces import OFFSET_RANGE, SearchSpace
 from alphasmith.search.studies import (
@@ -27,6 +29,7 @@ from alphasmith.search.studies import (
     guard,
     play,
 )
+from alphasmith.search.study_log import StoredLog
 from alphasmith.search.writer import Writer
 from alphasmith.storage.database import open_optuna
 from alphasmith.storage.optuna_trials import insert_trials
@@ -42,11 +45,15 @@ class Bowl:
     def __init__(self, broken: frozenset[int] = frozenset()) -> None:
         self.calls = 0
         self.batches: list[int] = []
+        self.recalled: list[int] = []
         self.broken = broken
 
     def score(self, candidates: Sequence[Candidate], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
         self.batches.append(len(candidates))
         return [self._one(i, c, i < protected, pruning) for i, c in enumerate(candidates)]
+
+    def recall(self, results: Sequence[TrialResult]) -> None:
+        self.recalled.append(len(results))
 
     def _one(self, index: int, candidate: Candidate, protected: bool, pruning: Pruning | None) -> Outcome:
         call, self.calls = self.calls, self.calls + 1
@@ -68,8 +75,8 @@ def settings(**values: object) -> SearchConfig:
 
 
 def new_study(storage: str | None = None, writer: Writer | None = None, **values: object) -> RecordedStudy:
-    kept = None if storage is None else open_optuna(storage)
-    return RecordedStudy(settings(**values), SPACE, device="cpu", storage=kept, name="one", writer=writer)
+    log = None if storage is None else StoredLog(open_optuna(storage), "one", writer=writer)
+    return RecordedStudy(settings(**values), SPACE, device="cpu", log=log, name="one")
 
 
 def run(study: RecordedStudy, scorer: Bowl, trials: int = 20, single: float = 0.95, **values: object) -> str:
@@ -172,7 +179,7 @@ def test_a_study_refuses_another_space(tmp_path: Path) -> None:
     run(new_study(storage), Bowl(), trials=5)
     other = SearchSpace.of(group_ranges([1.0, 10.0, 1000.0]))
     with pytest.raises(InputError, match="search space"):
-        RecordedStudy(settings(), other, device="cpu", storage=open_optuna(storage), name="one")
+        RecordedStudy(settings(), other, device="cpu", log=StoredLog(open_optuna(storage), "one"), name="one")
 
 
 def test_a_stored_study_continues_to_its_total_budget_and_repeats_nothing(tmp_path: Path) -> None:
@@ -180,9 +187,13 @@ def test_a_stored_study_continues_to_its_total_budget_and_repeats_nothing(tmp_pa
     before = new_study(storage)
     run(before, Bowl(), trials=6)
     after, scorer = new_study(storage), Bowl()
-    assert after.results == before.results, "what was found before is known again, to the bit"
     run(after, scorer, trials=10)
+    assert after.results[:6] == before.results, "what was found before is known again, to the bit"
     assert scorer.calls == 4
+    assert scorer.recalled == [6], "the scorer learns of the record once, before anything new is scored"
+    undisturbed = new_study()
+    run(undisturbed, Bowl(), trials=10)
+    assert after.results == undisturbed.results
     assert [r.number for r in after.results] == list(range(10))
     verdict = guard(after.results, lambda cs: [1.0 for _ in cs])
     assert verdict.search.identity == 10.0, "the baselines of a continued study are its trials 0 to 2"
@@ -231,19 +242,19 @@ def test_writing_in_another_thread_keeps_the_same_trials(tmp_path: Path) -> None
     ]
 
 
-def test_trials_that_wait_are_stored_together_but_not_before_a_note(
+def test_batches_that_wait_are_stored_together_but_not_before_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite:///{tmp_path}/a.db"
     sizes: list[int] = []
 
-    def insert(storage: optuna.storages.BaseStorage, study_id: int, trials: Sequence[FrozenTrial]) -> None:
+    def insert(storage: optuna.storages.BaseStorage, study_id: int, trials: Sequence[FrozenTrial], **how: Any) -> None:
         sizes.append(len(trials))
-        insert_trials(storage, study_id, trials)
+        insert_trials(storage, study_id, trials, **how)
         noted.append("found" in storage.get_study_user_attrs(study_id))
 
     noted: list[bool] = []
-    monkeypatch.setattr(studies, "insert_trials", insert)
+    monkeypatch.setattr(study_log, "insert_trials", insert)
     busy = threading.Event()
     with Writer() as writer:
         study = new_study(url, writer)
@@ -252,9 +263,53 @@ def test_trials_that_wait_are_stored_together_but_not_before_a_note(
         study.note("found", 9)
         run(study, Bowl(), trials=13)
         busy.set()
-    assert [(size, known) for size, known in zip(sizes, noted, strict=True) if size] == [(9, False), (4, True)]
+    assert list(zip(sizes, noted, strict=True)) == [(9, False), (4, True)]
     trials = open_optuna(url).get_all_trials(1)
     assert [(t.number, t.value) for t in trials] == [(r.number, r.loss) for r in study.results]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("cut", [3, 5, 9, 14])
+def test_a_study_cut_anywhere_goes_on_as_if_nothing_had_happened(sampler: str, cut: int, tmp_path: Path) -> None:
+    """The sampler's state, that of CMA-ES and QMC too, is rebuilt from the record."""
+    undisturbed = new_study(sampler=sampler)
+    run(undisturbed, Bowl(), trials=18)
+    storage = f"sqlite:///{tmp_path}/a.db"
+    run(new_study(storage, sampler=sampler), Bowl(), trials=cut)
+    after, scorer = new_study(storage, sampler=sampler), Bowl()
+    run(after, scorer, trials=18)
+    assert scorer.calls == 18 - cut
+    assert after.results == undisturbed.results
+
+
+def test_where_the_record_differs_from_the_replay_it_counts_as_it_is(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/a.db"
+    before = new_study(storage)
+    run(before, Bowl(), trials=8)
+    after, scorer = new_study(storage, seed=4), Bowl()  # another sampler, as another library version would be
+    run(after, scorer, trials=12)
+    assert after.results[:8] == before.results
+    assert scorer.calls == 4
+    assert [t.number for t in open_optuna(storage).get_all_trials(1)] == list(range(12))
+
+
+def test_a_study_can_be_left_after_any_batch(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/a.db"
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 4
+
+    study = new_study(storage)
+    with pytest.raises(Interrupted):
+        run(study, Bowl(), trials=20, stop=stop)
+    assert len(study.results) == len(open_optuna(storage).get_all_trials(1)) == 3 + 3
+    after = new_study(storage)
+    run(after, Bowl(), trials=20)
+    undisturbed = new_study()
+    run(undisturbed, Bowl(), trials=20)
+    assert after.results == undisturbed.results
 
 
 def test_a_failing_write_stops_the_search_and_writes_no_later_trial() -> None:

@@ -117,8 +117,8 @@ class TestEmptyDatabase:
         with database.engine.connect() as connection:
             ours = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalars().all()
             theirs = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
-        assert ours == ["0002"]
-        assert "0002" not in theirs
+        assert ours == ["0003"]
+        assert "0003" not in theirs
 
     def test_initialise_again_changes_nothing(self, database: Database) -> None:
         before = _tables(database)
@@ -147,7 +147,7 @@ class TestEmptyDatabase:
             assert caught.value.field == "storage"
         finally:
             with database.engine.begin() as connection:
-                connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0002'"))
+                connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0003'"))
         initialise(database)
 
     def test_another_optuna_schema_is_refused(self, database: Database) -> None:

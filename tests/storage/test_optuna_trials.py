@@ -10,13 +10,14 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import MetaData, Table, select
+from sqlalchemy import Connection, MetaData, Table, select, text
 from sqlalchemy.exc import OperationalError
 
 from alphasmith.storage import optuna_trials
-from alphasmith.storage.database import Database, optuna_storage
+from alphasmith.storage.database import Database, StorageError, optuna_storage
 from alphasmith.storage.optuna_trials import insert_trials
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -53,13 +54,15 @@ def no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RDBStorage, "create_new_trial", refuse)
 
 
+PARAMS: dict[str, Any] = {"alpha_10": 0.1 + 0.2, "alpha_2": 1 / 3, "shift": True, "range": "größer"}
+
+
 def finished(state: TrialState = TrialState.COMPLETE, value: float | None = None, **changes: Any) -> FrozenTrial:
-    params = {"alpha_10": 0.1 + 0.2, "alpha_2": 1 / 3, "shift": True, "range": "größer"}
     trial = create_trial(
         **{
             "state": state,
             "value": value,
-            "params": params,
+            "params": PARAMS,
             "distributions": SPACE,
             "user_attrs": {"candidate": "sampler", "seconds": 0.1, "facts": {"größe": [1, None, 2.5]}},
             "system_attrs": {"origin": "test"},
@@ -182,6 +185,95 @@ class TestContract:
 
 def one_at_a_time(study: optuna.Study) -> Callable[[], None]:
     return lambda: study.add_trial(finished(value=3.0))
+
+
+class TestNumbersAskedFor:
+    def test_a_repeated_call_changes_nothing(self, database: Database, storage: BaseStorage) -> None:
+        study, study_id = new_study(storage, "repeated")
+        insert_trials(storage, study_id, every_kind()[:2], first=0)
+        insert_trials(storage, study_id, every_kind()[2:], first=2)
+        before = rows(database, study_id)
+        insert_trials(storage, study_id, every_kind()[2:], first=2)
+        insert_trials(storage, study_id, every_kind()[:2], first=0)
+        assert rows(database, study_id) == before
+        assert len(study.trials) == 6
+
+    @pytest.mark.parametrize(
+        ("first", "trials"),
+        [
+            (0, [finished(value=9.0), finished(value=2.0)]),  # another value
+            (0, [finished(value=1.0, params={**PARAMS, "alpha_10": 0.5}), finished(value=2.0)]),  # another parameter
+            (0, [finished(TrialState.PRUNED, value=1.0), finished(value=2.0)]),  # another state
+            (1, [finished(value=2.0), finished(value=3.0)]),  # only one of them is there
+            (3, [finished(value=3.0)]),  # one would be missing before it
+        ],
+    )
+    def test_what_does_not_fit_is_refused(
+        self, database: Database, storage: BaseStorage, first: int, trials: list[FrozenTrial]
+    ) -> None:
+        name = f"does not fit {first} {trials[0].state} {trials[0].value} {trials[0].params['alpha_10']}"
+        _, study_id = new_study(storage, name)
+        insert_trials(storage, study_id, [finished(value=1.0), finished(value=2.0)], first=0)
+        before = rows(database, study_id)
+        with pytest.raises(StorageError, match="holds 2 trials"):
+            insert_trials(storage, study_id, trials, first=first)
+        assert rows(database, study_id) == before
+
+    def test_a_lost_connection_and_a_lost_answer_are_not_seen(
+        self, database: Database, storage: BaseStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        study, study_id = new_study(storage, "lost")
+        losses = ["before the commit", "after it"]
+        real = optuna_trials._insert
+
+        def lose(*arguments: Any) -> None:
+            how = losses.pop() if losses else ""
+            if how != "before the commit":
+                real(*arguments)
+            if how:
+                raise OperationalError("INSERT", {}, Exception(how), connection_invalidated=True)
+
+        monkeypatch.setattr(optuna_trials, "_insert", lose)
+        insert_trials(storage, study_id, every_kind(), first=0)
+        assert losses == []
+        assert [t.number for t in study.trials] == list(range(6))
+
+    @pytest.mark.usefixtures("no_detour")
+    def test_a_fence_that_refuses_leaves_nothing(self, database: Database, storage: BaseStorage) -> None:
+        study, study_id = new_study(storage, "fenced")
+
+        class Refused(Exception):
+            pass
+
+        def refuse(connection: Connection) -> None:
+            assert connection.execute(select(1)).scalar() == 1
+            raise Refused
+
+        for first in (0, None):
+            with pytest.raises(Refused):
+                insert_trials(storage, study_id, every_kind(), first=first, fence=refuse)
+        assert study.trials == []
+
+    @pytest.mark.usefixtures("no_detour")
+    def test_what_the_database_refuses_does_not_pass_a_fence_by(self, database: Database, storage: BaseStorage) -> None:
+        study, study_id = new_study(storage, "refused behind a fence")
+
+        def fail(connection: Connection) -> None:
+            connection.execute(text("SELECT nonsense FROM nowhere"))
+
+        with pytest.raises(StorageInternalError):
+            insert_trials(storage, study_id, every_kind(), fence=fail)
+        assert study.trials == []
+
+    def test_storages_without_tables(self) -> None:
+        storage = InMemoryStorage()
+        _, study_id = new_study(storage, "memory")
+        insert_trials(storage, study_id, every_kind(), first=0)
+        with pytest.raises(StorageError, match="does not hold 0"):
+            insert_trials(storage, study_id, every_kind(), first=0)
+        with pytest.raises(ValueError, match="relational"):
+            insert_trials(storage, study_id, every_kind(), fence=lambda _: None)
+        assert storage.get_n_trials(study_id) == 6
 
 
 class TestErrors:

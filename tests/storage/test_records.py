@@ -29,6 +29,7 @@ from alphasmith.storage.records import (
     SiteRecord,
     TrialDigest,
 )
+from tests.storage.boards import forgetful
 
 NOW = datetime(2026, 1, 31, 12, 30, 15, 123456, tzinfo=UTC)
 SPEC = RunSpec(
@@ -128,6 +129,81 @@ class TestRuns:
         finished = store.finish(run_id)
         assert finished.status == "finished"
         assert finished.created < (finished.started or NOW) < (finished.finished or NOW)
+
+    def test_an_interrupted_run_goes_on(self, store: RunStore, run_id: str) -> None:
+        store.start(run_id)
+        stopped = store.interrupt(run_id, "told to stop")
+        assert (stopped.status, stopped.reason) == ("interrupted", "told to stop")
+        assert stopped.finished is not None
+        with pytest.raises(InputError, match="reason"):
+            store.interrupt(run_id, "")
+        assert store.interrupt(run_id, "again").reason == "again"
+        assert store.start(run_id).finished is None
+        store.finish(run_id)
+        with pytest.raises(InputError, match="is finished"):
+            store.interrupt(run_id, "late")
+
+    def test_unfinished_runs_are_found_by_their_digests(self, store: RunStore) -> None:
+        spec = replace(SPEC, config_digest="e" * 64, artifacts="s3://bucket/runs")
+        made = [store.create(spec).id for _ in range(4)]
+        others = [
+            store.create(change(spec, **{name: "f" * 64})).id
+            for name in ("config_digest", "model_digest", "data_digest")
+        ]
+        store.start(made[1])
+        store.interrupt(made[1], "told to stop")
+        store.start(made[2])
+        store.finish(made[2])
+        store.fail(made[3], "out of memory")
+        found = store.find_unfinished("e" * 64, "a" * 64, "b" * 64)
+        assert [(run.id, run.status) for run in found] == [
+            (made[3], "failed"),
+            (made[1], "interrupted"),
+            (made[0], "created"),
+        ]
+        assert {(run.artifacts, run.config_digest) for run in found} == {("s3://bucket/runs", "e" * 64)}
+        assert store.find_unfinished("g" * 64, "a" * 64, "b" * 64) == []
+        for run in made + others:
+            store.delete(run)
+
+    def test_lost_answers_are_not_seen(self, database: Database) -> None:
+        weak = forgetful(database)
+        store = RunStore(weak)
+
+        def lose() -> None:
+            assert weak.losses == [], "the last loss did not happen"
+            weak.losses.extend(["out"] * 2)
+
+        before = len(store.runs())
+        lose()
+        run = store.create(SPEC).id
+        assert len(store.runs()) == before + 1
+        lose()
+        store.start(run)
+        lose()
+        store.add_site(run, SITE, iter([trial(0)]))
+        lose()
+        store.set_groups(run, GROUPS)
+        lose()
+        store.add_trials(run, iter([trial(0, "whole"), trial(1, "whole")]))
+        lose()
+        store.set_artifacts(run, iter([ArtifactRecord(kind="k", path="p", sha256="d" * 64, bytes=1)]))
+        lose()
+        store.conclude(run, space_hash="d" * 64, folder="/out")
+        lose()
+        store.interrupt(run, "told to stop")
+        lose()
+        store.fail(run, "why")
+        store.start(run)
+        lose()
+        assert store.finish(run).status == "finished"
+        assert (len(store.sites(run)), len(store.trials(run)), len(store.groups(run))) == (1, 3, 2)
+        with pytest.raises(InputError, match="is finished"):
+            store.finish(run)
+        lose()
+        assert store.delete(run) == (SITE.study_name, "whole")
+        with pytest.raises(InputError, match="no run"):
+            store.delete(run)
 
     def test_conclusion_is_added_while_it_runs(self, store: RunStore, run_id: str) -> None:
         with pytest.raises(InputError, match="is created"):
@@ -306,9 +382,12 @@ class TestSites:
         store.set_groups(run_id, GROUPS)
         store.add_trials(run_id, [trial(1, "whole"), trial(0, "whole")])
         store.add_trials(run_id, [])
+        store.add_trials(run_id, [trial(2, "whole"), trial(1, "whole")])  # one of them is stored already, alike
+        with pytest.raises(DuplicateError):
+            store.add_trials(run_id, [trial(3, "whole"), trial(1, "whole", loss=0.75)])
         assert store.groups(run_id) == list(GROUPS)
         assert store.sites(run_id)[0].groups == ()
-        assert [item.trial_number for item in store.trials(run_id)] == [0, 1]
+        assert [item.trial_number for item in store.trials(run_id)] == [0, 1, 2]
 
     def test_repeated_parameters_are_found(self, store: RunStore, run_id: str) -> None:
         store.add_site(

@@ -1,7 +1,8 @@
-"""Databases and output folders of the first schema: read, brought up to date, and refused where they cannot be.
+"""Databases and output folders of earlier schemas: read, brought up to date, and refused where they cannot be.
 
-``data/schema_0001.sqlite`` is the database of a real run of the first release (three sites, four trials each), and
-``data/run_version_1`` its output folder without the report; only the run's folder name was shortened.
+``data/schema_NNNN.sqlite`` is the database of a real run of that schema (three sites, four trials each; from 0002 on also a
+refinement of four trials), and ``data/run_version_1`` the output folder of the first without the report; only the run's
+folder name was shortened.
 """
 
 from __future__ import annotations
@@ -97,10 +98,20 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Every schema there was before, with the tables it had.
+EARLIER = ("0001", "0002")
+
+
+@pytest.fixture(params=EARLIER)
+def schema(request: pytest.FixtureRequest) -> str:
+    """An earlier schema."""
+    return str(request.param)
+
+
 @pytest.fixture
-def copied(tmp_path: Path) -> str:
-    """Address of a copy of the committed database."""
-    shutil.copy(DATA / "schema_0001.sqlite", tmp_path / "runs.db")
+def copied(schema: str, tmp_path: Path) -> str:
+    """Address of a copy of the committed database of that schema."""
+    shutil.copy(DATA / f"schema_{schema}.sqlite", tmp_path / "runs.db")
     return f"sqlite:///{tmp_path / 'runs.db'}"
 
 
@@ -108,24 +119,43 @@ def copied(tmp_path: Path) -> str:
 def old(address: str) -> Iterator[Database]:
     """A database on every backend with the first schema and a row in each of its tables; whatever was there is gone."""
     opened = open_database(address)
+    set_back(opened, "0001")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def previous(address: str) -> Iterator[Database]:
+    """The same with the schema before the last."""
+    opened = open_database(address)
+    set_back(opened, EARLIER[-1])
+    yield opened
+    opened.close()
+
+
+def set_back(opened: Database, schema: str) -> None:
+    """Put an earlier schema and the rows of the first into a database."""
     initialise(opened)
     with opened.engine.begin() as connection:
         for table in reversed(Base.metadata.sorted_tables):
             table.drop(connection)
         connection.execute(text(f"DROP TABLE {VERSION_TABLE}"))
-    to_revision(opened, "0001")
+    to_revision(opened, schema)
     insert(opened, ROWS)
-    yield opened
-    opened.close()
 
 
 def to_revision(database: Database, revision: str, *, down: bool = False) -> None:
     """What ``initialise`` does, to any revision."""
     config = Config()
     config.set_main_option("script_location", str(Path(room.__file__).parent / "migrations").replace("%", "%%"))
-    with database.engine.begin() as connection:
-        config.attributes["connection"] = connection
+    config.attributes["connection"] = connection = database.engine.connect()
+    with connection:
+        if database.backend == "sqlite":
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # dropping a rebuilt table would empty its children
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         (command.downgrade if down else command.upgrade)(config, revision)
+        connection.commit()
+        connection.invalidate()
 
 
 def insert(database: Database, rows: dict[str, dict[str, Any]]) -> None:
@@ -149,10 +179,12 @@ def revision(database: Database) -> str:
 
 
 class TestCommittedDatabase:
-    def test_it_is_of_the_first_schema(self, copied: str) -> None:
+    def test_it_is_of_that_schema(self, copied: str, schema: str) -> None:
         opened = open_database(copied)
-        assert revision(opened) == "0001"
-        assert "shift" not in {column["name"] for column in inspect(opened.engine).get_columns("alphasmith_site")}
+        assert revision(opened) == schema
+        catalogue = inspect(opened.engine)
+        assert ("shift" in {column["name"] for column in catalogue.get_columns("alphasmith_site")}) == (schema > "0001")
+        assert not catalogue.has_table("alphasmith_ticket")
         opened.close()
 
     def test_reading_it_brings_it_up_to_date_and_keeps_every_row(self, copied: str) -> None:
@@ -178,23 +210,35 @@ class TestCommittedDatabase:
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         opened.close()
 
-    def test_its_records_say_what_they_said(self, copied: str) -> None:
+    def test_its_records_say_what_they_said(self, copied: str, schema: str) -> None:
         opened = open_existing(copied)
         store = RunStore(opened)
         (run,) = store.runs()
-        assert (run.status, run.refinement, run.folder) == ("finished", None, "out")
+        assert (run.status, run.folder, run.config_digest, run.artifacts, run.driver) == (
+            "finished",
+            "out",
+            "",
+            "",
+            None,
+        )
+        assert (run.refinement is None) == (schema == "0001")
         sites = store.sites(run.id)
         assert [site.name for site in sites] == ["fc1", "fc2", "head"]
-        assert {(s.shift, s.range_statistic, s.range_factor, s.grouping, s.statistic, s.facts) for s in sites} == {
-            (False, "absmax", 1.0, "", "", None)
-        }
-        assert {(g.beta, g.offset) for site in sites for g in site.groups} == {(None, None)}
+        if schema == "0001":
+            assert {(s.shift, s.range_statistic, s.range_factor, s.grouping, s.statistic, s.facts) for s in sites} == {
+                (False, "absmax", 1.0, "", "", None)
+            }
+            assert {(g.beta, g.offset) for site in sites for g in site.groups} == {(None, None)}
+        else:
+            assert {(s.grouping, s.statistic, s.facts is None) for s in sites} == {("kmeans", "absmax", False)}
         trials = store.trials(run.id)
-        assert len(trials) == 12
+        assert len(trials) == (12 if schema == "0001" else 16)
+        assert {trial.kind for trial in trials} >= {"identity", "alpha_0.5", "best_single"}
         assert store.find_trial(trials[1].study_name, trials[1].params_hash) is not None
         study = optuna.load_study(study_name=str(sites[0].study_name), storage=optuna_storage(opened))
         assert len(study.trials) == 4
-        assert store.delete(run.id) == tuple(f"{run.id}/{site.name}" for site in sites)
+        studies = [site.name for site in sites] + ([] if schema == "0001" else ["refinement"])
+        assert store.delete(run.id) == tuple(f"{run.id}/{name}" for name in studies)
         with opened.engine.connect() as connection:
             for table in Base.metadata.tables.values():
                 assert connection.execute(table.select()).all() == []
@@ -229,7 +273,7 @@ class TestCommittedDatabase:
 class TestEveryBackend:
     def test_rows_of_the_first_schema_survive(self, old: Database) -> None:
         initialise(old)
-        assert revision(old) == "0002"
+        assert revision(old) == "0003"
         store = RunStore(old)
         run = store.get("r-old")
         assert (run.config, run.refinement, run.created.microsecond) == ({"groups": {"k": 2}}, None, 123456)
@@ -261,6 +305,25 @@ class TestEveryBackend:
         assert store.sites("r-old")[1] == site
         assert store.trials("r-old", study_name="r-old/fc2") == [trial]
 
+    def test_rows_of_the_previous_schema_survive_and_may_be_what_is_new(self, previous: Database) -> None:
+        insert(previous, {"alphasmith_trial_digest": TRIAL | {"trial_number": 1, "kind": "refined"}})
+        with previous.engine.begin() as connection:
+            connection.execute(text("UPDATE alphasmith_site SET facts = '{\"k_tried\": [2]}', range_factor = 0.9"))
+            connection.execute(text("UPDATE alphasmith_group SET beta = 0.75"))
+        initialise(previous)
+        store = RunStore(previous)
+        (site,) = store.sites("r-old")
+        assert (site.facts, site.range_factor, site.groups[0].beta) == ({"k_tried": [2]}, 0.9, 0.75)
+        assert [trial.kind for trial in store.trials("r-old")] == ["sampler", "refined"]
+        insert(previous, {"alphasmith_trial_digest": TRIAL | {"trial_number": 2, "kind": "reused"}})
+        late = RUN | {"id": "r-late", "status": "interrupted"}
+        insert(previous, {"alphasmith_run": late})
+        assert (store.get("r-late").status, store.get("r-late").config_digest) == ("interrupted", "")
+        with pytest.raises((IntegrityError, OperationalError), match=r"(?i)constraint"):
+            insert(previous, {"alphasmith_run": RUN | {"id": "r-odd", "status": "invented"}})
+        with previous.engine.connect() as connection:
+            assert differences(connection) == []
+
     def test_checks_still_hold_and_an_old_writer_may_finish(self, old: Database) -> None:
         initialise(old)
         insert(old, {"alphasmith_run": RUN | {"id": "r-late"}, "alphasmith_site": SITE | {"id": 8, "run_id": "r-late"}})
@@ -271,20 +334,22 @@ class TestEveryBackend:
                 insert(old, {"alphasmith_trial_digest": TRIAL | {"trial_number": 1} | wrong})
         insert(old, {"alphasmith_trial_digest": TRIAL | {"trial_number": 1, "kind": "refined"}})
 
-    def test_an_interrupted_upgrade_goes_on(self, old: Database) -> None:
+    @pytest.mark.parametrize("last", ["refined'", "alphasmith_result", "reused"])
+    def test_an_interrupted_upgrade_goes_on(self, old: Database, last: str) -> None:
         def interrupt(_c: Any, _cursor: Any, statement: str, _p: Any, _x: Any, _m: bool) -> None:
-            if "refined" in statement:
+            if last in statement:
                 raise KeyboardInterrupt
 
         event.listen(old.engine, "before_cursor_execute", interrupt)
         with pytest.raises(KeyboardInterrupt):
             initialise(old)
         event.remove(old.engine, "before_cursor_execute", interrupt)
-        assert revision(old) == "0001"
+        # MySQL keeps what came before; the others take all of it back.
+        assert revision(old) == ("0002" if old.backend == "mysql" and not last.startswith("refined") else "0001")
         initialise(old)
         with old.engine.connect() as connection:
             assert differences(connection) == []
-        insert(old, {"alphasmith_trial_digest": TRIAL | {"trial_number": 1, "kind": "refined"}})
+        insert(old, {"alphasmith_trial_digest": TRIAL | {"trial_number": 1, "kind": "reused"}})
         assert len(RunStore(old).trials("r-old")) == 2
 
     def test_it_can_be_taken_back(self, old: Database) -> None:

@@ -1,0 +1,69 @@
+"""Leaving a run in good order: the first Ctrl-C asks, the second one leaves at once. What was recorded stays."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from alphasmith.objectives.errors import AlphasmithError
+
+
+class Interrupted(AlphasmithError):
+    """The run was asked to stop; everything it found so far is on record."""
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def leave(stop: Callable[[], bool]) -> None:
+    """End the work here if ``stop`` says so.
+
+    Raises:
+        Interrupted: It does.
+    """
+    if stop():
+        raise Interrupted("asked to stop")
+
+
+class Interruption:
+    """Turns the first SIGINT or SIGTERM into a request and lets the second one through.
+
+    Used as a context, which restores the handlers. Signals reach the main thread only; elsewhere nothing is installed.
+    SIGTERM is what Slurm and Kubernetes send before they kill.
+
+    Args:
+        told: Called at the first signal, e.g. to say what will happen; must be quick and raise nothing.
+    """
+
+    def __init__(self, told: Callable[[], None] = lambda: None) -> None:
+        self._told = told
+        self._before: dict[int, Any] = {}
+        self.requested = False
+
+    def __call__(self) -> bool:
+        """Whether a signal came: what ``stop`` parameters ask."""
+        return self.requested
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._told()

@@ -1,0 +1,84 @@
+"""Accepted results of sites: kept once, whole, and read again by whoever goes on with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from alphasmith.objectives.errors import AlphasmithError
+from alphasmith.objectives.sites.types import Site
+from alphasmith.search.site_records import site_record, trial_digests
+from alphasmith.search.site_result import SiteResult
+from alphasmith.search.site_state import candidate_json, result_from_state, result_state
+from alphasmith.storage.board import Board
+from alphasmith.storage.kept import KeptArtifacts
+from alphasmith.storage.work_records import Claim, SiteWinner, StoredArtifact
+
+
+class SiteKeeper:
+    """Keeps the result of a site under the claim it was found under.
+
+    Args:
+        board: Tickets of the run.
+        kept: Objects of the run in the artifact store.
+        scheme: Name of the quantization scheme.
+        position: Site name -> place in forward order.
+    """
+
+    def __init__(self, board: Board, kept: KeptArtifacts, *, scheme: str, position: Callable[[str], int]) -> None:
+        self._board = board
+        self._kept = kept
+        self._scheme = scheme
+        self._position = position
+
+    def keep(self, claim: Claim, site: Site, result: SiteResult) -> bool:
+        """Record a site's result with its groups and trials, in one transaction, after its tensors.
+
+        Returns:
+            False where another attempt has taken over; then nothing is recorded.
+        """
+        digest = self._kept.store.put(result_state(result))
+        artifact = StoredArtifact(
+            kind="result", name=site.name, artifact_id=digest.path, sha256=digest.sha256, bytes=digest.bytes
+        )
+        winner = SiteWinner(
+            site=site.name,
+            attempt=claim.attempt,
+            worker=self._board.worker,
+            digest=claim.ticket.digest,
+            scheme=self._scheme,
+            winner=candidate_json(result.candidate),
+            loss=result.held_out_loss,
+            artifact_id=artifact.artifact_id,
+            sha256=artifact.sha256,
+        )
+        record = site_record(site, self._position(site.name), result)
+        trials = trial_digests(result.study_name, result.results)
+        return self._board.complete(claim, record, trials, winner, artifact)
+
+    def results(self, sites: Collection[str]) -> dict[str, SiteResult]:
+        """Accepted results of some sites.
+
+        Raises:
+            AlphasmithError: A site has none, or its tensors are gone or damaged.
+        """
+        winners = self._board.results()
+        if missing := [name for name in sites if name not in winners]:
+            raise AlphasmithError(f"site {missing[0]} has no accepted result")
+        return {
+            name: result_from_state(self._kept.store.get(w.artifact_id, sha256=w.sha256))
+            for name in sites
+            if (w := winners[name])
+        }
+
+    def failed(self) -> str:
+        """The first site that failed for good, with its reason; empty where there is none."""
+        return next((f"site {site}: {reason}" for site, reason in self._board.progress().failed), "")
+
+    def check(self) -> None:
+        """Raise what made a site fail for good.
+
+        Raises:
+            AlphasmithError: A site failed.
+        """
+        if reason := self.failed():
+            raise AlphasmithError(reason)

@@ -1,0 +1,247 @@
+"""An autonomous worker: searches sites of a run through its database, without its model or its data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import optuna
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.memory import return_large_blocks
+from alphasmith.search.config import RunConfig
+from alphasmith.search.defaults import DEFAULT_STORAGE
+from alphasmith.search.engines.choose import make_engine
+from alphasmith.search.interruption import leave, never
+from alphasmith.search.open_run import named
+from alphasmith.search.pipeline import resume
+from alphasmith.search.progress import Progress, Silent
+from alphasmith.search.progress_texts import resume_command
+from alphasmith.search.resuming import stored_config
+from alphasmith.search.run_handle import RunHandle
+from alphasmith.search.site_keeper import SiteKeeper
+from alphasmith.search.site_source import PublishedSites
+from alphasmith.search.site_stage import SiteSettings, SiteStage
+from alphasmith.search.threads import thread_budget
+from alphasmith.search.writer import Writer
+from alphasmith.storage.board import Board
+from alphasmith.storage.database import Database, open_existing
+from alphasmith.storage.record_types import RunRecord, RunStatus
+from alphasmith.storage.records import RunStore
+from alphasmith.storage.urls import mask
+from alphasmith.storage.work_records import WorkerRecord
+
+#: Seconds between two looks at a run that is not planned yet.
+_POLL = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkDone:
+    """What a worker did.
+
+    Attributes:
+        run: The run.
+        searched: Sites whose accepted result is this worker's.
+        finished: Whether it wrote the result of the run.
+        folder: Where that is, or will be.
+        note: Why it left, in one clause.
+    """
+
+    run: str
+    searched: int
+    finished: bool
+    folder: str
+    note: str
+
+
+def work(
+    run: str,
+    *,
+    storage: str | None = None,
+    workers: int = 0,
+    artifacts: str | None = None,
+    device: str | None = None,
+    finish: bool = True,
+    wait: float = 0.0,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = never,
+    sleep: Callable[[float], None] = time.sleep,
+) -> WorkDone:
+    """Search sites of a run until all are done, whoever searches them.
+
+    Args:
+        run: Its id, the beginning of it, or its name.
+        storage: The database it is in, a server that several processes can write to.
+        workers: Worker processes on this machine; 0 searches in this one.
+        artifacts: Where the run's objects are, if another address leads there from here.
+        device: Torch device of the searches; None: the first GPU, else the CPU.
+        finish: Write the run's result, if no driver is alive by the time all sites are done and its model can be loaded here.
+        wait: Seconds to wait for the database and the run to appear, where driver and workers are launched together.
+        progress: Told what happens; None: silent.
+        stop: Asked again and again whether to leave.
+        sleep: Waits a number of seconds.
+
+    Raises:
+        InputError: No such run, a database for one process only, or a run with scope ``model``, whose one study its driver
+            searches.
+        AlphasmithError: A site failed for good.
+        Interrupted: ``stop`` said so; the site at hand is given back.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return_large_blocks()
+    progress = progress or Silent()
+    url = storage or DEFAULT_STORAGE
+    database, record = _appeared(url, run, wait, progress, stop, sleep)
+    if record.scope == "model":
+        raise InputError(
+            "RUN", f"{record.id} has scope 'model': one study", "give its driver --workers, or --engine ray"
+        )
+    if record.status == "finished":
+        database.close()
+        return _left(record, 0, "the run is finished")
+    if artifacts is not None:
+        record = replace(record, artifacts=artifacts)
+    config = _local(stored_config(record, url), workers, device)
+    searched = _search(database, record, config, progress, stop, sleep)
+    if not finish:
+        return _left(record, searched, "all sites are searched")
+    return _finish(url, record, config, searched, progress, stop, sleep)
+
+
+def _appeared(
+    url: str, run: str, wait: float, progress: Progress, stop: Callable[[], bool], sleep: Callable[[float], None]
+) -> tuple[Database, RunRecord]:
+    """The run, once it is there."""
+    waited = 0.0
+    while True:
+        try:
+            database = open_existing(url)
+            try:
+                return database, RunStore(database).get(run)
+            except InputError:
+                database.close()
+                raise
+        except InputError:
+            leave(stop)
+            if waited >= wait:
+                raise
+        if not waited:
+            progress.note(f"waiting up to {wait:.0f} s for run {run}")
+        sleep(_POLL)
+        waited += _POLL
+
+
+def _search(
+    database: Database,
+    record: RunRecord,
+    config: RunConfig,
+    progress: Progress,
+    stop: Callable[[], bool],
+    sleep: Callable[[float], None],
+) -> int:
+    with make_engine(config, stop) as engine:
+        handle = RunHandle(database, record, role="worker", engine=engine.name, workers=config.workers)
+        with named(record.id, handle.storage), handle, thread_budget(config.search.threads), Writer() as writer:
+            order = _planned(handle, progress, stop, sleep)
+            source = PublishedSites(handle.kept, order)
+            keeper = SiteKeeper(handle.board, handle.kept, scheme=record.scheme, position=source.position)
+            settings = SiteSettings(
+                scheme=config.scheme.build(),
+                groups=config.groups,
+                search=config.search,
+                rho=float(record.hardware["rho"]),
+            )
+            SiteStage(
+                record.id,
+                source,
+                settings,
+                engine=engine,
+                board=handle.board,
+                keeper=keeper,
+                storage=handle.optuna_storage,
+                writer=writer,
+                progress=progress,
+                stop=stop,
+                sleep=sleep,
+            ).run()
+            return sum(winner.worker == handle.board.worker for winner in handle.board.results().values())
+
+
+def _planned(
+    handle: RunHandle, progress: Progress, stop: Callable[[], bool], sleep: Callable[[float], None]
+) -> list[str]:
+    """Sites of the run, once its driver has planned them."""
+    told = False
+    while not (tickets := handle.board.tickets()):
+        record = handle.store.get(handle.id)
+        if record.status in ("failed", "finished", "interrupted"):
+            raise InputError("RUN", f"{handle.id} is {record.status} and was never planned", "resume it first")
+        if not told:
+            progress.note(f"waiting for the driver of {handle.id} to plan its sites")
+            told = True
+        leave(stop)
+        sleep(_POLL)
+    return [ticket.site for ticket in tickets]
+
+
+def _finish(
+    url: str,
+    record: RunRecord,
+    config: RunConfig,
+    searched: int,
+    progress: Progress,
+    stop: Callable[[], bool],
+    sleep: Callable[[float], None],
+) -> WorkDone:
+    status, driver = _await_driver(url, record, config, stop, sleep)
+    if status == "finished":
+        return _left(record, searched, "all sites are searched, the run is finished")
+    if driver:
+        return _left(record, searched, f"all sites are searched, its driver ({driver}) writes the result")
+    try:
+        changes = {"engine": config.engine, "workers": config.workers.model_dump()}
+        result = resume(record.id, storage=url, changes=changes, progress=progress, stop=stop)
+    except InputError as error:
+        progress.note(f"the result is not written here: {error}")
+        return _left(record, searched, f"all sites are searched; finish with: {resume_command(record.id, mask(url))}")
+    return WorkDone(
+        run=record.id, searched=searched, finished=True, folder=str(result.folder), note="the result is written"
+    )
+
+
+def _await_driver(
+    url: str, record: RunRecord, config: RunConfig, stop: Callable[[], bool], sleep: Callable[[float], None]
+) -> tuple[RunStatus, str]:
+    """(status of the run, its live driver): waits for a sign of life of the driver, or until its lease has run out."""
+    database = open_existing(url)
+    try:
+        store, board = RunStore(database), Board(database, record.id, role="worker", lease=config.workers.lease)
+        first: WorkerRecord | None = None
+        while True:
+            status = store.get(record.id).status
+            driver = next((w for w in board.workers() if w.role == "driver" and w.alive), None)
+            if driver is None or status == "finished":
+                return status, ""
+            if first is not None and (driver.id != first.id or driver.heartbeat > first.heartbeat):
+                return status, f"{driver.host}, process {driver.pid}"
+            first = first or driver
+            leave(stop)
+            sleep(_POLL)
+    finally:
+        database.close()
+
+
+def _left(record: RunRecord, searched: int, note: str) -> WorkDone:
+    return WorkDone(run=record.id, searched=searched, finished=False, folder=record.folder, note=note)
+
+
+def _local(config: RunConfig, workers: int, device: str | None) -> RunConfig:
+    """The run's configuration for this machine."""
+    return config.model_copy(
+        update={
+            "engine": "local",
+            "workers": config.workers.model_copy(update={"count": workers, "threads": None}),
+            "search": config.search.model_copy(update={"device": device}),
+        }
+    )

@@ -1,0 +1,346 @@
+"""Runs that are left and taken up again: nothing is searched twice, nothing changes, what changed outside is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from alphasmith.objectives.errors import AlphasmithError, InputError
+from alphasmith.search import RunConfig, RunResult, resume
+from alphasmith.search.interruption import Interrupted
+from alphasmith.search.pipeline import run
+from alphasmith.storage.board import Board
+from alphasmith.storage.database import open_existing
+from alphasmith.storage.files import digest_file
+from alphasmith.storage.maintenance import violations
+from alphasmith.storage.manifest import FILE_NAME
+from alphasmith.storage.records import RunStore
+from tests.search.run_cases import (
+    Likeness,
+    Mlp,
+    alphasmith,
+    launch,
+    rows,
+    seeded,
+    settings,
+    tiny_llama,
+    tokens,
+    vectors,
+)
+
+REFINED = {"search": {"trials": 6, "refine": True, "refine_trials": 4}}
+
+
+class Notes:
+    """A progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.lines.append(name)
+
+    def advance(self, detail: str = "") -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def has(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: nn.Module) -> tuple[RunResult, int]:
+    """A whole run, and how often it asked whether to stop."""
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return False
+
+    return launch(tmp_path_factory.mktemp("whole"), model, tokens(), REFINED, stop=stop), len(asked)
+
+
+def after(calls: int) -> Callable[[], bool]:
+    """Asks to stop from the given call on."""
+    left: Iterator[int] = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+def once_recorded(folder: Path, trials: int) -> Callable[[], bool]:
+    """Asks to stop once so many trials are in the database."""
+    return lambda: (folder / "runs.db").exists() and len(_recorded(folder)) >= trials
+
+
+def found(result: RunResult) -> list[dict[str, Any]]:
+    """Every trial without its times."""
+    frame = result.trials.drop(columns=["seconds", "study_name"])
+    return list(json.loads(frame.to_json(orient="records", double_precision=15)))
+
+
+def status(folder: Path) -> list[tuple[Any, ...]]:
+    return rows(folder / "runs.db", "SELECT status, reason FROM alphasmith_run ORDER BY created")
+
+
+def test_before_anything_is_found_nothing_is_left(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(Interrupted, match="before anything was on record"):
+        launch(tmp_path, model, tokens(), stop=after(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.7, 0.85, 0.97])
+def test_a_run_left_anywhere_finds_what_it_would_have_found(
+    share: float, undisturbed: tuple[RunResult, int], tmp_path: Path, model: nn.Module
+) -> None:
+    whole, asked = undisturbed
+    with pytest.raises(Interrupted, match=r"go on with: alphasmith resume r-\S+ --storage sqlite:///"):
+        launch(tmp_path, model, tokens(), REFINED, stop=after(int(asked * share)))
+    assert [state for state, _ in status(tmp_path)] == ["interrupted"]
+    assert not (tmp_path / "out").exists()
+    before = {(r["site"], r["number"]) for r in _recorded(tmp_path)}
+    again = launch(tmp_path, model, tokens(), REFINED, progress=(notes := Notes()))
+    assert notes.has("going on with it")
+    assert [state for state, _ in status(tmp_path)] == ["finished"]
+    assert found(again) == found(whole)
+    assert again.manifest.without_times() == whole.manifest.without_times()
+    assert before <= {(str(r["site"]), int(r["number"])) for r in found(again)}
+    assert violations(open_existing(again.storage)) == []
+
+
+def _recorded(folder: Path) -> list[dict[str, Any]]:
+    query = (
+        "SELECT s.study_name, t.number FROM trials t JOIN studies s ON s.study_id = t.study_id "
+        "WHERE t.state IN ('COMPLETE', 'PRUNED', 'FAIL')"
+    )
+    return [{"site": name.partition("/")[2], "number": number} for name, number in rows(folder / "runs.db", query)]
+
+
+def test_what_is_on_record_is_not_computed_again(
+    undisturbed: tuple[RunResult, int], tmp_path: Path, model: nn.Module
+) -> None:
+    _, asked = undisturbed
+    with pytest.raises(Interrupted):
+        launch(tmp_path, model, tokens(), REFINED, stop=after(int(asked * 0.6)))
+    seconds = "SELECT study_name, trial_number, seconds FROM alphasmith_trial_digest"
+    known = set(rows(tmp_path / "runs.db", seconds))
+    assert known
+    again = launch(tmp_path, model, tokens(), REFINED, progress=(notes := Notes()))
+    assert notes.has("calibration rows and statistics are on record and used again")
+    assert notes.has("sites are on record and not searched again")
+    assert known <= set(rows(tmp_path / "runs.db", seconds)), "a repeated trial would have other seconds"
+    attempts = rows(tmp_path / "runs.db", "SELECT state, COUNT(*) FROM alphasmith_attempt GROUP BY state")
+    assert dict(attempts)["done"] == int((again.sites["mode"] != "left").sum())
+
+
+def test_a_run_over_the_whole_model_goes_on_too(tmp_path: Path, model: nn.Module) -> None:
+    values = {"search": {"scope": "model", "trials": 8}}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "left").mkdir()
+    whole = launch(tmp_path / "whole", model, tokens(), values)
+    for trials in (3, 5):
+        with pytest.raises(Interrupted):
+            launch(tmp_path / "left", model, tokens(), values, stop=once_recorded(tmp_path / "left", trials))
+    assert _recorded(tmp_path / "left")
+    again = launch(tmp_path / "left", model, tokens(), values)
+    assert found(again) == found(whole)
+    assert again.manifest.without_times() == whole.manifest.without_times()
+
+
+def test_what_changed_is_named(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(Interrupted):
+        launch(tmp_path, model, tokens(), stop=after(10))
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    ((run_id,),) = rows(tmp_path / "runs.db", "SELECT id FROM alphasmith_run")
+    other = seeded(Mlp)
+    with pytest.raises(InputError, match=r"^model: changed since run r-\S+ began \(sha256 \w{12} then, \w{12} now\)"):
+        resume(run_id, storage=url, model=other, batches=tokens())
+    with pytest.raises(InputError, match=r"^data: changed since run"):
+        resume(run_id, storage=url, model=model, batches=tokens(seed=5))
+    changes = {"groups": {"k": 3}, "search": {"trials": 9, "rows": 64, "single_alphas": 5, "refine": False}}
+    told = r"^config: not that of run r-\S+: groups.k was 2 and is 3, search.trials was 5"
+    with pytest.raises(InputError, match=told):
+        resume(run_id, storage=url, model=model, batches=tokens(), changes=changes)
+    assert resume(run_id, storage=url, model=model, batches=tokens()).id == run_id
+    with pytest.raises(InputError, match=r"^RUN: r-\S+ is finished; its result is in"):
+        resume(run_id, storage=url, model=model, batches=tokens())
+
+
+def test_another_configuration_and_a_fresh_start_are_runs_of_their_own(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(Interrupted):
+        launch(tmp_path, model, tokens(), stop=after(10))
+    launch(tmp_path, model, tokens(), {"search": {"seed": 3}, "out": tmp_path / "b"})
+    launch(tmp_path, model, tokens(), {"out": tmp_path / "c"}, fresh=True)
+    assert [state for state, _ in status(tmp_path)] == ["interrupted", "finished", "finished"]
+
+
+def test_a_second_driver_is_refused_and_the_first_one_not_disturbed(tmp_path: Path, model: nn.Module) -> None:
+    refused: list[str] = []
+
+    def meanwhile() -> bool:
+        if (
+            not refused
+            and (tmp_path / "runs.db").exists()
+            and rows(tmp_path / "runs.db", "SELECT 1 FROM trials LIMIT 1")
+        ):
+            refused.append("")
+            with pytest.raises(InputError) as error:
+                launch(tmp_path, model, tokens())
+            refused.append(str(error.value))
+        return False
+
+    result = launch(tmp_path, model, tokens(), stop=meanwhile)
+    assert "driven by" in refused[1]
+    assert [state for state, _ in status(tmp_path)] == ["finished"]
+    assert violations(open_existing(result.storage)) == []
+
+
+def test_a_run_killed_after_its_folder_was_written_only_finishes_its_record(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "set_artifacts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(tmp_path, model, tokens())
+    before = digest_file(tmp_path / "out" / FILE_NAME, name=FILE_NAME)
+    notes = Notes()
+    again = launch(tmp_path, model, tokens(), progress=notes)
+    assert notes.has("was written before")
+    assert not notes.has("calibrating")
+    assert digest_file(tmp_path / "out" / FILE_NAME, name=FILE_NAME) == before
+    assert [state for state, _ in status(tmp_path)] == ["finished"]
+    assert len(again.sites)
+
+
+def test_a_later_run_starts_from_recorded_winners_and_says_so(tmp_path: Path, model: nn.Module) -> None:
+    first = launch(tmp_path, model, tokens(), {"search": {"trials": 12}})
+    notes = Notes()
+    values = {"search": {"trials": 5, "seed": 1}, "out": tmp_path / "again"}
+    second = launch(tmp_path, model, tokens(), values, progress=notes)
+    searched = int((first.sites["mode"] != "left").sum())
+    assert notes.has(f"{searched} of {searched} sites start from winners on record (run {first.id})")
+    assert "reused" in set(second.trials["kind"])
+    for _, trials in second.trials.groupby("study_name"):
+        assert list(trials.sort_values("number")["kind"][:3]) == ["identity", "alpha_0.5", "best_single"]
+    notes = Notes()
+    values = {"search": {"trials": 5, "seed": 1, "reuse": False}, "out": tmp_path / "afresh"}
+    third = launch(tmp_path, model, tokens(), values, progress=notes)
+    assert not notes.has("winners on record")
+    assert "reused" not in set(third.trials["kind"])
+    other = {"search": {"trials": 5}, "scheme": {"weights": "int4"}, "out": tmp_path / "int4"}
+    fourth = launch(tmp_path, model, tokens(), other)
+    assert "reused" not in set(fourth.trials["kind"]), "another scheme has other winners"
+
+
+def test_the_same_run_again_is_never_worse_for_knowing_the_winners(tmp_path: Path, model: nn.Module) -> None:
+    first = launch(tmp_path, model, tokens(), {"search": {"trials": 10}})
+    second = launch(tmp_path, model, tokens(), {"search": {"trials": 10}, "out": tmp_path / "again"})
+    a, b = (r.sites.set_index("site")["search_ours"].dropna() for r in (first, second))
+    assert (b <= a * (1 + 1e-6) + 1e-12).mean() >= 0.7, (
+        "the guard may choose by held-out rows, but most sites do not lose"
+    )
+
+
+def test_a_metric_that_raises_or_is_not_a_number_costs_its_candidate_only(tmp_path: Path, model: nn.Module) -> None:
+    like, calls = Likeness(model, tokens(seed=9)), []
+
+    def moody(candidate: nn.Module) -> float:
+        calls.append(1)
+        if len(calls) % 7 == 3:
+            raise RuntimeError("the metric has a bad day")
+        return float("nan") if len(calls) % 7 == 5 else like(candidate)
+
+    values = {"search": {"scope": "model", "loss": "task", "trials": 12}}
+    result = launch(tmp_path, model, tokens(), values, metric=moody)
+    failed = result.trials[result.trials["state"] == "failed"]
+    assert len(failed)
+    assert all("bad day" in reason or "nan" in reason for reason in failed["reason"])
+    assert violations(open_existing(result.storage)) == []
+
+
+def test_the_command_line_interrupts_and_resumes(tmp_path: Path) -> None:
+    answer = alphasmith("resume", "r-none", "--storage", f"sqlite:///{tmp_path}/none.db", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("error: storage: no database")
+    assert "Traceback" not in answer.stderr
+
+
+def test_workers_are_refused_on_sqlite_with_the_reason(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(Interrupted):
+        launch(tmp_path, model, tokens(), stop=after(10))
+    ((run_id,),) = rows(tmp_path / "runs.db", "SELECT id FROM alphasmith_run")
+    answer = alphasmith("worker", run_id, "--storage", f"sqlite:///{tmp_path / 'runs.db'}", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "SQLite hands work to one process only" in answer.stderr
+    assert "postgresql://" in answer.stderr
+    assert [state for state, _ in status(tmp_path)] == ["interrupted"]
+
+
+def test_two_worker_processes_find_what_one_process_finds(
+    undisturbed: tuple[RunResult, int], tmp_path: Path, model: nn.Module
+) -> None:
+    whole, _ = undisturbed
+    result = launch(tmp_path, model, tokens(), {**REFINED, "workers": {"count": 2}})
+    assert found(result) == found(whole)
+    assert result.manifest.without_times() == whole.manifest.without_times()
+
+
+def test_a_site_that_cannot_be_searched_fails_the_run_with_its_name(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alphasmith.objectives.site_objective import SiteObjective
+
+    def broken(self: SiteObjective, *_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteObjective, "batch", broken)
+        with pytest.raises(AlphasmithError, match=r"site model.layers.0\S+: .*no kernel image"):
+            launch(tmp_path, model, tokens())
+    assert status(tmp_path)[0][0] == "failed"
+    result = launch(tmp_path, model, tokens())
+    assert [state for state, _ in status(tmp_path)] == ["finished"]
+    assert len(result.sites)
+
+
+def test_the_board_of_a_finished_run_holds_no_lease(undisturbed: tuple[RunResult, int]) -> None:
+    result, _ = undisturbed
+    database = open_existing(result.storage)
+    board = Board(database, result.id, role="driver")
+    assert {t.state for t in board.tickets()} == {"done"}
+    assert not any(w.alive for w in board.workers())
+    assert set(board.results()) == {t.site for t in board.tickets()}
+    database.close()
+
+
+def test_a_configuration_of_the_record_is_the_one_that_was_given(tmp_path: Path, model: nn.Module) -> None:
+    result = launch(tmp_path, model, tokens())
+    database = open_existing(result.storage)
+    record = RunStore(database).get(result.id)
+    database.close()
+    again = RunConfig.build({**dict(record.config), "storage": result.storage})
+    assert again.search == settings(tmp_path).search
+    assert record.folder == str(result.folder)
+    assert Path(str(record.config["out"])).is_absolute()
+
+
+def test_a_run_of_no_tensor_in_common_shares_no_calibration(tmp_path: Path) -> None:
+    launch(tmp_path, seeded(Mlp), vectors(), {"out": tmp_path / "a"})
+    notes = Notes()
+    run(settings(tmp_path, {"out": tmp_path / "b"}), model=seeded(Mlp, 1), batches=vectors(), progress=notes)
+    assert not notes.has("used again")
+    assert torch.get_num_threads() >= 1
