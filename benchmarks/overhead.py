@@ -24,6 +24,7 @@ from alphasmith.objectives.scheme import Scheme
 from alphasmith.objectives.site_data import SiteData
 from alphasmith.search.config import RunConfig
 from alphasmith.search.site_search import search_data
+from alphasmith.search.study_log import StoredLog
 from alphasmith.search.writer import Writer
 from alphasmith.storage.database import open_optuna
 from benchmarks.grids import parse_size
@@ -104,9 +105,8 @@ def measure(data: SiteData, held_out: SiteData, scheme: Scheme, config: RunConfi
                     groups=config.groups,
                     search=config.search,
                     rho=0.0,
-                    storage=storage,
+                    log=None if storage is None else StoredLog(storage, "overhead", writer=writer),
                     study_name="overhead",
-                    writer=writer,
                 )
             wall = time.perf_counter() - start
     return Shares(

@@ -60,7 +60,6 @@ def searched(
         groups=config.groups,
         search=config.search,
         rho=0.0,
-        storage=None,
         study_name=None,
         shiftable=shiftable,
     )

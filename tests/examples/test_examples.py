@@ -1,0 +1,169 @@
+"""The launch scripts, run as far as one machine can: the same commands, a real PostgreSQL, real processes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+
+from alphasmith.storage.board import Board
+from alphasmith.storage.database import open_existing
+from alphasmith.storage.maintenance import violations
+from alphasmith.storage.records import RunStore
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SERVER = os.environ.get("ALPHASMITH_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres")
+#: What the examples leave to the defaults, so that the demo is a matter of seconds.
+QUICK = ("trials = 12", "trials = 4\nrows = 64\nrefine = false\nnoise_model = false\nsingle_alphas = 3")
+
+
+def quick(example: str) -> str:
+    """An example's configuration, made quick."""
+    written = (EXAMPLES / example / "run.toml").read_text()
+    assert QUICK[0] in written
+    return written.replace(*QUICK)
+
+
+@pytest.fixture
+def storage() -> Iterator[str]:
+    """Address of an empty PostgreSQL database, with a password that must not be seen anywhere."""
+    name = f"alphasmith_example_{secrets.token_hex(5)}"
+    engine = create_engine(SERVER, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
+    try:
+        with engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+    except OperationalError as error:
+        pytest.skip(f"no postgresql server: {str(error.orig).splitlines()[0]}")
+    try:
+        yield make_url(SERVER).set(database=name, password="s3cr3t").render_as_string(hide_password=False)
+    finally:
+        with engine.connect() as connection:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+        engine.dispose()
+
+
+def with_command(folder: Path) -> dict[str, str]:
+    """An environment in which ``alphasmith`` is the one under test."""
+    command = folder / "bin" / "alphasmith"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m alphasmith.search.cli "$@"\n')
+    command.chmod(0o755)
+    return {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What every process printed; each must end well."""
+    told = []
+    for process in processes:
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == 0, err
+        told.append(out + err)
+    return told
+
+
+def finished_once(storage: str, name: str, workers: int) -> None:
+    """One run, finished, every site searched once, by at least ``workers`` processes in all."""
+    database = open_existing(storage)
+    try:
+        record = RunStore(database).get(name)
+        assert record.status == "finished"
+        assert "s3cr3t" not in str(record)
+        board = Board(database, record.id, role="driver")
+        assert {t.state for t in board.tickets()} == {"done"}
+        assert len(board.workers()) >= workers
+        assert violations(database) == []
+    finally:
+        database.close()
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_slurm_array_search_one_run_together(storage: str, tmp_path: Path) -> None:
+    script = EXAMPLES / "slurm" / "array.sbatch"
+    (tmp_path / "run.toml").write_text(quick("slurm"))
+    environment = with_command(tmp_path) | {"ALPHASMITH_STORAGE": storage, "SLURM_ARRAY_JOB_ID": "77"}
+    tasks = [
+        subprocess.Popen(
+            ["bash", str(script), "run.toml"],
+            cwd=tmp_path,
+            env=environment | {"SLURM_ARRAY_TASK_ID": str(task)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(3)
+    ]
+    told = ended(tasks)
+    assert "s3cr3t" not in "".join(told)
+    finished_once(storage, "array-77", 3)
+    assert (tmp_path / "array-77" / "manifest.json").is_file()
+
+
+def test_the_slurm_script_says_what_it_needs(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "ALPHASMITH_STORAGE"}
+    told = subprocess.run(
+        ["bash", str(EXAMPLES / "slurm" / "array.sbatch")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode != 0
+    assert "postgresql://USER:PASSWORD@HOST/NAME" in told.stderr
+
+
+def composed() -> dict[str, Any]:
+    """The services of the Compose file."""
+    return dict(yaml.safe_load((EXAMPLES / "compose" / "compose.yaml").read_text())["services"])
+
+
+@pytest.mark.slow
+def test_the_services_of_the_compose_file_finish_a_run(storage: str, tmp_path: Path) -> None:
+    services = composed()
+    (tmp_path / "run.toml").write_text(quick("compose"))
+    environment = with_command(tmp_path) | {"STORAGE": storage}
+    wanted = [services["driver"], *[services["worker"]] * int(services["worker"]["deploy"]["replicas"])]
+    # What Compose does with a command: $$ stands for $, and its volume is our folder.
+    commands = [s["command"].replace("$$", "$").replace("/alphasmith/", f"{tmp_path}/") for s in wanted]
+    processes = [
+        subprocess.Popen(
+            ["sh", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    told = ended(processes)
+    assert "s3cr3t" not in "".join(told)
+    finished_once(storage, "composed", 3)
+    assert (tmp_path / "result" / "manifest.json").is_file()
+    page = "".join(p.read_text() for p in (tmp_path / "result").glob("*.html"))
+    assert "s3cr3t" not in page + (tmp_path / "result" / "manifest.json").read_text()
+
+
+def test_the_compose_file_is_one(tmp_path: Path) -> None:
+    if shutil.which("docker") is None:
+        pytest.skip("docker is not installed")
+    checked = subprocess.run(
+        ["docker", "compose", "-f", str(EXAMPLES / "compose" / "compose.yaml"), "config", "--quiet"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "is not a docker command" in checked.stderr or "unknown shorthand flag" in checked.stderr:
+        pytest.skip("docker has no compose command")
+    assert checked.returncode == 0, checked.stderr
+    assert {"db", "driver", "worker", "dashboard"} <= set(composed())
