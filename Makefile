@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test cov lint types wheel-check clean
+.PHONY: demo test chaos cov lint types wheel-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphasmith run
 
+# Two processes, each with the tests of whole files; one thread each, since most of what is computed is small.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/chaos
+
+# Every kind of fault once; `python -m tests.chaos --faults 200` plays hundreds.
+chaos: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos
 
 cov: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term
