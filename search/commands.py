@@ -13,10 +13,10 @@ from alphasmith.search.defaults import DEFAULT_STORAGE
 from alphasmith.search.progress_texts import lease_of, progress_facts
 from alphasmith.storage.counts import trial_counts
 from alphasmith.storage.database import check_exists, open_existing
-from alphasmith.storage.frames import frame_rows, groups_frame, run_frames, sites_frame
 from alphasmith.storage.looks import live_drivers, look_at
 from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
+from alphasmith.storage.rows import group_rows, site_rows
 
 if TYPE_CHECKING:
     from alphasmith.search.config import RunConfig
@@ -51,8 +51,8 @@ def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
         "progress": progress_facts(look),
         "trials": sum(counts.values()),
         "failed_trials": counts.get("failed", 0),
-        "sites": frame_rows(sites_frame(sites)),
-        "groups": frame_rows(groups_frame(sites, store.groups(record.id))),
+        "sites": site_rows(sites),
+        "groups": group_rows(sites, store.groups(record.id)),
     }
 
 
@@ -93,6 +93,7 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
         InputError: No such run, it is not finished, or ``out`` cannot be written.
     """
     from alphasmith.dashboards.report import render_report
+    from alphasmith.storage.frames import run_frames
     from alphasmith.storage.manifest import read_manifest
 
     store = _store(storage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from alphasmith.objectives.errors import AlphasmithError
+
+#: Exit code of a command that was interrupted.
+_INTERRUPTED = 130
 
 
 class Interrupted(AlphasmithError):
@@ -30,18 +34,28 @@ def leave(stop: Callable[[], bool]) -> None:
         raise Interrupted("asked to stop")
 
 
+def _end() -> None:
+    os.write(2, b"error: left at once, without waiting for what does not answer; go on with alphasmith resume\n")
+    os._exit(_INTERRUPTED)
+
+
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request and lets the second one through.
+    """Turns the first SIGINT or SIGTERM into a request and lets the second one through. For a process of its own.
+
+    After the second one the run is marked and worker processes are ended, where that is a matter of moments. A database that
+    does not answer would be waited for: then the process ends all the same, as by a kill, and the run can be resumed.
 
     Used as a context, which restores the handlers. Signals reach the main thread only; elsewhere nothing is installed.
     SIGTERM is what Slurm and Kubernetes send before they kill.
 
     Args:
         told: Called at the first signal, e.g. to say what will happen; must be quick and raise nothing.
+        patience: Seconds after the second signal after which the process ends whatever it waits for [s].
     """
 
-    def __init__(self, told: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, told: Callable[[], None] = lambda: None, *, patience: float = 5.0) -> None:
         self._told = told
+        self._patience = patience
         self._before: dict[int, Any] = {}
         self.requested = False
 
@@ -64,6 +78,9 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            end = threading.Timer(self._patience, _end)
+            end.daemon = True
+            end.start()
             raise KeyboardInterrupt
         self.requested = True
         self._told()

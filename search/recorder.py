@@ -101,6 +101,7 @@ class RunRecorder:
 
     def whole(self, result: ModelResult) -> None:
         """Keep the result over the whole model."""
+        self._handle.check_driving()
         self._store.set_groups(self.id, model_groups(result))
         self._store.add_trials(self.id, trial_digests(result.study_name, result.results))
 

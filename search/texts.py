@@ -14,12 +14,11 @@ from rich.table import Table
 from alphasmith.dashboards.words import choices_of_site, verdict_of_refinement, verdict_of_site
 from alphasmith.objectives.units import readable
 from alphasmith.search.progress_texts import progress_lines, short_name
-from alphasmith.storage.frames import frame_rows
-from alphasmith.storage.manifest_parts import SearchFacts
 
 if TYPE_CHECKING:
     from alphasmith.search.recorder import RunResult
     from alphasmith.search.worker import WorkDone
+    from alphasmith.storage.manifest_parts import SearchFacts
 
 #: Sites shown before a long table is cut; ``--json`` and the report have all of them.
 MOST_SITES = 40
@@ -30,12 +29,18 @@ _LOSS_NAMES = {"mse": "relative MSE", "kl": "KL, nats", "task": "from the metric
 
 def near(folder: Path) -> Path:
     """A folder as people would type it from where they are."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # Ray removes the folder of a job when the job lets go of the cluster
+        return folder
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def result_text(result: RunResult) -> str:
     """The end of ``alphasmith run``: sites, whole model, where everything lies."""
+    # Not for `list` and `show`: pandas takes longer to import than they do to run.
+    from alphasmith.storage.frames import frame_rows
+
     manifest = result.manifest
     sites = sites_table(frame_rows(result.sites))
     searched = sum(bool(s.labels) for s in manifest.sites)

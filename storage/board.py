@@ -404,6 +404,16 @@ class Board:
 
         return check
 
+    def driver_fence(self) -> Callable[[Connection], None]:
+        """As ``fence``, for what only the driver writes: raises LeaseLostError unless this process still drives the run."""
+        query = select(RunRow.id).where(RunRow.id == self._run, RunRow.driver == self.worker).with_for_update()
+
+        def check(connection: Connection) -> None:
+            if connection.execute(query).first() is None:
+                raise LeaseLostError(f"run {self._run} was taken over by another driver")
+
+        return check
+
     def tickets(self) -> list[Ticket]:
         """All tickets, in order."""
         return self._database.transact(lambda session: read_tickets(session, self._run))

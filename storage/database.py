@@ -9,15 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import Connection, Engine, column, create_engine, event, inspect, select, table, text
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import IntegrityError as SqlIntegrityError
@@ -27,10 +21,14 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.storage.locks import PATIENCE, schema_lock
-from alphasmith.storage.migrations import VERSION_TABLE
+from alphasmith.storage.migrations import HEAD, VERSION_TABLE
 from alphasmith.storage.retries import PATIENCE as RETRY_PATIENCE
 from alphasmith.storage.retries import retry_lost
 from alphasmith.storage.urls import mask, parse, secrets_of
+
+# Alembic and Optuna are imported where they are needed: reading records needs neither, and must not wait for them.
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage, RDBStorage
 
 __all__ = [
     "Database",
@@ -44,6 +42,20 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_Listener = Callable[[Any, ConnectionPoolEntry], None]
+
+#: A process that is frozen inside a transaction keeps its locks, and so the others, no longer than this [s].
+_ASLEEP = 20
+#: A link that is silently gone is noticed within two minutes; by itself TCP waits for hours.
+_POSTGRESQL = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+_MYSQL = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -156,8 +168,7 @@ def open_database(url: str) -> Database:
         raise InputError("storage", f"driver {error.name!r} is not installed", _driver_remedy(parsed)) from error
     except NoSuchModuleError as error:
         raise InputError("storage", f"driver {parsed.drivername!r} is unknown", _driver_remedy(parsed)) from error
-    if parsed.get_backend_name() == "sqlite":
-        event.listen(engine, "connect", _sqlite_connection)
+    event.listen(engine, "connect", _on_connect(parsed, _sqlite_connection))
     database = Database(engine=engine, url=parsed.render_as_string(hide_password=False), masked=mask(str(url)))
     try:
         if database.backend == "sqlite":
@@ -253,17 +264,15 @@ def initialise(database: Database) -> None:
         InputError: Field ``storage``: the database belongs to another version of Optuna or to a newer Alphasmith, is not
             writable, or another process held the lock for too long.
     """
-    scripts = ScriptDirectory(str(_MIGRATIONS))
-    head = scripts.get_current_head()
     try:
         # Our version is written last, so a database at head is complete and needs no lock.
-        if _revision(database) == head:
+        if _revision(database) == HEAD:
             return
         with schema_lock(database.engine, database.masked):
             revision = _revision(database)
-            if revision == head:
+            if revision == HEAD:
                 return
-            if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
+            if revision is not None and revision not in _known_revisions():
                 raise InputError(
                     "storage",
                     f"{database.masked} was made by a newer Alphasmith (schema {revision})",
@@ -293,6 +302,8 @@ def optuna_storage(database: Database) -> BaseStorage:
         raise _unusable(database, error) from error
     if not ready:
         raise InputError("storage", f"{database.masked} has no tables yet", "initialise it first")
+    from optuna.storages import get_storage
+
     return get_storage(_optuna_rdb(database, create=False))
 
 
@@ -301,9 +312,27 @@ def _engine_settings(url: URL) -> dict[str, Any]:
         return {"connect_args": {"timeout": PATIENCE}}
     # Sessions are held per call only, so a handful of connections serves a process; servers count them.
     settings: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 6, "pool_recycle": 1800}
-    if "connect_timeout" not in url.query:
-        settings["connect_args"] = {"connect_timeout": 10}
+    patient = _POSTGRESQL if url.get_backend_name() == "postgresql" else _MYSQL
+    settings["connect_args"] = {name: value for name, value in patient.items() if name not in url.query}
     return settings
+
+
+def _on_connect(url: URL, sqlite: _Listener) -> _Listener:
+    """What is told to every new connection: on SQLite what ``sqlite`` tells it, on servers how long it may sleep."""
+    return {"sqlite": sqlite, "postgresql": _postgresql_connection}.get(url.get_backend_name(), _mysql_connection)
+
+
+def _postgresql_connection(connection: Any, _entry: ConnectionPoolEntry) -> None:
+    connection.autocommit = True  # a setting made in a transaction would end with it
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{_ASLEEP}s'")
+    connection.autocommit = False
+
+
+def _mysql_connection(connection: Any, _entry: ConnectionPoolEntry) -> None:
+    if "mariadb" not in str(connection.get_server_info()).lower():
+        return  # MySQL itself has no such setting
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET SESSION idle_transaction_timeout = {_ASLEEP}")
 
 
 def _sqlite_connection(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
@@ -349,10 +378,22 @@ def _journal_mode(connection: Connection) -> str:
 
 def _revision(database: Database) -> str | None:
     with database.engine.connect() as connection:
-        return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+        if not inspect(connection).has_table(VERSION_TABLE):
+            return None
+        version = select(table(VERSION_TABLE, column("version_num")).c.version_num)
+        return connection.execute(version).scalar()
+
+
+def _known_revisions() -> set[str]:
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory(str(_MIGRATIONS)).walk_revisions()}
 
 
 def _migrate(database: Database) -> None:
+    from alembic import command
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection = database.engine.connect()
@@ -369,6 +410,9 @@ def _migrate(database: Database) -> None:
 
 
 def _optuna_rdb(database: Database, *, create: bool) -> RDBStorage:
+    from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
+
     url = database.engine.url
     try:
         storage = RDBStorage(
@@ -386,9 +430,8 @@ def _optuna_rdb(database: Database, *, create: bool) -> RDBStorage:
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
         raise _unusable(database, cause or error) from error
-    if database.backend == "sqlite":
-        event.listen(storage.engine, "connect", _sqlite_optuna_connection)
-        storage.engine.dispose()  # the connection it opened on the way has not seen the event
+    event.listen(storage.engine, "connect", _on_connect(url, _sqlite_optuna_connection))
+    storage.engine.dispose()  # the connection it opened on the way has not seen the event
     return storage
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from alphasmith.objectives.errors import IntegrityError
 from alphasmith.storage.artifact_store import ArtifactStore
 from alphasmith.storage.database import Database, DuplicateError
-from alphasmith.storage.tables import StoredArtifactRow
+from alphasmith.storage.tables import DatabaseRow, StoredArtifactRow
 from alphasmith.storage.work_records import ArtifactKind, StoredArtifact
 
 
@@ -175,7 +175,7 @@ class KeptArtifacts:
         return self._database.transact(lambda s: cast("CursorResult[Any]", s.execute(statement)).rowcount)
 
     def discard(self, kinds: Collection[ArtifactKind]) -> int:
-        """As ``forget``, and remove the objects that no row of any run names any more.
+        """As ``forget``, and remove the objects that no row of any run names any more, unless other databases use the store.
 
         Not for a store that other processes write to: one of them may be about to name an object that is there already.
 
@@ -191,6 +191,8 @@ class KeptArtifacts:
         )
         ids = set(self._database.transact(lambda session: session.scalars(mine).all()))
         self.forget(kinds)
+        if self.store.others(place_of(self._database)):
+            return 0
         named = select(StoredArtifactRow.artifact_id)
         strays = ids - set(self._database.transact(lambda session: session.scalars(named).all()))
         for artifact_id in strays:
@@ -219,9 +221,13 @@ class KeptArtifacts:
 
 
 def place_of(database: Database) -> str:
-    """Which database this is, for all that reach it by the same address; without user, password and options."""
+    """Which database this is, for all that reach it by the same address; without user, password and options.
+
+    Its own id tells it from another one at the same address on another machine, its address from a copy of it.
+    """
     url = database.engine.url
-    return f"{database.backend}://{url.host or ''}:{url.port or ''}/{url.database}"
+    own = database.transact(lambda session: session.scalars(select(DatabaseRow.id)).one())
+    return f"{own} {database.backend}://{url.host or ''}:{url.port or ''}/{url.database}"
 
 
 def _artifact(row: StoredArtifactRow) -> StoredArtifact:

@@ -7,12 +7,15 @@ from contextlib import AbstractContextManager, contextmanager
 
 from filelock import FileLock, Timeout
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 
 from alphasmith.objectives.errors import InputError
 
 #: Seconds to wait for a locked database or for another process that makes the schema.
 PATIENCE = 60
 
+#: PostgreSQL's code of a lock that was waited for in vain.
+_LOCK_NOT_AVAILABLE = "55P03"
 #: Key of the advisory lock on servers: the text "alphasmi" as a 64-bit number; any constant would do.
 _LOCK_KEY = int.from_bytes(b"alphasmi", "big")
 
@@ -58,7 +61,14 @@ def _server_lock(engine: Engine, masked: str) -> Iterator[None]:
         if engine.url.get_backend_name() == "postgresql":
             # Bound to the transaction, so it is given back even through a pooler and when this process is killed.
             connection.execute(text(f"SET LOCAL lock_timeout = '{PATIENCE}s'"))
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+            # This transaction sleeps while others make the tables.
+            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+            try:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                    raise
+                raise _locked(masked) from error
             yield
             connection.rollback()
         else:
@@ -66,6 +76,7 @@ def _server_lock(engine: Engine, masked: str) -> Iterator[None]:
             name = "CONCAT('alphasmith.', MD5(DATABASE()))"
             if not connection.execute(text(f"SELECT GET_LOCK({name}, {PATIENCE})")).scalar():
                 raise _locked(masked)
+            connection.commit()  # the lock stays, and no transaction sleeps while others make the tables
             try:
                 yield
             finally:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
@@ -19,10 +18,11 @@ T = TypeVar("T")
 PATIENCE = 120.0
 
 _LONGEST_WAIT = 5.0
+_OPTUNAS = "optuna.exceptions.StorageInternalError"
 
 # Connection exceptions (class 08), shutting down or starting up (57P0x), too many connections, serialization failure,
-# deadlock, lock not available.
-_POSTGRESQL = ("08", "57P01", "57P02", "57P03", "57P05", "53300", "40001", "40P01", "55P03")
+# deadlock, lock not available, asleep inside a transaction for too long.
+_POSTGRESQL = ("08", "57P01", "57P02", "57P03", "57P05", "53300", "40001", "40P01", "55P03", "25P03")
 # psycopg gives no code where connecting failed; waiting does not mend these.
 _HOPELESS = ("authentication failed", "does not exist", "no pg_hba.conf entry", "not permitted to log in")
 # Too many connections, shutting down, network errors, lock wait timeout, deadlock, killed, no server, gone away, lost.
@@ -39,12 +39,18 @@ def is_lost(error: BaseException) -> bool:
     """
     if not isinstance(error, SQLAlchemyError):
         cause = error.__cause__
-        return isinstance(error, (AlphasmithError, StorageInternalError)) and cause is not None and is_lost(cause)
+        ours = isinstance(error, AlphasmithError) or _is_optunas(error)
+        return ours and cause is not None and is_lost(cause)
     if isinstance(error, PoolTimeoutError):
         return True
     if not isinstance(error, DBAPIError) or error.orig is None:
         return False
     return error.connection_invalidated or _driver_says_lost(error, error.orig)
+
+
+def _is_optunas(error: BaseException) -> bool:
+    """Whether Optuna's storage says so; without importing Optuna, which an error of its has imported."""
+    return any(f"{kind.__module__}.{kind.__name__}" == _OPTUNAS for kind in type(error).__mro__)
 
 
 def _driver_says_lost(error: DBAPIError, cause: BaseException) -> bool:

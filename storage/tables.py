@@ -379,3 +379,12 @@ class StoredArtifactRow(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     bytes: Mapped[int] = mapped_column(BigInteger())
     created: Mapped[datetime]
+
+
+class DatabaseRow(Base):
+    """One row: an id of this database, by which artifact stores tell those apart that have the same address on two machines."""
+
+    __tablename__ = "alphasmith_database"
+    __table_args__ = (_OPTIONS,)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)

@@ -104,4 +104,5 @@ def _with_file(url: URL) -> URL:
         raise InputError("storage", "an SQLite database needs a plain file", "use sqlite:///FILE")
     if url.host:
         raise InputError("storage", f"SQLite has no host {url.host!r}", "use three slashes: sqlite:///FILE")
-    return url.set(database=str(Path(name).expanduser().absolute()))
+    # Links are followed: by two names one file would have two sets of locks.
+    return url.set(database=str(Path(name).expanduser().resolve()))

@@ -414,6 +414,22 @@ class TestLeases:
 
 
 class TestDrivers:
+    def test_only_the_driver_may_write_the_trials_of_a_whole_model(self, database: Database, run_id: str) -> None:
+        storage = optuna_storage(database)
+        study = storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], f"{run_id}/model")
+        trials = [optuna.trial.create_trial(value=1.0)]
+        mine, other = board(database, run_id), board(database, run_id)
+        mine.drive()
+        insert_trials(storage, study, trials, first=0, fence=mine.driver_fence())
+        mine.stop_driving()
+        other.drive()
+        with pytest.raises(LeaseLostError, match="taken over"):
+            insert_trials(storage, study, trials, first=1, fence=mine.driver_fence())
+        insert_trials(storage, study, trials, first=1, fence=other.driver_fence())
+        assert storage.get_n_trials(study) == 2
+        other.stop_driving()
+        storage.delete_study(study)
+
     def test_there_is_one(self, database: Database, run_id: str) -> None:
         mine, other = board(database, run_id), board(database, run_id)
         mine.join()

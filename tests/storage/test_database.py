@@ -16,6 +16,7 @@ import optuna
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Integer, MetaData, Table, event, func, inspect, select, text
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
@@ -29,7 +30,7 @@ from alphasmith.storage.database import (
     open_database,
     optuna_storage,
 )
-from alphasmith.storage.migrations import CONTEXT_OPTIONS, VERSION_TABLE
+from alphasmith.storage.migrations import CONTEXT_OPTIONS, HEAD, VERSION_TABLE
 from alphasmith.storage.tables import Base
 
 _RUN = {
@@ -103,6 +104,9 @@ class TestEmptyDatabase:
             context = MigrationContext.configure(connection, opts=dict(CONTEXT_OPTIONS))
             assert compare_metadata(context, Base.metadata) == []
 
+    def test_the_newest_migration_is_the_one_that_is_asked_for(self) -> None:
+        assert ScriptDirectory(str(Path(locks.__file__).parent / "migrations")).get_current_head() == HEAD
+
     def test_the_comparison_would_see_a_difference_but_never_optunas_tables(self, database: Database) -> None:
         other = MetaData()
         for table in Base.metadata.tables.values():
@@ -161,6 +165,17 @@ class TestEmptyDatabase:
             with database.engine.begin() as connection:
                 connection.execute(text("UPDATE alembic_version SET version_num = :was"), {"was": was})
         optuna_storage(database)
+
+    def test_waiting_for_another_that_makes_the_tables_ends(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(locks, "PATIENCE", 1)
+        with (
+            locks.schema_lock(database.engine, database.masked),
+            pytest.raises(InputError, match="another process has been making the tables"),
+            locks.schema_lock(database.engine, database.masked),
+        ):
+            pass
 
     def test_an_interrupted_migration_goes_on(self, database: Database) -> None:
         with database.engine.begin() as connection:
@@ -244,6 +259,13 @@ class TestSqlite:
         assert found == ["wal", 1, 0, 60000]
         rdb.engine.dispose()
 
+    def test_two_names_of_one_file_are_one_database(self, tmp_path: Path) -> None:
+        open_database(f"sqlite:///{tmp_path}/a.db").close()
+        (tmp_path / "b.db").symlink_to(tmp_path / "a.db")
+        linked = open_database(f"sqlite:///{tmp_path}/b.db")
+        assert linked.engine.url.database == str(tmp_path / "a.db")
+        linked.close()
+
     def test_folders_are_made(self, tmp_path: Path) -> None:
         open_database(f"sqlite:///{tmp_path}/a/b/c.db").close()
         assert (tmp_path / "a/b/c.db").is_file()
@@ -279,15 +301,6 @@ class TestSqlite:
         with pytest.raises(InputError, match="locked by another process"):
             open_database(f"sqlite:///{tmp_path}/a.db")
         holder.close()
-
-    def test_waiting_for_the_lock_ends(self, fresh: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(locks, "PATIENCE", 0.1)
-        with (
-            locks.schema_lock(fresh.engine, fresh.masked),
-            pytest.raises(InputError, match="another process"),
-            locks.schema_lock(fresh.engine, fresh.masked),
-        ):
-            pass
 
     def test_checks_make_nothing(self, tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path}/a/b/c.db"

@@ -21,9 +21,9 @@ from sqlalchemy import inspect, make_url, text, update
 from alphasmith.objectives.errors import InputError
 from alphasmith.storage.artifact_store import ArtifactStore
 from alphasmith.storage.backup import back_up
-from alphasmith.storage.database import Database, StorageError, open_database, optuna_storage
+from alphasmith.storage.database import Database, StorageError, initialise, open_database, optuna_storage
 from alphasmith.storage.garbage import Removed, collect
-from alphasmith.storage.kept import KeptArtifacts
+from alphasmith.storage.kept import KeptArtifacts, place_of
 from alphasmith.storage.maintenance import Violation, heads, violations
 from alphasmith.storage.records import RunSpec, RunStore, SiteRecord, TrialDigest
 from alphasmith.storage.tables import ResultRow, RunRow, TicketRow, WorkerRow
@@ -350,6 +350,29 @@ def test_a_store_that_another_database_uses_is_spared(database: Database, made: 
     assert what(collect(database)) == {"spared": 1}
     made.kept.store.check(stray.path)
     assert what(collect(database, shared=True)) == {"artifact": 1}
+
+
+def test_a_database_is_another_one_although_its_address_is_the_same(tmp_path: Path) -> None:
+    # Two machines, each with its own /data/runs.db, and one bucket.
+    places = []
+    for _ in range(2):
+        made = open_database(f"sqlite:///{tmp_path}/runs.db")
+        initialise(made)
+        assert place_of(made) == place_of(made)
+        places.append(place_of(made))
+        made.close()
+        for file in tmp_path.iterdir():
+            file.unlink()
+    assert len(set(places)) == 2
+
+
+def test_what_another_database_may_need_is_not_discarded_with_a_finished_run(made: Made) -> None:
+    made.kept.put("calibration", "rows", {"x": torch.zeros(3)})
+    made.kept.store.announce("postgresql://elsewhere/runs")
+    before = {item.id for item in made.kept.store.listed()}
+    assert made.kept.discard(["calibration"]) == 0
+    assert {item.id for item in made.kept.store.listed()} == before
+    assert made.kept.get("calibration", "rows") is None
 
 
 def test_rows_and_studies_of_a_deleted_run_go(database: Database, tmp_path: Path, made: Made) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import time
 from pathlib import Path
 
 import optuna
@@ -16,6 +17,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, S
 from sqlalchemy.orm import Session
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
+from alphasmith.storage import database as room
 from alphasmith.storage.database import Database, StorageError, initialise, open_database, optuna_storage, retry_lost
 from alphasmith.storage.retries import is_lost
 
@@ -149,6 +151,32 @@ class TestRepeating:
             database.transact(operation)
         with pytest.raises(StorageError, match="nowhere"):
             database.transact(lambda session: session.execute(text("SELECT 1 FROM nowhere")))
+
+    def test_who_sleeps_inside_a_transaction_holds_nobody_up(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # A process that was stopped there (SIGSTOP, a laptop's lid) would keep its row locks until it is woken.
+        if database.backend == "sqlite":
+            pytest.skip("SQLite's locks are those of the file; see the faults of docs/faults.md")
+        monkeypatch.setattr(room, "_ASLEEP", 1)
+        sleeper, other = open_database(database.url), open_database(database.url)
+        table = optuna_storage(sleeper).create_new_study([optuna.study.StudyDirection.MINIMIZE], "asleep")
+        lock = text("SELECT study_id FROM studies WHERE study_id = :study FOR UPDATE")
+        told: list[str] = []
+
+        def sleep(session: Session) -> None:
+            told.append("asleep")
+            session.execute(lock, {"study": table})
+            if len(told) == 1:
+                began = time.monotonic()
+                other.transact(lambda s: s.execute(lock, {"study": table}).all())
+                told.append(f"{time.monotonic() - began < 30}")
+            session.execute(lock, {"study": table})
+
+        sleeper.transact(sleep)
+        assert told == ["asleep", "True", "asleep"], "the sleeper is repeated, the other one waits a second"
+        sleeper.close()
+        other.close()
 
     def test_optunas_calls_may_be_repeated(self, database: Database) -> None:
         if database.backend == "sqlite":

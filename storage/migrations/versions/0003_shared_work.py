@@ -1,4 +1,5 @@
-"""Work that several processes share: workers, tickets, attempts, results, stored artifacts; run status ``interrupted``.
+"""Work that several processes share: workers, tickets, attempts, results, stored artifacts; run status ``interrupted``; an id
+of the database itself.
 
 Old runs keep their meaning: no digest of the configuration, no artifact store, nobody who drives them. The new columns are
 empty or have defaults in the database, so that a run of the previous version that is still going can finish. Trials of the
@@ -7,6 +8,8 @@ Revision 0003, after 0002.
 """
 
 from __future__ import annotations
+
+import uuid
 
 import sqlalchemy as sa
 from alembic import op
@@ -41,6 +44,7 @@ def upgrade() -> None:
     _attempt()
     _result()
     _stored_artifact()
+    _database()
     _check(_RUN, _RUN_CHECK, _STATUS)
     _check(_TRIAL, _TRIAL_CHECK, _KINDS)
 
@@ -50,7 +54,7 @@ def downgrade() -> None:
     op.execute(sa.text(f"UPDATE {_RUN} SET status = 'failed' WHERE status = 'interrupted'"))
     _check(_TRIAL, _TRIAL_CHECK, _OLD_KINDS)
     _check(_RUN, _RUN_CHECK, _OLD_STATUS)
-    for name in ("stored_artifact", "result", "attempt", "ticket", "worker"):
+    for name in ("database", "stored_artifact", "result", "attempt", "ticket", "worker"):
         op.drop_table(f"alphasmith_{name}")
     for column in _run_columns():
         op.drop_column(_RUN, column.name)
@@ -173,6 +177,17 @@ def _stored_artifact() -> None:
         sa.UniqueConstraint("run_id", "kind", "name", name=op.f("uq_alphasmith_stored_artifact_run_id_kind_name")),
     )
     _index("ix_alphasmith_stored_artifact_key", "alphasmith_stored_artifact", "kind", "key")
+
+
+def _database() -> None:
+    _table(
+        "alphasmith_database",
+        sa.Column("id", sa.String(32), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_alphasmith_database")),
+    )
+    ids = sa.table("alphasmith_database", sa.column("id"))
+    if op.get_bind().execute(sa.select(ids.c.id)).first() is None:
+        op.get_bind().execute(sa.insert(ids).values(id=uuid.uuid4().hex))
 
 
 def _check(table: str, name: str, condition: str) -> None:
