@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -138,20 +139,21 @@ class RayTune:
         """Put the work into Ray's object store and queue a trial for it.
 
         Raises:
-            AlphasmithError: There is no slot for it.
+            AlphasmithError: There is no slot for it, or the cluster is gone.
         """
         if not self.slots:
             raise AlphasmithError(f"the Ray cluster takes no further search now, at site {work.site}")
         if self._racer is not None:
             self._racer.close()  # actors for models hold resources that searches need
-        share = self._share_of(work)
-        self._share = max(share, self._share) if self._held else share
-        key = f"{next(self._numbers)}"
-        self._held[key] = work.site
-        # Pickled here, so that a worker gets tensors of its own and not read-only views of the object store.
-        reference = self._ray.put(cloudpickle.dumps(work))
-        self._ray.get(self._mailbox.post.remote(key, [reference]))
-        self._tune().submit(key, cpus=self._cpus, gpus=share)
+        with _answering():
+            share = self._share_of(work)
+            self._share = max(share, self._share) if self._held else share
+            key = f"{next(self._numbers)}"
+            # Pickled here, so that a worker gets tensors of its own and not read-only views of the object store.
+            reference = self._ray.put(cloudpickle.dumps(work))
+            self._ray.get(self._mailbox.post.remote(key, [reference]))
+            self._held[key] = work.site
+            self._tune().submit(key, cpus=self._cpus, gpus=share)
 
     def wait(self, hear: Hear, timeout: float) -> list[Ended]:
         """See :meth:`Engine.wait`.
@@ -215,13 +217,9 @@ class RayTune:
             self._ray.shutdown()
 
     def _drain(self, timeout: float) -> list[Any]:
-        from ray.exceptions import RayError
-
-        try:
+        with _answering():
             events = self._mailbox.drain.remote(self._heard, timeout)
             return list(self._ray.get(events, timeout=timeout + _GRACE))
-        except RayError as error:
-            raise AlphasmithError(f"the Ray cluster does not answer: {' '.join(str(error).split())[:300]}") from error
 
     def _take_withdrawn(self) -> list[Ended]:
         ended = []
@@ -318,6 +316,17 @@ class RayTune:
             return int(self._ray.get(self._ray.remote(num_cpus=0, num_gpus=0.01)(_memory_of_gpu).remote(), timeout=60))
         except (GetTimeoutError, RayError):
             return 0
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What Ray says when it does not answer, in one line."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RayError, ConnectionError) as error:
+        raise AlphasmithError(f"the Ray cluster does not answer: {' '.join(str(error).split())[:300]}") from error
 
 
 def _memory_of_gpu() -> int:
