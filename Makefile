@@ -13,9 +13,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/chaos
 
-# Every kind of fault once; `python -m tests.chaos --faults 200` plays hundreds.
+# Every kind of fault once, some minutes; `python -m tests.chaos --faults 200` plays hundreds.
 chaos: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/chaos
 
 cov: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term

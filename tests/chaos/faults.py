@@ -68,6 +68,8 @@ def kill_driver_of_team(world: World, rng: random.Random) -> Verdict:
         scene.until_trials(rng.randrange(_TRIALS))
         scene.strike(_killed(scene.driver))
         scene.look("the driver was killed")
+        if invariants.count(scene.url, "SELECT count(*) FROM alphasmith_ticket"):  # else there is nothing to work at
+            _end_well(scene.workers, scene, "the driver was killed")
         return scene.finish(expected=world.expected("site"))
 
 
@@ -111,8 +113,10 @@ def kill_autonomous_worker(world: World, rng: random.Random) -> Verdict:
     """kill -9 of an autonomous worker: its site is taken over."""
     with Scene(world, "team") as scene:
         scene.begin()
-        scene.until_trials(1 + rng.randrange(_TRIALS))
-        scene.strike(_killed(rng.choice(scene.workers)))
+        worker = rng.choice(scene.workers)
+        holds = scene.until_holds(worker)
+        time.sleep(rng.random() * 0.3)  # a search takes as long as that
+        scene.strike(_killed(worker) and holds)
         scene.look("a worker was killed")
         return scene.finish(expected=world.expected("site"))
 
@@ -237,8 +241,25 @@ def frozen_worker(world: World, rng: random.Random) -> Verdict:
     """SIGSTOP of an autonomous worker until its site was taken over, and SIGCONT: it writes nothing twice and works on."""
     with Scene(world, "team") as scene:
         scene.begin()
-        scene.until_trials(1 + rng.randrange(_TRIALS // 2))
-        return _frozen(world, scene, rng.choice(scene.workers))
+        worker = rng.choice(scene.workers)
+        scene.until_holds(worker)
+        time.sleep(rng.random() * 0.2)
+        return _frozen(world, scene, worker)
+
+
+@fault
+def frozen_in_a_transaction(world: World, rng: random.Random) -> Verdict:
+    """SIGSTOP of an autonomous worker right before one of its commits: its locks must not hold the others up."""
+    with Scene(world, "team") as scene:
+        scene.start()
+        before_commit = Spoil(kind="signal", at=COMMIT, call=1 + rng.randrange(40), number=int(signal.SIGSTOP))
+        frozen = scene.join(before_commit)
+        scene.join()
+        until(lambda: not frozen.runs or _is_stopped(frozen), "the worker to stop itself")
+        scene.strike(frozen.runs)
+        until(lambda: scene.status == "finished", "the others to finish the run")
+        frozen.send(signal.SIGCONT)
+        return _undisturbed(world, scene, "a worker was frozen inside a transaction")
 
 
 @fault
@@ -255,7 +276,9 @@ def frozen_driver(world: World, rng: random.Random) -> Verdict:
         else:  # until the others have written the result
             until(lambda: not any(worker.runs for worker in scene.workers), "the workers to end")
         driver.send(signal.SIGCONT)
-        driver.wait()
+        if driver.wait() and "taken over" not in driver.said:
+            scene.wrong.append(f"a driver that was frozen ends with code {driver.code}: {driver.said[-1000:]}")
+        _end_well(scene.workers, scene, "the driver was frozen")
         scene.look("the driver was frozen")
         return scene.finish(expected=world.expected("site"))
 
@@ -406,9 +429,7 @@ def asked_to_stop(world: World, rng: random.Random) -> Verdict:
 
 def _undisturbed(world: World, scene: Scene, after: str, *, bad_candidates: bool = False) -> Verdict:
     """Every process must come to its end by itself, with success."""
-    for child in (scene.driver, *scene.workers):
-        if child.wait():
-            scene.wrong.append(f"after {after} {child.argv[0]} ended with code {child.code}: {child.said[-1500:]}")
+    _end_well((scene.driver, *scene.workers), scene, after)
     scene.look(after)
     if bad_candidates and scene.spoiled:
         scene.strike()
@@ -418,13 +439,17 @@ def _undisturbed(world: World, scene: Scene, after: str, *, bad_candidates: bool
     return scene.finish(expected=expected, bad_candidates=bad_candidates)
 
 
+def _end_well(children: Sequence[Child], scene: Scene, after: str) -> None:
+    for child in children:
+        if child.wait():
+            scene.wrong.append(f"after {after} {child.argv[0]} ended with code {child.code}: {child.said[-1500:]}")
+
+
 def _frozen(world: World, scene: Scene, worker: Child) -> Verdict:
     worker.send(signal.SIGSTOP)
-    mine = f"worker LIKE '%/{worker.pid}/%'"
-    lost = f"SELECT count(*) FROM alphasmith_attempt WHERE state <> 'running' AND {mine}"
+    lost = f"SELECT count(*) FROM alphasmith_attempt WHERE state <> 'running' AND worker LIKE '%/{worker.pid}/%'"
     before = invariants.count(scene.url, lost)
-    holds = invariants.count(scene.url, f"SELECT count(*) FROM alphasmith_ticket WHERE state = 'running' AND {mine}")
-    if holds:
+    if scene.holds(worker):
         until(
             lambda: invariants.count(scene.url, lost) > before or scene.status == "finished",
             "the site to be taken over",
@@ -453,6 +478,13 @@ def _killed(child: Child) -> bool:
 def _died(child: Child) -> bool:
     """Wait for its end; whether a kill -9 was that."""
     return child.wait() == -signal.SIGKILL
+
+
+def _is_stopped(child: Child) -> bool:
+    try:
+        return bool(psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _one(rng: random.Random, *casts: Cast) -> Cast:

@@ -248,6 +248,16 @@ class Scene:
         """Wait until so many sites are done, or until the run has ended or its driver has."""
         until(lambda: self.done >= count or self._over(), f"{count} sites")
 
+    def holds(self, worker: Child) -> bool:
+        """Whether a site is held by this process."""
+        held = f"SELECT count(*) FROM alphasmith_ticket WHERE state = 'running' AND worker LIKE '%/{worker.pid}/%'"
+        return invariants.count(self.url, held) > 0
+
+    def until_holds(self, worker: Child) -> bool:
+        """Wait until this process holds a site, or until the run has ended; whether it holds one."""
+        until(lambda: self.holds(worker) or self.status == "finished" or self._over(), "a site to be held")
+        return self.holds(worker)
+
     def look(self, after: str) -> None:
         """Check what must hold at any moment."""
         if not invariants.run_ids(self.url):

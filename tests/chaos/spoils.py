@@ -126,10 +126,10 @@ class _Bad:
     def __call__(self, call: int, scorer: Any, candidates: Sequence[Any]) -> None:
         how = self._spoil.how
         if call == self._spoil.call:
-            self._bad = candidates[-1]
             Path(f"{MARK}{os.getpid()}").touch()
             if how == "memory once":
                 raise MemoryError("no memory, this once")
+            self._bad = candidates[-1]
             if how == "nan":
                 self._without_numbers(scorer)
         if how != "nan" and self._bad is not None and self._bad in candidates:
