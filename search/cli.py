@@ -270,7 +270,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Interrupted as error:
         _fail(str(error).replace("\n", " "), 130)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        _fail(str(error) or "interrupted", 130)
+        # click turns KeyboardInterrupt into an Abort that says nothing.
+        _fail(str(error) or str(error.__cause__ or "") or "interrupted", 130)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ from optuna.storages import BaseStorage
 
 from alphasmith.objectives.errors import AlphasmithError
 from alphasmith.objectives.scheme import Scheme
+from alphasmith.objectives.sites.types import Site
 from alphasmith.search.config import GroupsConfig, SearchConfig
 from alphasmith.search.engines.types import Ended, Engine, SiteWork
 from alphasmith.search.interruption import Interrupted
@@ -53,6 +54,7 @@ class _Held:
     """A piece of work the engine holds."""
 
     claim: Claim
+    site: Site
     log: StoredLog
 
 
@@ -101,6 +103,8 @@ class SiteStage:
         self._sleep = sleep
         self._results: dict[str, SiteResult] = {}
         self._held: dict[str, _Held] = {}
+        # Sites whose result waits to be written: neither held any more nor accepted yet.
+        self._ending: set[str] = set()
         self._stopping = False
 
     def run(self) -> None:
@@ -143,20 +147,26 @@ class SiteStage:
         """Give the engine what it can take; whether it took anything."""
         taken = False
         while not self._stopping and self._engine.slots > 0:
-            claim = self._board.claim()
+            claim = self._claim()
             if claim is None and self._writer.flush():
-                claim = self._board.claim()  # what was just kept may have unblocked a site
+                claim = self._claim()  # what was just kept may have unblocked a site
             if claim is None:
                 break
             self._begin(claim)
             taken = True
         return taken
 
+    def _claim(self) -> Claim | None:
+        # A site whose lease was lost while this process was frozen, and was given back since, is free; yet its old search
+        # still runs here, and must end before there can be another.
+        return self._board.claim(skip=(*self._held, *self._ending.copy()))
+
     def _begin(self, claim: Claim) -> None:
         name = claim.site
         self._fetch([d for d in claim.ticket.depends_on if d not in self._results])
         smoothings = {d: self._results[d].smoothing for d in claim.ticket.depends_on}
         data, held_out = self._source.rows(name, smoothings)
+        site = self._source.site(name)
         study = f"{self._run_id}/{name}"
         log = StoredLog(self._storage, study, writer=self._writer, fence=self._board.fence(claim))
         reused = claim.ticket.reused
@@ -170,13 +180,13 @@ class SiteStage:
             groups=settings.groups,
             search=settings.search,
             rho=settings.rho,
-            shiftable=self._source.site(name).shiftable,
+            shiftable=site.shiftable,
             budget=settings.budget,
             memory=work_memory(data, held_out),
             reused=None if reused is None else candidate_of(reused["candidate"]),
             past=log.past,
         )
-        self._held[name] = _Held(claim, log)
+        self._held[name] = _Held(claim, site, log)
         self._engine.submit(work)
 
     def _hear(self, site: str, message: StudyMessage) -> None:
@@ -188,8 +198,8 @@ class SiteStage:
         held = self._held.pop(ended.site)
         if ended.result is not None:
             self._progress.advance(f"best loss {ended.result.held_out_loss:.3g} at the last site")
-            self._results[ended.site] = ended.result
-            self._writer.submit(self._keep, held.claim, ended.result)
+            self._ending.add(ended.site)
+            self._writer.submit(self._keep, held, ended.result)
         elif ended.stopped or ended.lost:
             self._writer.flush()  # the next attempt starts from what this one told
             reason = ended.reason or "asked to stop"
@@ -200,9 +210,15 @@ class SiteStage:
             self._board.fail(held.claim, ended.reason)
             raise AlphasmithError(f"site {ended.site}: {ended.reason}")
 
-    def _keep(self, claim: Claim, result: SiteResult) -> None:
-        if not self._keeper.keep(claim, self._source.site(claim.site), result):
-            self._results.pop(claim.site, None)  # another attempt's result counts; it is read when it is there
+    def _keep(self, held: _Held, result: SiteResult) -> None:
+        """Record a result, in the writer's thread; what is refused is forgotten.
+
+        Where another attempt's result counts, that one is read from the record. Sites that depend on this one can be claimed
+        as soon as either is accepted, so nothing is taken for a result before.
+        """
+        if self._keeper.keep(held.claim, held.site, result):
+            self._results[held.site.name] = result
+        self._ending.discard(held.site.name)
 
     def _fetch(self, sites: Sequence[str]) -> None:
         """Read accepted results that another process, or this one before, has found."""

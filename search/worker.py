@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import optuna
@@ -15,7 +16,8 @@ from alphasmith.search.defaults import DEFAULT_STORAGE
 from alphasmith.search.engines.choose import make_engine
 from alphasmith.search.interruption import leave, never
 from alphasmith.search.open_run import named
-from alphasmith.search.pipeline import resume
+from alphasmith.search.pipeline import Given, _drive
+from alphasmith.search.prepare import search_device
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.progress_texts import resume_command
 from alphasmith.search.resuming import stored_config
@@ -25,6 +27,7 @@ from alphasmith.search.site_source import PublishedSites
 from alphasmith.search.site_stage import SiteSettings, SiteStage
 from alphasmith.search.threads import thread_budget
 from alphasmith.search.writer import Writer
+from alphasmith.storage.artifact_store import ArtifactStore, MissingArtifactError
 from alphasmith.storage.board import Board
 from alphasmith.storage.database import Database, open_existing
 from alphasmith.storage.record_types import RunRecord, RunStatus
@@ -77,14 +80,15 @@ def work(
         artifacts: Where the run's objects are, if another address leads there from here.
         device: Torch device of the searches; None: the first GPU, else the CPU.
         finish: Write the run's result, if no driver is alive by the time all sites are done and its model can be loaded here.
-        wait: Seconds to wait for the database and the run to appear, where driver and workers are launched together.
+        wait: Seconds to wait for the database and the run to appear, where driver and workers are launched together; also for
+            a driver to come back to a run that is not planned yet.
         progress: Told what happens; None: silent.
         stop: Asked again and again whether to leave.
         sleep: Waits a number of seconds.
 
     Raises:
         InputError: No such run, a database for one process only, or a run with scope ``model``, whose one study its driver
-            searches.
+            searches. Nobody alive plans the run. Its objects cannot be read from here, or there is no such device.
         AlphasmithError: A site failed for good.
         Interrupted: ``stop`` said so; the site at hand is given back.
     """
@@ -103,10 +107,13 @@ def work(
     if artifacts is not None:
         record = replace(record, artifacts=artifacts)
     config = _local(stored_config(record, url), workers, device)
-    searched = _search(database, record, config, progress, stop, sleep)
-    if not finish:
-        return _left(record, searched, "all sites are searched")
-    return _finish(url, record, config, searched, progress, stop, sleep)
+    if device is not None:
+        search_device(config)  # a device that only this machine lacks must not fail a site
+    with _objects_needed(record, url):
+        searched = _search(database, record, config, wait, progress, stop, sleep)
+        if not finish:
+            return _left(record, searched, "all sites are searched")
+        return _finish(url, record, config, searched, progress, stop, sleep)
 
 
 def _appeared(
@@ -136,6 +143,7 @@ def _search(
     database: Database,
     record: RunRecord,
     config: RunConfig,
+    wait: float,
     progress: Progress,
     stop: Callable[[], bool],
     sleep: Callable[[float], None],
@@ -143,7 +151,7 @@ def _search(
     with make_engine(config, stop) as engine:
         handle = RunHandle(database, record, role="worker", engine=engine.name, workers=config.workers)
         with named(record.id, handle.storage), handle, thread_budget(config.search.threads), Writer() as writer:
-            order = _planned(handle, progress, stop, sleep)
+            order = _planned(handle, wait, progress, stop, sleep)
             source = PublishedSites(handle.kept, order)
             keeper = SiteKeeper(handle.board, handle.kept, scheme=record.scheme, position=source.position)
             settings = SiteSettings(
@@ -169,14 +177,31 @@ def _search(
 
 
 def _planned(
-    handle: RunHandle, progress: Progress, stop: Callable[[], bool], sleep: Callable[[float], None]
+    handle: RunHandle, wait: float, progress: Progress, stop: Callable[[], bool], sleep: Callable[[float], None]
 ) -> list[str]:
-    """Sites of the run, once its driver has planned them."""
-    told = False
+    """Sites of the run, once its driver has planned them.
+
+    Raises:
+        InputError: No driver was alive for ``wait`` seconds; for a lease at least where none has shown itself yet.
+    """
+    told, alone = False, 0.0
     while not (tickets := handle.board.tickets()):
-        record = handle.store.get(handle.id)
-        if record.status in ("failed", "finished", "interrupted"):
-            raise InputError("RUN", f"{handle.id} is {record.status} and was never planned", "resume it first")
+        status = handle.store.get(handle.id).status
+        if status == "finished":
+            break  # it had no sites
+        drivers = [worker for worker in handle.board.workers() if worker.role == "driver"]
+        # A run is on record before its driver has joined it.
+        patience = wait if drivers else max(wait, handle.board.lease)
+        if any(driver.alive for driver in drivers):
+            alone = 0.0
+        elif alone < patience:
+            alone += _POLL
+        else:
+            raise InputError(
+                "RUN",
+                f"{handle.id} is {status} and was never planned, and no driver has been alive for {alone:.0f} s",
+                f"go on with: {resume_command(handle.id, handle.storage)}",
+            )
         if not told:
             progress.note(f"waiting for the driver of {handle.id} to plan its sites")
             told = True
@@ -199,15 +224,48 @@ def _finish(
         return _left(record, searched, "all sites are searched, the run is finished")
     if driver:
         return _left(record, searched, f"all sites are searched, its driver ({driver}) writes the result")
+    # Before this process becomes the driver: what is missing here alone must not make the run count as failed.
+    _check_results(url, record)
+    given = Given(model=None, batches=None, metric=None)
     try:
-        changes = {"engine": config.engine, "workers": config.workers.model_dump()}
-        result = resume(record.id, storage=url, changes=changes, progress=progress, stop=stop)
+        # Not `resume`: the objects are where this machine sees them, which need not be where the record says.
+        result = _drive(config, given, progress, stop, record=record, fresh=False)
     except InputError as error:
         progress.note(f"the result is not written here: {error}")
         return _left(record, searched, f"all sites are searched; finish with: {resume_command(record.id, mask(url))}")
     return WorkDone(
         run=record.id, searched=searched, finished=True, folder=str(result.folder), note="the result is written"
     )
+
+
+def _check_results(url: str, record: RunRecord) -> None:
+    """Refuse to finish a run whose accepted results cannot be read from here.
+
+    Raises:
+        InputError: Field ``artifacts``: the store cannot be reached.
+        MissingArtifactError: A result is not in it.
+    """
+    database = open_existing(url)
+    try:
+        winners = Board(database, record.id, role="worker").results()
+    finally:
+        database.close()
+    store = ArtifactStore.open(record.artifacts)
+    for winner in winners.values():
+        store.check(winner.artifact_id)
+
+
+@contextmanager
+def _objects_needed(record: RunRecord, url: str) -> Iterator[None]:
+    """Tell who looks for the run's objects in the wrong place how to go on; the run itself is none the worse."""
+    try:
+        yield
+    except MissingArtifactError as error:
+        raise InputError(
+            "artifacts",
+            str(error),
+            f"name with --artifacts where they are, or go on with: {resume_command(record.id, mask(url))}",
+        ) from error
 
 
 def _await_driver(
