@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from alphasmith.objectives.calibration import Calibration
 from alphasmith.objectives.sites.types import Site
@@ -14,6 +15,9 @@ from alphasmith.search.config import RunConfig
 from alphasmith.search.published import calibration_state, calibrations_of
 from alphasmith.search.task import Task
 from alphasmith.storage.kept import Keepsake, KeptArtifacts
+
+#: Metadata of an object: what it was made from, by which a run knows its own.
+_KEY = "key"
 
 
 class CalibrationCache:
@@ -26,17 +30,21 @@ class CalibrationCache:
         config: The run's configuration.
         task: Its model and data.
         kept: Objects of the run; those of other runs are looked through, too. None: the run is not on record yet.
+        others: Objects of other runs, to be looked through until it is; None: there are none.
     """
 
-    def __init__(self, config: RunConfig, task: Task, kept: KeptArtifacts | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, task: Task, kept: KeptArtifacts | None = None, *, others: KeptArtifacts | None = None
+    ) -> None:
         self._config = config
         self._task = task
         self._kept = kept
+        self._others = others
         self._waiting: tuple[Sequence[Site], int, Calibration, Calibration] | None = None
 
     def attach(self, kept: KeptArtifacts) -> None:
         """The run is on record: keep with it what waits."""
-        self._kept = kept
+        self._kept, self._others = kept, None
         if self._waiting is not None:
             self.save(*self._waiting)
             self._waiting = None
@@ -48,36 +56,40 @@ class CalibrationCache:
             sites: Sites that are calibrated.
             rows: Rows kept per site.
         """
-        search = self._config.search
+        search, data = self._config.search, self._config.data
         made_from = {
             "model": self._task.loaded.digest,
             "data": self._task.data_digest,
-            "sites": [(s.name, s.channels) for s in sites],
+            # The same batches may be split in other places.
+            "splits": (data.samples, data.held_out, data.proof),
+            "sites": [(s.name, s.channels, [o.name for o in s.operators]) for s in sites],
             "rows": rows,
             "seed": search.seed,
             "statistic": search.statistic,
             "percentile": search.percentile,
-            "batch_size": self._config.data.batch_size,
+            "batch_size": data.batch_size,
             "torch": torch.__version__,
         }
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     def load(self, sites: Sequence[Site], rows: int) -> tuple[Calibration, Calibration] | None:
-        """Both calibrations, or None where an object is missing, damaged or of something else."""
-        kept = self._kept
+        """Both calibrations, or None where an object is missing, damaged or of something else.
+
+        Those of another run are kept with this one, too: its workers look for no others, and the other run may end first.
+        """
+        kept = self._kept or self._others
         if kept is None or not sites:
             return None
-        found = {artifact.name: artifact for artifact in reversed(kept.find("calibration", self.key(sites, rows)))}
-        if any(site.name not in found for site in sites):
+        key = self.key(sites, rows)
+        states = _own(kept, sites, key)
+        if states is not None:
+            return _merged(states)
+        states = _of_any_run(kept, sites, key)
+        if states is None:
             return None
-        parts = []
-        for site in sites:
-            state = kept.load(found[site.name])
-            if state is None:
-                return None
-            parts.append(calibrations_of(state))
-        search, held_out = zip(*parts, strict=True)
-        return Calibration.merged(search), Calibration.merged(held_out)
+        search, held_out = _merged(states)
+        self.save(sites, rows, search, held_out)
+        return search, held_out
 
     def save(self, sites: Sequence[Site], rows: int, calibration: Calibration, held_out: Calibration) -> None:
         """Keep both calibrations with this run, now or as soon as it is on record."""
@@ -85,8 +97,38 @@ class CalibrationCache:
             self._waiting = (sites, rows, calibration, held_out)
             return
         key = self.key(sites, rows)
+        told = {_KEY: key}
         states = (
-            Keepsake(name=site.name, tensors=calibration_state(calibration, held_out, site.name), key=key)
+            Keepsake(
+                name=site.name, tensors=calibration_state(calibration, held_out, site.name), key=key, metadata=told
+            )
             for site in sites
         )
         self._kept.put_many("calibration", states)
+
+
+def _own(kept: KeptArtifacts, sites: Sequence[Site], key: str) -> list[Mapping[str, Tensor]] | None:
+    """What this run kept of every site under this key; None where that is not all there."""
+    states: list[Mapping[str, Tensor]] = []
+    for site in sites:
+        found = kept.look("calibration", site.name)
+        if found.tensors is None or found.metadata.get(_KEY) != key:
+            return None
+        states.append(found.tensors)
+    return states
+
+
+def _of_any_run(kept: KeptArtifacts, sites: Sequence[Site], key: str) -> list[Mapping[str, Tensor]] | None:
+    found = {artifact.name: artifact for artifact in reversed(kept.find("calibration", key))}
+    states: list[Mapping[str, Tensor]] = []
+    for site in sites:
+        state = kept.load(found[site.name]) if site.name in found else None
+        if state is None:
+            return None
+        states.append(state)
+    return states
+
+
+def _merged(states: Sequence[Mapping[str, Tensor]]) -> tuple[Calibration, Calibration]:
+    search, held_out = zip(*map(calibrations_of, states), strict=True)
+    return Calibration.merged(search), Calibration.merged(held_out)

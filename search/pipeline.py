@@ -12,24 +12,33 @@ from torch import nn
 
 from alphasmith.objectives.calibration import weight_absmax
 from alphasmith.objectives.candidate_model import CandidateModel
-from alphasmith.objectives.equivalence import Equivalence, fold_and_prove
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.memory import measured_peak, resident_bytes, resident_model_bytes, return_large_blocks
+from alphasmith.objectives.memory import return_large_blocks
 from alphasmith.objectives.model_objective import ModelLoss, ModelObjective
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
-from alphasmith.search.calibration_cache import CalibrationCache
-from alphasmith.search.compare import Variant, best_variant, score_float, score_variants, task_loss
+from alphasmith.search.begin import Begun, begin
+from alphasmith.search.compare import Variant, best_variant, score_variants, task_loss
 from alphasmith.search.config import RunConfig
 from alphasmith.search.defaults import DEFAULT_STORAGE
 from alphasmith.search.engines.choose import make_engine
 from alphasmith.search.engines.types import Engine, ModelWork
-from alphasmith.search.interruption import Interrupted, leave, never
+from alphasmith.search.interruption import leave, never
 from alphasmith.search.model_search import ModelResult, SiteStatistics, search_model
-from alphasmith.search.open_run import find_run, named, new_run, open_existing_run, open_run
-from alphasmith.search.outcome import Found, Products, Proof
+from alphasmith.search.open_run import (
+    check_out,
+    find_run,
+    named,
+    new_run,
+    objects_of_others,
+    open_existing_run,
+    open_run,
+    writable_store,
+)
+from alphasmith.search.outcome import Found
 from alphasmith.search.planning import plan_sites
-from alphasmith.search.prepare import Prepared, Survey, prepare, search_device, survey
+from alphasmith.search.prepare import Prepared, search_device, survey
+from alphasmith.search.produce import produce
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.ranges import DEFAULT_ALPHA
 from alphasmith.search.recorder import RunRecorder, RunResult, conclude, written_before
@@ -46,9 +55,6 @@ from alphasmith.search.task import Task, load_task
 from alphasmith.search.threads import thread_budget
 from alphasmith.search.writer import Writer
 from alphasmith.storage.database import check_reachable, open_existing
-from alphasmith.storage.kept import KeptArtifacts
-from alphasmith.storage.manifest import FILE_NAME
-from alphasmith.storage.output import OutputFolder
 from alphasmith.storage.record_types import RunRecord
 
 
@@ -146,8 +152,7 @@ def _drive(
 ) -> RunResult:
     # Optuna logs a line per trial to standard error, which the progress display replaces.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if config.out is not None and not (config.out / FILE_NAME).exists():
-        OutputFolder(config.out)  # refuses a used target before any work
+    check_out(config, record, new=fresh)
     check_reachable(config.storage or DEFAULT_STORAGE)
     return_large_blocks()
     progress.stage("loading model and data")
@@ -161,67 +166,32 @@ def _drive(
     found_sites = survey(config, task)
     if record is None and not fresh:
         record = find_run(config, task, progress)
-    before = None if record is not None else _begin(config, task, found_sites, progress, stop)
-    if record is None:
-        record = new_run(config, task, found_sites)
+    # What can be wrong with places and engine shows before the model is calibrated, and leaves nothing on record.
+    check_out(config, record, new=True)
+    store = writable_store(config, record)
     with make_engine(config, stop) as engine:
-        handle = open_run(config, record, engine=engine.name)
+        before: Begun | None = None
+        if record is None:
+            with objects_of_others(config, store) as others:
+                before = begin(config, task, found_sites, progress, stop, others=others)
+            record = new_run(config, task, found_sites, store)
+        handle = open_run(config, record, store, engine=engine.name)
         with named(handle.id, handle.storage), handle:
             written = written_before(handle)
             if written is not None:
                 progress.note(f"{handle.folder} was written before; only its record is finished")
                 return conclude(handle, written)
             handle.discard_partial_output()
-            begun = before or _begin(config, task, found_sites, progress, stop, handle.kept)
+            begun = before or begin(config, task, found_sites, progress, stop, handle.kept)
             if before is not None:
                 before.calibrations.attach(handle.kept)
             return _finish(config, task, begun, handle, engine, progress, stop)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Begun:
-    """What a run needs before its first search: checked and calibrated, nothing on record yet.
-
-    Attributes:
-        prepared: Sites and calibration.
-        calibrations: Keeps the calibration once the run is on record.
-        float_metric: Task metric of the float model; None where there is none.
-        baseline: Memory of the libraries, the model left out [bytes].
-    """
-
-    prepared: Prepared
-    calibrations: CalibrationCache
-    float_metric: float | None
-    baseline: int
-
-
-def _begin(
-    config: RunConfig,
-    task: Task,
-    found_sites: Survey,
-    progress: Progress,
-    stop: Callable[[], bool],
-    kept: KeptArtifacts | None = None,
-) -> _Begun:
-    """Everything that can be wrong with model and data shows here, before anything is on record."""
-    float_metric = score_float(found_sites.model, task.metric, progress)
-    # The prediction starts with the libraries: the model is part of it.
-    baseline = resident_bytes() - resident_model_bytes(found_sites.model)
-    calibrations = CalibrationCache(config, task, kept)
-    try:
-        leave(stop)
-        prepared = prepare(config, task, found_sites, progress, calibrations, stop)
-    except Interrupted as error:
-        if kept is not None:
-            raise
-        raise Interrupted("interrupted before anything was on record; the same command starts it again") from error
-    return _Begun(prepared=prepared, calibrations=calibrations, float_metric=float_metric, baseline=baseline)
-
-
 def _finish(
     config: RunConfig,
     task: Task,
-    begun: _Begun,
+    begun: Begun,
     handle: RunHandle,
     engine: Engine,
     progress: Progress,
@@ -244,7 +214,7 @@ def _finish(
         )
         found = _search(launch)
         leave(stop)
-        products = _produce(config, task, prepared, candidate, found, begun.baseline, progress)
+        products = produce(config, task, prepared, candidate, found, begun.baseline, progress)
         progress.stage("writing")
         return recorder.write(found, products)
 
@@ -417,55 +387,6 @@ def _output_loss(config: RunConfig, task: Task, float_metric: float | None) -> M
     if config.search.loss == "task" and task.metric is not None and float_metric is not None:
         return task_loss(task.metric, float_metric)
     return "kl"
-
-
-def _produce(
-    config: RunConfig,
-    task: Task,
-    prepared: Prepared,
-    candidate: CandidateModel,
-    found: Found,
-    baseline: int,
-    progress: Progress,
-) -> Products:
-    """Quantize, then fold and prove on the same model; EquivalenceError leaves nothing behind.
-
-    The quantized weights are kept while the model they came from is folded, so there is never a second float model.
-    """
-    progress.stage("quantizing", 1)
-    candidate.apply(found.final)
-    summary = candidate.summary()
-    tensors, structure = candidate.payload()
-    model = candidate.reset()
-    candidate.check_pristine()
-    progress.advance()
-    progress.stage("proving equivalence", 1)
-    foldable = [s for s in prepared.sites if s.mode == "fold" and s.name in found.final]
-    proven: Equivalence | None = None
-    if foldable:
-        device = search_device(config)
-        proven = fold_and_prove(
-            model,
-            foldable,
-            found.final,
-            [b.to(device) for b in task.proof],
-            tolerance=config.proof.tolerance,
-            float64_bytes=prepared.plan.float64,
-        )
-    progress.advance()
-    return Products(
-        folded=model,
-        tensors=tensors,
-        structure=structure,
-        summary=summary,
-        proof=Proof(
-            tolerance=config.proof.tolerance,
-            error=proven.error if proven else None,
-            batches=len(task.proof),
-            dtype=proven.dtype if proven else None,
-        ),
-        peak=measured_peak(baseline),
-    )
 
 
 def input_ranges(prepared: Prepared) -> dict[str, ChannelRange]:

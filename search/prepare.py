@@ -172,7 +172,10 @@ class Calibrations(Protocol):
     """Remembers calibrations."""
 
     def load(self, sites: Sequence[Site], rows: int) -> tuple[Calibration, Calibration] | None:
-        """Those made before from the same model, data and settings, to search on and held out; None: there are none."""
+        """Those made before from the same model, data and settings, to search on and held out; None: there are none.
+
+        What is found needs no saving.
+        """
         ...
 
     def save(self, sites: Sequence[Site], rows: int, calibration: Calibration, held_out: Calibration) -> None:

@@ -51,7 +51,7 @@ def stored_values(config: RunConfig) -> dict[str, Any]:
 
 
 def stored_config(record: RunRecord, storage: str) -> RunConfig:
-    """The configuration of a recorded run.
+    """The configuration of a recorded run, with the places it goes on with now.
 
     Args:
         record: The run.
@@ -60,7 +60,10 @@ def stored_config(record: RunRecord, storage: str) -> RunConfig:
     Raises:
         InputError: It was recorded by a version with other fields.
     """
-    return RunConfig.build({**dict(record.config), "storage": storage})
+    # Both may have been changed since the configuration was recorded.
+    places = {"out": record.folder, "artifacts": record.artifacts}
+    told = {name: place for name, place in places.items() if place}
+    return RunConfig.build({**dict(record.config), **told, "storage": storage})
 
 
 def check_same(record: RunRecord, config: RunConfig, task: Task) -> None:

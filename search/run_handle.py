@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from alphasmith.objectives.errors import AlphasmithError
+from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.search.config import WorkersConfig
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.study_log import StoredLog
@@ -18,8 +18,8 @@ from alphasmith.search.writer import Writer
 from alphasmith.storage.artifact_store import ArtifactStore
 from alphasmith.storage.board import Board, Heartbeat
 from alphasmith.storage.database import Database, StorageError, optuna_storage
-from alphasmith.storage.kept import KeptArtifacts
-from alphasmith.storage.output import partial_folders
+from alphasmith.storage.kept import KeptArtifacts, place_of
+from alphasmith.storage.output import partial_folders, record_store
 from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
 from alphasmith.storage.work_records import ArtifactKind, WorkerRole
@@ -48,10 +48,14 @@ class RunHandle:
         role: Whether this process drives the run.
         engine: What it searches with, for people.
         workers: Leases and attempts.
+        folder: Where a driver will have the output, if elsewhere than recorded; recorded on entering.
+        artifacts: Where a driver will have the objects; recorded on entering, with a copy of what the run still needs.
+            None: where they are recorded.
         clock: Zone-aware now.
 
     Raises:
-        InputError: On entering: another live process drives the run, or this database serves one process only.
+        InputError: The artifact store cannot be used. On entering: another live process drives the run, this database serves
+            one process only, or the run cannot leave the store it has.
     """
 
     def __init__(
@@ -62,10 +66,12 @@ class RunHandle:
         role: WorkerRole,
         engine: str,
         workers: WorkersConfig,
+        folder: Path | None = None,
+        artifacts: ArtifactStore | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.id = record.id
-        self.folder = Path(record.folder)
+        self.folder = folder or Path(record.folder)
         self.storage = database.masked
         self.store = RunStore(database, clock=clock)
         self.board = Board(
@@ -77,11 +83,12 @@ class RunHandle:
             attempts=workers.attempts,
             clock=clock,
         )
-        self.kept = KeptArtifacts(database, ArtifactStore.open(record.artifacts), record.id)
+        self.kept = KeptArtifacts(database, artifacts or ArtifactStore.open(record.artifacts), record.id)
         self.optuna_storage = optuna_storage(database)
         self.database = database
         self.shared = database.backend != "sqlite"
         self._role = role
+        self._record = record
         self._inside = ExitStack()
 
     def __enter__(self) -> Self:
@@ -90,6 +97,8 @@ class RunHandle:
             if self._role == "driver":
                 self.board.drive()
                 stack.callback(self.board.stop_driving)
+                # Under the right to drive the run, so that nobody else records places meanwhile.
+                self._take_places()
             self.board.join()
             stack.callback(self.board.leave)
             if self._role == "driver":
@@ -140,8 +149,50 @@ class RunHandle:
             shutil.rmtree(partial, ignore_errors=True)
 
     def study_log(self, of: str, writer: Writer | None = None) -> StoredLog:
-        """Where a study that is no site's is recorded."""
-        return StoredLog(self.optuna_storage, self.study_name(of), writer=writer)
+        """Where a study that is no site's is recorded, for as long as this process drives the run."""
+        return StoredLog(self.optuna_storage, self.study_name(of), writer=writer, fence=self.board.driver_fence())
+
+    def _take_places(self) -> None:
+        before = self._record
+        if before.artifacts != self.kept.store.address:
+            self._take_objects_along(before.artifacts)
+            record_store(self.database, self.id, self.kept.store.address)
+        if before.folder != str(self.folder):
+            for partial in partial_folders(Path(before.folder)) if before.folder else ():
+                shutil.rmtree(partial, ignore_errors=True)
+            self.store.place(self.id, str(self.folder))
+
+    def _take_objects_along(self, before: str) -> None:
+        """Copy what cannot be made again: results and, for workers, weights. What is in the new store already is left as it is.
+
+        Raises:
+            InputError: A worker still writes to the store before, or something is in neither store.
+        """
+        new = self.kept.store
+        if any(worker.alive and worker.role == "worker" for worker in self.board.workers()):
+            raise InputError(
+                "artifacts",
+                f"workers of {self.id} still use {before}",
+                "end them and wait for the end of their lease, or go on with that place",
+            )
+        needed: list[tuple[ArtifactKind, str]] = [("result", site) for site in self.board.results()]
+        if self.shared:
+            needed += [("weights", ticket.site) for ticket in self.board.tickets()]
+        missing = [(kind, name) for kind, name in needed if self.kept.get(kind, name) is None]
+        try:
+            old = KeptArtifacts(self.database, ArtifactStore.open(before), self.id) if missing else self.kept
+            for kind, name in missing:
+                found = old.look(kind, name)
+                if found.tensors is None:
+                    raise InputError("artifacts", found.reason, "restore it")
+                new.put(found.tensors, found.metadata)
+        except InputError as error:
+            raise InputError(
+                "artifacts",
+                f"{len(missing)} objects that {self.id} needs are not in {new.address} and cannot be copied ({error.problem})",
+                "mend that, copy the files yourself, or begin a new run with --new",
+            ) from error
+        new.announce(place_of(self.database))
 
     def _mark(self, error: BaseException) -> None:
         if not self.board.driving:

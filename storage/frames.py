@@ -15,6 +15,7 @@ from alphasmith.storage.rows import GROUP_COLUMNS, LOSSES, SITE_COLUMNS, group_r
 #: What trials of the refinement at the model's output name in place of a site.
 REFINEMENT = "refinement"
 
+
 def sites_frame(sites: Iterable[SiteRecord]) -> pd.DataFrame:
     """One row per site, columns as :func:`alphasmith.storage.rows.site_rows`; NaN where a loss was not measured."""
     frame = pd.DataFrame(site_rows(sites), columns=SITE_COLUMNS)

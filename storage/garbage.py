@@ -14,6 +14,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
+from alphasmith.objectives.errors import InputError
 from alphasmith.storage.artifact_folder import FolderBackend
 from alphasmith.storage.artifact_store import ArtifactStore, StoredObject, default_address, is_ours
 from alphasmith.storage.database import Database, optuna_storage
@@ -38,7 +39,8 @@ class Removed:
     Attributes:
         what: ``artifact``: an object no row refers to. ``temporary``: an unfinished object. ``artifact row``: a record of an
             object that only the going on of a finished run needed. ``row``: rows whose run is gone. ``study``: Optuna study whose
-            run is gone. ``folder``: unfinished output folder. ``spared``: nothing was removed, a store is shared.
+            run is gone. ``folder``: unfinished output folder. ``spared``: a store from which nothing, or nothing more, was removed:
+            it is shared, or cannot be used from here.
         name: Which.
         bytes: What it freed outside the database [bytes].
     """
@@ -55,7 +57,8 @@ def collect(
 
     What is younger than ``older_than`` stays: an object is written before its row. Of a finished run its records stay, while
     calibration, weights and results of its sites go: its output folder holds what they were for. Stores are found by the runs that
-    are recorded; one that other databases use, too, is spared, since their rows are not known here.
+    are recorded; one that other databases use, too, is spared, since their rows are not known here. So is one that cannot be
+    used: a run may name a place that was never there.
 
     Args:
         database: Initialised.
@@ -64,25 +67,28 @@ def collect(
         shared: Do not spare stores that other databases use.
 
     Raises:
-        InputError: A store cannot be read or written.
         StorageError: The database was lost.
     """
     cutoff = database_now(database) - older_than
-    stores = _stores(database)
     return [
         *_orphans(database, dry_run),
         *_ended_artifacts(database, cutoff, dry_run),
-        *(item for store in stores for item in _objects(database, store, cutoff, dry_run, shared)),
+        *_in_stores(database, cutoff, dry_run, shared),
         *_studies(database, dry_run),
         *_folders(database, cutoff, dry_run),
     ]
 
 
-def _stores(database: Database) -> list[ArtifactStore]:
-    addresses = {*store_addresses(database), default_address(database.url)}
-    stores = [ArtifactStore.open(address) for address in sorted(addresses)]
-    # A folder of another machine cannot be cleaned from here.
-    return [s for s in stores if not isinstance(s.backend, FolderBackend) or s.backend.folder.is_dir()]
+def _in_stores(database: Database, cutoff: datetime, dry_run: bool, shared: bool) -> Iterator[Removed]:
+    for address in sorted({*store_addresses(database), default_address(database.url)}):
+        try:
+            store = ArtifactStore.open(address)
+            # A folder of another machine cannot be cleaned from here.
+            if not isinstance(store.backend, FolderBackend) or store.backend.folder.is_dir():
+                yield from _objects(database, store, cutoff, dry_run, shared)
+        except InputError as error:
+            # Not by its address, which may hold what must not be shown where it is no store's.
+            yield Removed(what="spared", name=f"an artifact store that cannot be used ({error.problem})")
 
 
 def _orphans(database: Database, dry_run: bool) -> list[Removed]:

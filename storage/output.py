@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from sqlalchemy.orm import Session
 
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.storage import artifacts
+from alphasmith.storage.database import Database
 from alphasmith.storage.files import (
     NO_SPACE,
     ArtifactDigest,
@@ -26,6 +28,10 @@ from alphasmith.storage.files import (
     sync_file,
     sync_folder,
 )
+from alphasmith.storage.manifest import FILE_NAME, read_manifest
+from alphasmith.storage.tables import RunRow
+
+_REMEDY = "choose another folder or remove it"
 
 
 class OutputFolder:
@@ -188,15 +194,14 @@ class OutputFolder:
         return self._partial / pure
 
     def _refuse_used_target(self) -> None:
-        remedy = "choose another folder or remove it"
         if self._out.exists() and not self._out.is_dir():
-            raise InputError("out", f"{self._out} already exists and is a file", remedy)
+            raise InputError("out", f"{self._out} already exists and is a file", _REMEDY)
         try:
             used = self._out.is_dir() and any(self._out.iterdir())
         except OSError as error:
-            raise InputError("out", f"{self._out} cannot be read ({error.strerror})", remedy) from error
+            raise InputError("out", f"{self._out} cannot be read ({error.strerror})", _REMEDY) from error
         if used:
-            raise InputError("out", f"{self._out} already exists and is not empty", remedy)
+            raise InputError("out", f"{self._out} already exists and is not empty", _REMEDY)
 
     def _make_parents(self, folder: Path) -> None:
         missing = []
@@ -249,6 +254,59 @@ class OutputFolder:
         # An OSError may name a file elsewhere (a database, a cache): its device is full, not ours.
         name = getattr(error, "filename", None)
         return not isinstance(name, str) or Path(name).is_relative_to(self._partial)
+
+
+def result_in(folder: Path) -> str | None:
+    """Id of the run whose result a folder holds; None where it holds none that can be read."""
+    if not (folder / FILE_NAME).is_file():
+        return None
+    try:
+        return read_manifest(folder).run.id
+    except AlphasmithError:
+        return None
+
+
+def check_target(out: Path, run_id: str | None) -> None:
+    """Refuse a target that is in use, before any work is done for it.
+
+    Args:
+        out: Where the result of a run is to be.
+        run_id: The run, whose own result may be there: it was killed after its folder was written. None: a new one.
+
+    Raises:
+        InputError: Field ``out``: exists and is neither an empty folder nor the result of this run, or cannot be made.
+    """
+    found = result_in(out)
+    if found is None:
+        OutputFolder(out)  # refuses
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            problem = f"{out} cannot be made in {parent}"
+            raise InputError("out", problem, "choose another folder or correct its permissions")
+    elif found != run_id:
+        raise InputError("out", f"{out} already exists and holds the result of run {found}", _REMEDY)
+
+
+def record_store(database: Database, run_id: str, address: str) -> None:
+    """Say where the objects of a run are from now on; its output folder has ``RunStore.place``.
+
+    Args:
+        database: Initialised.
+        run_id: The run.
+        address: As ``ArtifactStore.address`` tells it. What the run still needs must be there.
+
+    Raises:
+        InputError: No such run.
+        StorageError: The database was lost.
+    """
+
+    def operation(session: Session) -> None:
+        row = session.get(RunRow, run_id)
+        if row is None:
+            raise InputError("RUN", f"no run {run_id!r} in {database.masked}", "see alphasmith list")
+        row.artifacts = address
+
+    database.transact(operation)
 
 
 def partial_folders(out: Path) -> list[Path]:

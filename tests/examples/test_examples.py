@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -152,6 +157,70 @@ def test_the_services_of_the_compose_file_finish_a_run(storage: str, tmp_path: P
     assert (tmp_path / "result" / "manifest.json").is_file()
     page = "".join(p.read_text() for p in (tmp_path / "result").glob("*.html"))
     assert "s3cr3t" not in page + (tmp_path / "result" / "manifest.json").read_text()
+
+
+def test_the_dashboard_of_the_compose_file_answers(storage: str, tmp_path: Path) -> None:
+    service = composed()["dashboard"]
+    (published,) = service["ports"]
+    inside = published.rpartition(":")[2]
+    assert f"--port {inside}" in service["command"]
+    # As Compose does, without a shell around the command; on a port that is free here.
+    command = shlex.split(service["command"].replace("$$", "$").replace(f"--port {inside}", "--port 0"))
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=with_command(tmp_path) | {"STORAGE": storage},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        told, found = "", None
+        for line in process.stderr or ():
+            told += line
+            found = re.fullmatch(r"dashboard at (http://localhost:\d+/dashboard/), Ctrl-C stops it\n", line)
+            if found:
+                break
+        assert found, told
+        with urlopen(found[1], timeout=30) as page:
+            assert page.status == 200
+            assert "Optuna Dashboard" in page.read().decode()
+        process.send_signal(signal.SIGINT)
+        _, more = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert "s3cr3t" not in told + more
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_image_of_the_compose_file_is_built_from_the_checkout(tmp_path: Path) -> None:
+    checkout = EXAMPLES.parent
+    builds = [service["build"] for name, service in composed().items() if name != "db"]
+    assert len(builds) == 3
+    for build in builds:
+        assert (EXAMPLES / "compose" / build["context"]).resolve() == checkout
+        assert (checkout / build["dockerfile"]).samefile(EXAMPLES / "compose" / "Dockerfile")
+    steps = (EXAMPLES / "compose" / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", steps, flags=re.MULTILINE) for name in line.split()]
+    sent = re.findall(r"^!(.+)$", (EXAMPLES / "compose" / "Dockerfile.dockerignore").read_text(), flags=re.MULTILINE)
+    assert sorted(copied) == sorted(sent)
+    installs = re.findall(r"^RUN pip install (.+)$", steps, flags=re.MULTILINE)
+    assert all("-c constraints.txt" in install for install in installs)
+    assert installs[-1].endswith("'.[postgresql]'")
+    # A checkout of nothing but what is copied has everything that is packaged.
+    for name in copied:
+        source = checkout / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, tmp_path / name)
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())
+    folders = project["tool"]["setuptools"]["package-dir"]
+    for package in project["tool"]["setuptools"]["packages"]:
+        room, *inner = package.split(".")[1:]
+        assert (tmp_path / folders[f"alphasmith.{room}"]).joinpath(*inner, "__init__.py").is_file()
+    assert all((tmp_path / name).is_file() for name in (project["project"]["readme"], "LICENSE"))
 
 
 def test_the_compose_file_is_one(tmp_path: Path) -> None:

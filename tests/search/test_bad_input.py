@@ -204,6 +204,7 @@ def test_a_folder_that_cannot_be_used(
         ("storage", ("--storage", "postgresql://someone:hush@127.0.0.1:1/runs")),
         ("out", ("--out", "full")),
         ("out", ("--out", "taken")),
+        ("out", ("--out", "taken/deeper")),
         ("alphasmith run", ("--modle", "x")),
         ("alphasmith run", ("a.toml", "b.toml")),
         ("alphasmith", ("--set",)),
@@ -220,6 +221,17 @@ def test_settings_that_cannot_be_used(
     line = refused(capsys, field, "run", *arguments)
     assert "hush" not in line
     assert contents(here) == before
+
+
+def test_a_folder_that_holds_a_result_is_refused_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = launch(tmp_path, seeded(Mlp), vectors(), FAST)
+    storage = f"sqlite:///{tmp_path / 'runs.db'}"
+    line = refused(capsys, "out", "run", "--new", "--out", str(tmp_path / "out"), "--storage", storage)
+    problem = f"{tmp_path / 'out'} already exists and holds the result of run {first.id}"
+    assert line == f"error: out: {problem}; choose another folder or remove it"
+    assert len(statuses(tmp_path)) == 1
 
 
 def test_near_misses_are_suggested(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

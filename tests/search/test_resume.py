@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.search import RunConfig, RunResult, resume
+from alphasmith.search.calibration_cache import CalibrationCache
 from alphasmith.search.interruption import Interrupted
-from alphasmith.search.pipeline import run
 from alphasmith.storage.board import Board
 from alphasmith.storage.database import open_existing
 from alphasmith.storage.files import digest_file
@@ -338,9 +337,73 @@ def test_a_configuration_of_the_record_is_the_one_that_was_given(tmp_path: Path,
     assert Path(str(record.config["out"])).is_absolute()
 
 
-def test_a_run_of_no_tensor_in_common_shares_no_calibration(tmp_path: Path) -> None:
-    launch(tmp_path, seeded(Mlp), vectors(), {"out": tmp_path / "a"})
+USED_AGAIN = "calibration rows and statistics are on record and used again"
+INT4: dict[str, Any] = {"scheme": {"weights": "int4"}}
+
+
+def planned(folder: Path, runs: int) -> Callable[[], bool]:
+    """Asks to stop once so many runs have planned their sites: calibrated, nothing found."""
+    query = "SELECT COUNT(DISTINCT run_id) FROM alphasmith_ticket"
+    return lambda: (folder / "runs.db").exists() and rows(folder / "runs.db", query)[0][0] >= runs
+
+
+def leave_unfinished(folder: Path, values: dict[str, Any] | None = None, *, runs: int = 1) -> Notes:
+    """A run that is left as soon as it is planned; its calibration stays on record."""
     notes = Notes()
-    run(settings(tmp_path, {"out": tmp_path / "b"}), model=seeded(Mlp, 1), batches=vectors(), progress=notes)
-    assert not notes.has("used again")
-    assert torch.get_num_threads() >= 1
+    with pytest.raises(Interrupted, match="go on with"):
+        launch(folder, seeded(Mlp), vectors(), values, progress=notes, stop=planned(folder, runs))
+    return notes
+
+
+def calibrated(folder: Path) -> list[int]:
+    """Calibrated sites that every run has kept under its own id, the oldest run first."""
+    query = (
+        "SELECT COUNT(a.id) FROM alphasmith_run r LEFT JOIN alphasmith_stored_artifact a "
+        "ON a.run_id = r.id AND a.kind = 'calibration' GROUP BY r.id ORDER BY r.created"
+    )
+    return [count for (count,) in rows(folder / "runs.db", query)]
+
+
+def test_a_new_run_takes_the_calibration_of_an_unfinished_one_and_keeps_it_as_its_own(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    alone = launch(tmp_path / "alone", seeded(Mlp), vectors(), INT4)
+    leave_unfinished(tmp_path)
+    notes = leave_unfinished(tmp_path, INT4, runs=2)
+    assert notes.has(USED_AGAIN)
+    assert not notes.has("calibrating")
+    assert calibrated(tmp_path) == [3, 3], "workers look for rows under the id of their run only"
+    shared = launch(tmp_path, seeded(Mlp), vectors(), INT4)
+    assert shared.manifest.without_times() == alone.manifest.without_times()
+    assert calibrated(tmp_path) == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("seed", "values"),
+    [
+        pytest.param(1, {}, id="other weights"),
+        pytest.param(0, {"search": {"seed": 3}}, id="other rows"),
+        pytest.param(0, {"data": {"samples": 28, "held_out": 16}}, id="other splits of the same batches"),
+    ],
+)
+def test_a_run_of_no_tensor_in_common_shares_no_calibration(seed: int, values: dict[str, Any], tmp_path: Path) -> None:
+    leave_unfinished(tmp_path)
+    notes = Notes()
+    launch(tmp_path, seeded(Mlp, seed), vectors(), {**values, "out": tmp_path / "b"}, progress=notes)
+    assert notes.has("calibrating")
+    assert not notes.has(USED_AGAIN)
+
+
+def test_a_run_killed_before_it_kept_its_calibration_keeps_that_of_another_as_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibrationCache, "attach", killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(tmp_path, seeded(Mlp), vectors(), INT4)
+    leave_unfinished(tmp_path, {"out": tmp_path / "b"})
+    assert calibrated(tmp_path) == [0, 3]
+    assert leave_unfinished(tmp_path, INT4, runs=2).has(USED_AGAIN)
+    assert calibrated(tmp_path) == [3, 3]
