@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, insert, select, update
+from sqlalchemy import ColumnElement, Connection, CursorResult, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from alphasmith.objectives.errors import InputError
@@ -31,9 +31,9 @@ from alphasmith.storage.database import Database, StorageError
 from alphasmith.storage.driver_right import DriverRight
 from alphasmith.storage.leases import Heartbeat, Identity, LeaseClock, utc_now
 from alphasmith.storage.record_types import SiteRecord, TrialDigest, prose
-from alphasmith.storage.records import store_site
+from alphasmith.storage.records import drop_site, store_site
 from alphasmith.storage.retries import PATIENCE
-from alphasmith.storage.tables import ResultRow, RunRow, StoredArtifactRow, TicketRow, WorkerRow
+from alphasmith.storage.tables import AttemptRow, ResultRow, RunRow, StoredArtifactRow, TicketRow, WorkerRow
 from alphasmith.storage.ticket_plan import check_order, dependants_of, difference, new_ticket
 from alphasmith.storage.work_records import (
     Attempt,
@@ -371,7 +371,7 @@ class Board:
             row.state, row.lease_until, row.ended, row.reason = "done", None, now, ""
             self._moves.end_attempt(session, row, "done", "")
             session.flush()
-            self._unblock(session, claim.site)
+            self._block(session, claim.site, -1)
             return True
 
         accepted = self._ending(claim, lambda: self._write(operation))
@@ -379,6 +379,39 @@ class Board:
             with self._mutex:
                 self._lost.add(claim.site)
         return accepted
+
+    def reopen(self, site: str, reason: str) -> None:
+        """Have a site that is done searched again, since the tensors of its result are gone or damaged. For the driver.
+
+        Its trials stay in their study, so the new search finds the same without scoring them again. Sites that wait for it
+        wait again; those that are done stay so. Nothing happens where the site is not done.
+
+        Args:
+            site: Its name.
+            reason: What became of the result.
+        """
+
+        def operation(session: Session) -> None:
+            query = select(TicketRow).where(TicketRow.run_id == self._run, TicketRow.site == site)
+            row = session.scalars(query.with_for_update()).first()
+            if row is None or row.state != "done":
+                return
+            result = delete(ResultRow).where(ResultRow.run_id == self._run, ResultRow.site == site)
+            session.execute(result, execution_options=_UNSYNCED)
+            kept = (
+                StoredArtifactRow.run_id == self._run,
+                StoredArtifactRow.kind == "result",
+                StoredArtifactRow.name == site,
+            )
+            session.execute(delete(StoredArtifactRow).where(*kept), execution_options=_UNSYNCED)
+            drop_site(session, self._run, site)
+            ended = update(AttemptRow).where(AttemptRow.ticket_id == row.id, AttemptRow.number == row.attempts)
+            session.execute(ended.values(state="lost", reason=prose(reason)), execution_options=_UNSYNCED)
+            row.state, row.ended, row.reason, row.tries = "waiting", None, prose(reason), 0
+            session.flush()
+            self._block(session, site, +1)
+
+        self._write(operation)
 
     def fence(self, claim: Claim) -> Callable[[Connection], None]:
         """A check to be made first in another transaction that writes under a claim.
@@ -482,14 +515,15 @@ class Board:
         left = update(WorkerRow).where(WorkerRow.run_id == self._run, which).values(state="left")
         session.execute(left, execution_options=_UNSYNCED)
 
-    def _unblock(self, session: Session, site: str) -> None:
+    def _block(self, session: Session, site: str, by: int) -> None:
+        """Count the sites that others wait for: one more or one less for those that wait for this one."""
         if self._dependants is None:
             # Plans never change, so they are read once: with 10,000 sites they are long.
             self._dependants = dependants_of(session, self._run)
         waiting = self._dependants.get(site, ())
         if waiting:
             freed = update(TicketRow).where(TicketRow.run_id == self._run, TicketRow.site.in_(waiting))
-            done = session.execute(freed.values(blocked=TicketRow.blocked - 1), execution_options=_UNSYNCED)
+            done = session.execute(freed.values(blocked=TicketRow.blocked + by), execution_options=_UNSYNCED)
             if cast("CursorResult[Any]", done).rowcount != len(waiting):
                 raise StorageError(f"{self._database.masked}: tickets of {self._run} are missing")
 

@@ -168,7 +168,7 @@ def open_database(url: str) -> Database:
         raise InputError("storage", f"driver {error.name!r} is not installed", _driver_remedy(parsed)) from error
     except NoSuchModuleError as error:
         raise InputError("storage", f"driver {parsed.drivername!r} is unknown", _driver_remedy(parsed)) from error
-    event.listen(engine, "connect", _on_connect(parsed, _sqlite_connection))
+    _set_up(engine, parsed, _sqlite_connection)
     database = Database(engine=engine, url=parsed.render_as_string(hide_password=False), masked=mask(str(url)))
     try:
         if database.backend == "sqlite":
@@ -317,9 +317,14 @@ def _engine_settings(url: URL) -> dict[str, Any]:
     return settings
 
 
-def _on_connect(url: URL, sqlite: _Listener) -> _Listener:
-    """What is told to every new connection: on SQLite what ``sqlite`` tells it, on servers how long it may sleep."""
-    return {"sqlite": sqlite, "postgresql": _postgresql_connection}.get(url.get_backend_name(), _mysql_connection)
+def _set_up(engine: Engine, url: URL, sqlite: _Listener) -> None:
+    """Have every new connection told what it needs: on SQLite what ``sqlite`` tells it, on servers how long it may sleep."""
+    listener = {"sqlite": sqlite, "postgresql": _postgresql_connection}.get(url.get_backend_name(), _mysql_connection)
+    event.listen(engine, "connect", listener)
+    if listener is _postgresql_connection:
+        # Many rows in one statement. psycopg's executemany is a pipeline, in which the server counts no idle time: a process
+        # that is frozen in the middle of one would keep its locks for good.
+        engine.dialect.use_insertmanyvalues_wo_returning = True
 
 
 def _postgresql_connection(connection: Any, _entry: ConnectionPoolEntry) -> None:
@@ -430,7 +435,7 @@ def _optuna_rdb(database: Database, *, create: bool) -> RDBStorage:
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
         raise _unusable(database, cause or error) from error
-    event.listen(storage.engine, "connect", _on_connect(url, _sqlite_optuna_connection))
+    _set_up(storage.engine, url, _sqlite_optuna_connection)
     storage.engine.dispose()  # the connection it opened on the way has not seen the event
     return storage
 

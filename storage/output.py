@@ -14,11 +14,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from sqlalchemy.orm import Session
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.storage import artifacts
-from alphasmith.storage.database import Database
 from alphasmith.storage.files import (
     NO_SPACE,
     ArtifactDigest,
@@ -29,7 +27,6 @@ from alphasmith.storage.files import (
     sync_folder,
 )
 from alphasmith.storage.manifest import FILE_NAME, read_manifest
-from alphasmith.storage.tables import RunRow
 
 _REMEDY = "choose another folder or remove it"
 
@@ -285,28 +282,6 @@ def check_target(out: Path, run_id: str | None) -> None:
             raise InputError("out", problem, "choose another folder or correct its permissions")
     elif found != run_id:
         raise InputError("out", f"{out} already exists and holds the result of run {found}", _REMEDY)
-
-
-def record_store(database: Database, run_id: str, address: str) -> None:
-    """Say where the objects of a run are from now on; its output folder has ``RunStore.place``.
-
-    Args:
-        database: Initialised.
-        run_id: The run.
-        address: As ``ArtifactStore.address`` tells it. What the run still needs must be there.
-
-    Raises:
-        InputError: No such run.
-        StorageError: The database was lost.
-    """
-
-    def operation(session: Session) -> None:
-        row = session.get(RunRow, run_id)
-        if row is None:
-            raise InputError("RUN", f"no run {run_id!r} in {database.masked}", "see alphasmith list")
-        row.artifacts = address
-
-    database.transact(operation)
 
 
 def partial_folders(out: Path) -> list[Path]:

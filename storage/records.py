@@ -148,6 +148,24 @@ class RunStore:
 
         return self._database.transact(operation)
 
+    def keep_in(self, run_id: str, artifacts: str) -> RunRecord:
+        """Say where the objects of a run are from now on.
+
+        Args:
+            run_id: The run.
+            artifacts: Address of the store, absolute. What the run still needs must be there.
+
+        Raises:
+            InputError: No such run.
+        """
+
+        def operation(session: Session) -> RunRecord:
+            row = self._require(session, run_id)
+            row.artifacts = artifacts
+            return _run(row)
+
+        return self._database.transact(operation)
+
     def start(self, run_id: str) -> RunRecord:
         """Mark a run as running, for the first time or again after a failure, an interruption or a kill.
 
@@ -486,9 +504,7 @@ class _Insertion:
 
 def store_site(session: Session, run_id: str, site: SiteRecord, trials: Iterable[TrialDigest]) -> None:
     """Store a site with its groups and trials in a transaction; one of the same name is replaced, trials included."""
-    old = session.scalar(select(SiteRow.id).where(SiteRow.run_id == run_id, SiteRow.name == site.name))
-    if old is not None:
-        session.execute(delete(SiteRow).where(SiteRow.id == old))
+    drop_site(session, run_id, site.name)
     row = SiteRow(
         run_id=run_id,
         operators=list(site.operators),
@@ -502,6 +518,13 @@ def store_site(session: Session, run_id: str, site: SiteRecord, trials: Iterable
     session.flush()
     _insert_groups(session, run_id, row.id, site.groups)
     _insert_trials(session, run_id, row.id, trials)
+
+
+def drop_site(session: Session, run_id: str, name: str) -> None:
+    """Remove a site with its groups and trials in a transaction, if it is there; its study stays."""
+    old = session.scalar(select(SiteRow.id).where(SiteRow.run_id == run_id, SiteRow.name == name))
+    if old is not None:
+        session.execute(delete(SiteRow).where(SiteRow.id == old))
 
 
 def _plain(record: object, names: Sequence[str]) -> dict[str, Any]:

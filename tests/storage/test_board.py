@@ -335,6 +335,24 @@ class TestLeases:
         assert mine.lost == frozenset()
         assert mine.done() == {"a"}
 
+    def test_a_site_whose_result_is_damaged_is_open_again(self, database: Database, run_id: str) -> None:
+        mine = board(database, run_id)
+        mine.plan([*chain("a"), TicketSpec(site="b", position=1, depends_on=("a",), digest="b-digest")])
+        assert finish(mine, need(mine.claim()), run_id=run_id)
+        mine.reopen("b", "is not done yet")
+        assert [t.state for t in mine.tickets()] == ["done", "waiting"]
+        mine.reopen("a", "damaged")
+        mine.reopen("a", "damaged")
+        assert [t.state for t in mine.tickets()] == ["waiting", "waiting"]
+        assert mine.results() == {}
+        assert RunStore(database).sites(run_id) == []
+        claim = need(mine.claim())
+        assert (claim.site, claim.attempt) == ("a", 2)
+        assert mine.claim() is None, "b waits for a again, once"
+        assert finish(mine, claim, run_id=run_id)
+        assert need(mine.claim()).site == "b"
+        assert [(site, state) for site, _, state in states(mine)] == [("a", "lost"), ("a", "done"), ("b", "running")]
+
     def test_attempts_are_bounded(self, database: Database, run_id: str) -> None:
         number = iter(range(99))
 

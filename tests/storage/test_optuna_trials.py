@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import optuna
+import psycopg
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError
@@ -326,3 +327,19 @@ def test_a_storage_without_its_cache_is_written_in_bulk() -> None:
     study_id = storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], "bare")
     insert_trials(storage, study_id, every_kind())
     assert [t.number for t in storage.get_all_trials(study_id)] == list(range(6))
+
+
+def test_no_lock_is_held_in_a_pipeline(
+    database: Database, storage: BaseStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The server counts no idle time inside psycopg's pipelines: a process frozen there would hold its locks for good.
+    if database.backend != "postgresql":
+        pytest.skip("only psycopg turns many rows into a pipeline")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("rows went through a pipeline")
+
+    study = storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], "no pipeline")
+    monkeypatch.setattr(psycopg.Cursor, "executemany", refuse)
+    insert_trials(storage, study, [finished(value=float(i)) for i in range(40)], first=0)
+    assert [trial.value for trial in storage.get_all_trials(study)] == [float(i) for i in range(40)]
