@@ -19,7 +19,7 @@ from alphasmith.storage.artifact_store import ArtifactStore
 from alphasmith.storage.board import Board, Heartbeat
 from alphasmith.storage.database import Database, StorageError, optuna_storage
 from alphasmith.storage.kept import KeptArtifacts, place_of
-from alphasmith.storage.output import partial_folders, record_store
+from alphasmith.storage.output import partial_folders
 from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
 from alphasmith.storage.work_records import ArtifactKind, WorkerRole
@@ -156,7 +156,7 @@ class RunHandle:
         before = self._record
         if before.artifacts != self.kept.store.address:
             self._take_objects_along(before.artifacts)
-            record_store(self.database, self.id, self.kept.store.address)
+            self.store.keep_in(self.id, self.kept.store.address)
         if before.folder != str(self.folder):
             for partial in partial_folders(Path(before.folder)) if before.folder else ():
                 shutil.rmtree(partial, ignore_errors=True)

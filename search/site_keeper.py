@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from alphasmith.objectives.errors import AlphasmithError
+from alphasmith.objectives.errors import AlphasmithError, IntegrityError
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.site_records import site_record, trial_digests
 from alphasmith.search.site_result import SiteResult
@@ -69,6 +69,22 @@ class SiteKeeper:
             for name in sites
             if (w := winners[name])
         }
+
+    def recall(self) -> dict[str, SiteResult]:
+        """All accepted results of a run that goes on; one that is gone or damaged is not one any more. For the driver.
+
+        Its site is searched again, from the trials on record.
+
+        Raises:
+            InputError: Field ``artifacts``: the store cannot be reached.
+        """
+        found = {}
+        for name, winner in self._board.results().items():
+            try:
+                found[name] = result_from_state(self._kept.store.get(winner.artifact_id, sha256=winner.sha256))
+            except IntegrityError as error:
+                self._board.reopen(name, str(error))
+        return found
 
     def failed(self) -> str:
         """The first site that failed for good, with its reason; empty where there is none."""

@@ -116,8 +116,13 @@ class SiteStage:
         """
         total = len(self._source.order)
         self._progress.stage("searching sites", total)
-        if before := len(self._board.done()):
-            self._progress.note(f"{before} of {total} sites are on record and not searched again")
+        if done := self._board.done():
+            if self._board.driving:
+                self._results |= self._keeper.recall()
+                for name in sorted(done - self._board.done()):
+                    self._progress.note(f"the recorded result of {name} is gone or damaged; the site is searched again")
+                done = self._board.done()
+            self._progress.note(f"{len(done)} of {total} sites are on record and not searched again")
         pause = _POLL
         while True:
             if self._stop() and not self._stopping:

@@ -337,6 +337,24 @@ def disk_full(world: World, rng: random.Random) -> Verdict:
 
 
 @fault
+def damaged_results(world: World, rng: random.Random) -> Verdict:
+    """Objects of accepted results are deleted or damaged between the driver's death and the resumption."""
+    with Scene(world, _one(rng, "alone", "server")) as scene:
+        scene.begin()
+        scene.until_done(1 + rng.randrange(SITES - 1))
+        scene.driver.kill()
+        if scene.status != "finished":
+            for file in rng.sample(results := sorted(scene.results()), 1 + rng.randrange(min(2, len(results)))):
+                scene.strike()
+                if rng.random() < 0.5:
+                    file.unlink()
+                else:
+                    file.write_bytes(file.read_bytes()[:-1])
+            scene.resume()
+        return scene.finish(expected=world.expected("site"))
+
+
+@fault
 def two_drivers(world: World, rng: random.Random) -> Verdict:
     """Two processes resume one run at once: one drives it, the other is told so in one line."""
     with Scene(world, _one(rng, "alone", "server")) as scene:

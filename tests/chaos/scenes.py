@@ -210,6 +210,12 @@ class Scene:
         """Note that what should befall the scene did, if it ``happened``."""
         self.struck = self.struck or happened
 
+    def results(self) -> list[Path]:
+        """Objects of its accepted results."""
+        with invariants.snapshot(self.url) as found:
+            ids = {str(row["artifact_id"]) for row in found.results}
+        return [path for path in self.folder.rglob("*") if path.name in ids]
+
     def begin(self, *spoils: Spoil) -> None:
         """Start all processes of the cast; ``spoils`` are the driver's."""
         self.start(*spoils)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,30 @@ def test_a_run_left_anywhere_finds_what_it_would_have_found(
     assert found(again) == found(whole)
     assert again.manifest.without_times() == whole.manifest.without_times()
     assert before <= {(str(r["site"]), int(r["number"])) for r in found(again)}
+    assert violations(open_existing(again.storage)) == []
+
+
+def test_results_that_are_gone_or_damaged_are_searched_again(
+    undisturbed: tuple[RunResult, int], tmp_path: Path, model: nn.Module
+) -> None:
+    whole, asked = undisturbed
+    with pytest.raises(Interrupted):
+        launch(tmp_path, model, tokens(), REFINED, stop=after(int(asked * 0.85)))
+    kept = rows(tmp_path / "runs.db", "SELECT site, artifact_id FROM alphasmith_result ORDER BY id")
+    assert len(kept) > 2
+    (store,) = {path.parent for path in tmp_path.rglob(str(kept[0][1]))}
+    (store / str(kept[0][1])).unlink()
+    damaged = store / str(kept[1][1])
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    again = launch(tmp_path, model, tokens(), REFINED, progress=(notes := Notes()))
+    for site, _ in kept[:2]:
+        assert notes.has(f"the recorded result of {site} is gone or damaged; the site is searched again")
+    assert found(again) == found(whole)
+
+    def but_effort(result: RunResult) -> str:  # trials on record are not scored again
+        return re.sub(r'"\w*evaluations\w*": \d+', "", result.manifest.without_times())
+
+    assert but_effort(again) == but_effort(whole)
     assert violations(open_existing(again.storage)) == []
 
 
