@@ -31,8 +31,8 @@ from alphasmith.storage.database import Database, StorageError
 from alphasmith.storage.driver_right import DriverRight
 from alphasmith.storage.leases import Heartbeat, Identity, LeaseClock, utc_now
 from alphasmith.storage.record_types import SiteRecord, TrialDigest, prose
-from alphasmith.storage.records import drop_site, store_site
 from alphasmith.storage.retries import PATIENCE
+from alphasmith.storage.row_records import drop_site, store_site
 from alphasmith.storage.tables import AttemptRow, ResultRow, RunRow, StoredArtifactRow, TicketRow, WorkerRow
 from alphasmith.storage.ticket_plan import check_order, dependants_of, difference, new_ticket
 from alphasmith.storage.work_records import (

@@ -27,6 +27,15 @@ from alphasmith.storage.record_types import (
     prose,
     utc,
 )
+from alphasmith.storage.row_records import (
+    group_of,
+    insert_digests,
+    insert_groups,
+    run_of,
+    site_of,
+    store_site,
+    trial_of,
+)
 from alphasmith.storage.tables import ArtifactRow, GroupRow, RunRow, SiteRow, TrialDigestRow
 
 __all__ = [
@@ -42,24 +51,6 @@ __all__ = [
 ]
 
 _SPEC = tuple(item.name for item in fields(RunSpec))
-_LOSSES = tuple(item.name for item in fields(Losses))
-_SITE = (
-    "name",
-    "position",
-    "mode",
-    "reason",
-    "channels",
-    "study_name",
-    "winner",
-    "trials",
-    "exact_evaluations",
-    "shift",
-    "range_statistic",
-    "range_factor",
-    "grouping",
-    "statistic",
-)
-_TRIAL = tuple(item.name for item in fields(TrialDigest))
 _ID_TRIES = 5
 _SEE = "see alphasmith list"
 _REMEDIES: dict[RunStatus, str] = {
@@ -120,7 +111,7 @@ class RunStore:
                 "reason": "",
                 "folder": "",
                 "created": now,
-                **_plain(spec, _SPEC),
+                **{name: getattr(spec, name) for name in _SPEC},
             }
             try:
                 made = self._database.transact(_Insertion(values))
@@ -144,7 +135,7 @@ class RunStore:
         def operation(session: Session) -> RunRecord:
             row = self._require(session, run_id)
             row.folder = folder
-            return _run(row)
+            return run_of(row)
 
         return self._database.transact(operation)
 
@@ -162,7 +153,7 @@ class RunStore:
         def operation(session: Session) -> RunRecord:
             row = self._require(session, run_id)
             row.artifacts = artifacts
-            return _run(row)
+            return run_of(row)
 
         return self._database.transact(operation)
 
@@ -237,7 +228,7 @@ class RunStore:
                 RunRow.model_digest == model_digest,
                 RunRow.data_digest == data_digest,
             )
-            return [_run(row) for row in session.scalars(query.order_by(RunRow.created.desc(), RunRow.id.desc()))]
+            return [run_of(row) for row in session.scalars(query.order_by(RunRow.created.desc(), RunRow.id.desc()))]
 
         return self._database.transact(operation)
 
@@ -255,7 +246,7 @@ class RunStore:
 
         def operation(session: Session) -> list[RunRecord]:
             rows = session.scalars(select(RunRow).order_by(RunRow.created.desc(), RunRow.id.desc()).limit(limit))
-            return [_run(row) for row in rows]
+            return [run_of(row) for row in rows]
 
         return self._database.transact(operation)
 
@@ -281,7 +272,7 @@ class RunStore:
             if len(found) > 1 and not exact:
                 ids = ", ".join(row.id for row in found[:3]) + (", ..." if len(found) > 3 else "")
                 raise InputError("RUN", f"{prefix!r} fits {len(found)} runs ({ids})", "give more of the id")
-            return _run((exact or found)[0])
+            return run_of((exact or found)[0])
 
         return self._database.transact(operation)
 
@@ -336,7 +327,7 @@ class RunStore:
         def operation(session: Session) -> None:
             self._require(session, run_id)
             session.execute(delete(GroupRow).where(GroupRow.run_id == run_id, GroupRow.site_id.is_(None)))
-            _insert_groups(session, run_id, None, groups)
+            insert_groups(session, run_id, None, groups)
 
         self._database.transact(operation)
 
@@ -353,8 +344,8 @@ class RunStore:
             self._require(session, run_id)
             query = select(TrialDigestRow).where(TrialDigestRow.run_id == run_id, TrialDigestRow.site_id.is_(None))
             named = query.where(TrialDigestRow.study_name.in_({digest.study_name for digest in digests}))
-            known = [_trial(row) for row in session.scalars(named)]
-            _insert_trials(session, run_id, None, [digest for digest in digests if digest not in known])
+            known = [trial_of(row) for row in session.scalars(named)]
+            insert_digests(session, run_id, None, [digest for digest in digests if digest not in known])
 
         self._database.transact(operation)
 
@@ -385,7 +376,7 @@ class RunStore:
         def operation(session: Session) -> list[SiteRecord]:
             self._require(session, run_id)
             query = select(SiteRow).where(SiteRow.run_id == run_id).options(selectinload(SiteRow.groups))
-            return [_site(row) for row in session.scalars(query.order_by(SiteRow.position, SiteRow.id))]
+            return [site_of(row) for row in session.scalars(query.order_by(SiteRow.position, SiteRow.id))]
 
         return self._database.transact(operation)
 
@@ -399,7 +390,7 @@ class RunStore:
         def operation(session: Session) -> list[GroupRecord]:
             self._require(session, run_id)
             query = select(GroupRow).where(GroupRow.run_id == run_id, GroupRow.site_id.is_(None))
-            return [_group(row) for row in session.scalars(query.order_by(GroupRow.position))]
+            return [group_of(row) for row in session.scalars(query.order_by(GroupRow.position))]
 
         return self._database.transact(operation)
 
@@ -420,7 +411,7 @@ class RunStore:
             if study_name is not None:
                 query = query.where(TrialDigestRow.study_name == study_name)
             rows = session.scalars(query.order_by(TrialDigestRow.study_name, TrialDigestRow.trial_number))
-            return [_trial(row) for row in rows]
+            return [trial_of(row) for row in rows]
 
         return self._database.transact(operation)
 
@@ -443,7 +434,7 @@ class RunStore:
                 .order_by(TrialDigestRow.trial_number)
                 .limit(1)
             )
-            return None if row is None else _trial(row)
+            return None if row is None else trial_of(row)
 
         return self._database.transact(operation)
 
@@ -462,7 +453,7 @@ class RunStore:
         return self._database.transact(operation)
 
     def _record(self, run_id: str) -> RunRecord:
-        return self._database.transact(lambda session: _run(self._require(session, run_id)))
+        return self._database.transact(lambda session: run_of(self._require(session, run_id)))
 
     def _require(self, session: Session, run_id: str) -> RunRow:
         row = session.get(RunRow, run_id)
@@ -481,7 +472,7 @@ class RunStore:
             ours = row.status == to and all(getattr(row, name) == value for name, value in values.items())
             if not moved and not ours:
                 raise InputError("RUN", f"{run_id} is {row.status} and cannot become {to}", _REMEDIES[to])
-            return _run(row)
+            return run_of(row)
 
         return self._database.transact(operation)
 
@@ -500,111 +491,3 @@ class _Insertion:
         self._tried = True
         session.execute(insert(RunRow).values(**self._values))
         return True
-
-
-def store_site(session: Session, run_id: str, site: SiteRecord, trials: Iterable[TrialDigest]) -> None:
-    """Store a site with its groups and trials in a transaction; one of the same name is replaced, trials included."""
-    drop_site(session, run_id, site.name)
-    row = SiteRow(
-        run_id=run_id,
-        operators=list(site.operators),
-        seconds=float(site.seconds),
-        facts=None if site.facts is None else dict(site.facts),
-        **_loss_columns("search", site.search),
-        **_loss_columns("held_out", site.held_out),
-        **_plain(site, _SITE),
-    )
-    session.add(row)
-    session.flush()
-    _insert_groups(session, run_id, row.id, site.groups)
-    _insert_trials(session, run_id, row.id, trials)
-
-
-def drop_site(session: Session, run_id: str, name: str) -> None:
-    """Remove a site with its groups and trials in a transaction, if it is there; its study stays."""
-    old = session.scalar(select(SiteRow.id).where(SiteRow.run_id == run_id, SiteRow.name == name))
-    if old is not None:
-        session.execute(delete(SiteRow).where(SiteRow.id == old))
-
-
-def _plain(record: object, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in names}
-
-
-def _value(losses: Losses | None, name: str) -> float | None:
-    value: float | None = None if losses is None else getattr(losses, name)
-    return value
-
-
-def _loss_columns(prefix: str, losses: Losses | None) -> dict[str, float | None]:
-    return {f"{prefix}_{name}": _value(losses, name) for name in _LOSSES}
-
-
-def _losses(row: SiteRow, prefix: str) -> Losses | None:
-    values = {name: getattr(row, f"{prefix}_{name}") for name in _LOSSES}
-    # The winner's loss is the one that every measured set has; a baseline may have failed.
-    return None if values["ours"] is None else Losses(**values)
-
-
-def _run(row: RunRow) -> RunRecord:
-    return RunRecord(
-        id=row.id,
-        status=cast(RunStatus, row.status),
-        reason=row.reason,
-        created=row.created,
-        started=row.started,
-        finished=row.finished,
-        folder=row.folder,
-        refinement=row.refinement,
-        driver=row.driver,
-        driver_until=row.driver_until,
-        **{name: getattr(row, name) for name in _SPEC},
-    )
-
-
-def _site(row: SiteRow) -> SiteRecord:
-    return SiteRecord(
-        operators=tuple(row.operators),
-        search=_losses(row, "search"),
-        held_out=_losses(row, "held_out"),
-        seconds=row.seconds,
-        facts=row.facts,
-        groups=tuple(_group(group) for group in row.groups),
-        **{name: getattr(row, name) for name in _SITE},
-    )
-
-
-def _group(row: GroupRow) -> GroupRecord:
-    return GroupRecord(
-        index=row.position,
-        size=row.size,
-        low=row.low,
-        high=row.high,
-        alpha=row.alpha,
-        magnitude=row.magnitude,
-        explanation=row.explanation,
-        beta=row.beta,
-        offset=row.offset,
-    )
-
-
-def _trial(row: TrialDigestRow) -> TrialDigest:
-    return TrialDigest(**{name: getattr(row, name) for name in _TRIAL})
-
-
-def _insert_groups(session: Session, run_id: str, site_id: int | None, groups: Sequence[GroupRecord]) -> None:
-    rows = []
-    for group in groups:
-        values = asdict(group)
-        rows.append({"run_id": run_id, "site_id": site_id, "position": values.pop("index"), **values})
-    if rows:
-        session.execute(insert(GroupRow), rows)
-
-
-def _insert_trials(session: Session, run_id: str, site_id: int | None, trials: Iterable[TrialDigest]) -> None:
-    rows = [
-        {"run_id": run_id, "site_id": site_id, **_plain(trial, _TRIAL), "params": dict(trial.params)}
-        for trial in trials
-    ]
-    if rows:
-        session.execute(insert(TrialDigestRow), rows)
