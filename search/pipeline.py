@@ -89,7 +89,7 @@ def run(
     """
     config = config or RunConfig()
     given = Given(model=model, batches=batches, metric=metric)
-    return _drive(config, given, progress or Silent(), stop, record=None, fresh=fresh)
+    return drive(config, given, progress or Silent(), stop, record=None, fresh=fresh)
 
 
 def resume(
@@ -129,7 +129,7 @@ def resume(
     values = stored_config(record, url).model_dump()
     config = RunConfig.build({**values, **(changes or {})})
     given = Given(model=model, batches=batches, metric=metric)
-    return _drive(config, given, progress or Silent(), stop, record=record, fresh=False)
+    return drive(config, given, progress or Silent(), stop, record=record, fresh=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ class Given:
     metric: Callable[[nn.Module], float] | None
 
 
-def _drive(
+def drive(
     config: RunConfig,
     given: Given,
     progress: Progress,
@@ -150,6 +150,20 @@ def _drive(
     record: RunRecord | None,
     fresh: bool,
 ) -> RunResult:
+    """Drive a run to its end: a new one, the unfinished one of the same configuration, or the one given.
+
+    Args:
+        config: Its configuration.
+        given: What is not in the configuration.
+        progress: Told what happens.
+        stop: Asked again and again whether to leave.
+        record: The run, its objects where they are seen from here; None: find it, else begin one.
+        fresh: Begin a new one even if there is an unfinished one.
+
+    Raises:
+        InputError: As ``run`` and ``resume``.
+        Interrupted: ``stop`` said so.
+    """
     # Optuna logs a line per trial to standard error, which the progress display replaces.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_out(config, record, new=fresh)

@@ -119,8 +119,11 @@ class SiteStage:
         if done := self._board.done():
             if self._board.driving:
                 self._results |= self._keeper.recall()
-                for name in sorted(done - self._board.done()):
-                    self._progress.note(f"the recorded result of {name} is gone or damaged; the site is searched again")
+                if bad := sorted(done - self._board.done()):
+                    sites = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+                    self._progress.note(
+                        f"{len(bad)} recorded results are gone or damaged ({sites}); their sites are searched again"
+                    )
                 done = self._board.done()
             self._progress.note(f"{len(done)} of {total} sites are on record and not searched again")
         pause = _POLL

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import optuna
 
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.memory import return_large_blocks
 from alphasmith.search.config import RunConfig
 from alphasmith.search.defaults import DEFAULT_STORAGE
 from alphasmith.search.engines.choose import make_engine
 from alphasmith.search.interruption import leave, never
 from alphasmith.search.open_run import named
-from alphasmith.search.pipeline import Given, _drive
+from alphasmith.search.pipeline import Given, drive
 from alphasmith.search.prepare import search_device
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.progress_texts import resume_command
@@ -110,7 +110,13 @@ def work(
     if device is not None:
         search_device(config)  # a device that only this machine lacks must not fail a site
     with _objects_needed(record, url):
-        searched = _search(database, record, config, wait, progress, stop, sleep)
+        try:
+            searched = _search(database, record, config, wait, progress, stop, sleep)
+        except (InputError, IntegrityError):
+            # Whoever was away for a while, or joins late, finds nothing left of what a run needed until its end.
+            if not _is_finished(url, record):
+                raise
+            return _left(record, 0, "the run is finished")
         if not finish:
             return _left(record, searched, "all sites are searched")
         return _finish(url, record, config, searched, progress, stop, sleep)
@@ -229,7 +235,7 @@ def _finish(
     given = Given(model=None, batches=None, metric=None)
     try:
         # Not `resume`: the objects are where this machine sees them, which need not be where the record says.
-        result = _drive(config, given, progress, stop, record=record, fresh=False)
+        result = drive(config, given, progress, stop, record=record, fresh=False)
     except InputError as error:
         progress.note(f"the result is not written here: {error}")
         return _left(record, searched, f"all sites are searched; finish with: {resume_command(record.id, mask(url))}")
@@ -286,6 +292,14 @@ def _await_driver(
             first = first or driver
             leave(stop)
             sleep(_POLL)
+    finally:
+        database.close()
+
+
+def _is_finished(url: str, record: RunRecord) -> bool:
+    database = open_existing(url)
+    try:
+        return RunStore(database).get(record.id).status == "finished"
     finally:
         database.close()
 

@@ -248,6 +248,23 @@ def frozen_worker(world: World, rng: random.Random) -> Verdict:
 
 
 @fault
+def frozen_worker_process(world: World, rng: random.Random) -> Verdict:
+    """SIGSTOP of a worker process for longer than a lease, and SIGCONT: its driver waits for it, nobody takes its site."""
+    with Scene(world, "processes") as scene:
+        scene.begin()
+        scene.until_trials(1 + rng.randrange(_TRIALS // 2))
+        with suppress(psutil.NoSuchProcess):
+            if children := [child for child in _children(scene.driver) if _lives(child)]:
+                frozen = rng.choice(children)
+                frozen.suspend()
+                scene.strike()
+                time.sleep(2 * LEASE)
+                scene.look("a worker process was frozen")
+                frozen.resume()
+        return _undisturbed(world, scene, "a worker process was frozen")
+
+
+@fault
 def frozen_in_a_transaction(world: World, rng: random.Random) -> Verdict:
     """SIGSTOP of an autonomous worker right before one of its commits: its locks must not hold the others up."""
     with Scene(world, "team") as scene:

@@ -271,6 +271,18 @@ class TestWaiting:
         with pytest.raises(InputError, match="site a is not published"):  # so it was about to search it
             work(run_id, storage=database.url, wait=30.0, sleep=Naps(5, returns))
 
+    def test_for_nothing_where_the_run_was_finished_meanwhile(self, database: Database) -> None:
+        run_id = unplanned(database)
+        owner = driver(database, run_id)
+
+        def ends() -> None:
+            owner.plan(chain("a"))
+            RunStore(database).conclude(run_id, space_hash="", folder="/gone", refinement=None)
+            RunStore(database).finish(run_id)
+
+        done = work(run_id, storage=database.url, wait=30.0, sleep=Naps(3, ends))
+        assert (done.searched, done.finished, done.note) == (0, False, "the run is finished")
+
 
 class TestFinishing:
     def test_a_run_whose_driver_is_gone(self, address: str, tmp_path: Path) -> None:
