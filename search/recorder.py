@@ -213,8 +213,8 @@ def conclude(handle: RunHandle, manifest: Manifest) -> RunResult:
     sites, _, trials = run_frames(handle.store, handle.id)
     _annotate(handle, manifest, sites, trials)
     handle.check_driving()
+    handle.discard_working_objects()  # killed after this, the run needs them no more: its folder is whole
     handle.store.finish(handle.id)
-    handle.discard_working_objects()
     return RunResult(
         id=handle.id, storage=handle.storage, folder=handle.folder, manifest=manifest, sites=sites, trials=trials
     )

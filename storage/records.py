@@ -185,12 +185,13 @@ class RunStore:
         return self._move(run_id, "running", ("running",), space_hash=space_hash, folder=folder, refinement=told)
 
     def finish(self, run_id: str) -> RunRecord:
-        """Mark a running run as finished.
+        """Mark a running run as finished; nobody drives it any more.
 
         Raises:
             InputError: No such run, or it is not running.
         """
-        return self._move(run_id, "finished", ("running",), finished=utc(self._clock()))
+        nobody = {"driver": None, "driver_until": None}
+        return self._move(run_id, "finished", ("running",), finished=utc(self._clock()), **nobody)
 
     def fail(self, run_id: str, reason: str) -> RunRecord:
         """Mark a run as failed. It can be started again.

@@ -21,6 +21,7 @@ from alphasmith.storage.files import digest_file
 from alphasmith.storage.maintenance import violations
 from alphasmith.storage.manifest import FILE_NAME
 from alphasmith.storage.records import RunStore
+from tests.buckets import SECRET, Bucket
 from tests.search.run_cases import (
     Likeness,
     Mlp,
@@ -34,7 +35,8 @@ from tests.search.run_cases import (
     vectors,
 )
 
-REFINED = {"search": {"trials": 6, "refine": True, "refine_trials": 4}}
+_CONFIG = "SELECT config, artifacts FROM alphasmith_run"
+REFINED: dict[str, Any] = {"search": {"trials": 6, "refine": True, "refine_trials": 4}}
 
 
 class Notes:
@@ -140,6 +142,23 @@ def test_results_that_are_gone_or_damaged_are_searched_again(
 
     assert but_effort(again) == but_effort(whole)
     assert violations(open_existing(again.storage)) == []
+
+
+def test_a_run_that_keeps_its_objects_in_a_bucket_goes_on_too(
+    undisturbed: tuple[RunResult, int], tmp_path: Path, model: nn.Module, bucket: Bucket
+) -> None:
+    whole, asked = undisturbed
+    values = {**REFINED, "artifacts": f"s3://{bucket.name}/runs"}
+    with pytest.raises(Interrupted):
+        launch(tmp_path, model, tokens(), values, stop=after(int(asked * 0.7)))
+    assert not list(tmp_path.glob("*.artifacts"))
+    assert bucket.client.list_objects_v2(Bucket=bucket.name)["KeyCount"] > 2
+    again = launch(tmp_path, model, tokens(), values, progress=(notes := Notes()))
+    assert notes.has("calibration rows and statistics are on record and used again")
+    assert notes.has("sites are on record and not searched again")
+    assert found(again) == found(whole)
+    for text in ((tmp_path / "out" / FILE_NAME).read_text(), *notes.lines, str(rows(tmp_path / "runs.db", _CONFIG))):
+        assert SECRET not in text
 
 
 def _recorded(folder: Path) -> list[dict[str, Any]]:

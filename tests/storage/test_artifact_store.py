@@ -9,7 +9,6 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -28,8 +27,8 @@ from alphasmith.storage.artifact_store import ArtifactStore, MissingArtifactErro
 from alphasmith.storage.database import Database, StorageError
 from alphasmith.storage.kept import Keepsake, KeptArtifacts
 from alphasmith.storage.records import RunSpec, RunStore
+from tests.buckets import SECRET, Bucket, environment
 
-SECRET = "hunter2-very-secret"
 TENSORS = {"x": torch.arange(12.0).reshape(3, 4), "n": torch.tensor([1, 2, 3])}
 SPEC = RunSpec(
     name="kept",
@@ -42,59 +41,6 @@ SPEC = RunSpec(
     versions={},
     space_hash="",
 )
-
-
-class Bucket:
-    """A bucket on an S3 server of this machine."""
-
-    def __init__(self, client: Any, name: str) -> None:
-        self.client = client
-        self.name = name
-
-    def overwrite(self, artifact_id: str, data: bytes) -> None:
-        """Put other bytes under a key."""
-        self.client.put_object(Bucket=self.name, Key=f"runs/{artifact_id}", Body=data)
-
-    def data(self, artifact_id: str) -> bytes:
-        """Bytes under a key."""
-        return bytes(self.client.get_object(Bucket=self.name, Key=f"runs/{artifact_id}")["Body"].read())
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """Address of an S3 server that lives as long as the module."""
-    pytest.importorskip("boto3", reason="boto3 is not installed")
-    server = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer(
-        ip_address="127.0.0.1", port=0, verbose=False
-    )
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """An empty bucket, and the environment by which it is found."""
-    import boto3
-
-    environment(monkeypatch, s3)
-    client = boto3.client("s3")
-    name = f"bucket-{os.urandom(4).hex()}"
-    client.create_bucket(Bucket=name)
-    return Bucket(client, name)
-
-
-def environment(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """What a user sets to reach a service."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
 
 
 @pytest.fixture(params=["folder", "bucket"])
