@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -18,16 +17,14 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
 
 from alphasmith.storage.board import Board
 from alphasmith.storage.database import open_existing
 from alphasmith.storage.maintenance import violations
 from alphasmith.storage.records import RunStore
+from tests.servers import empty_database
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SERVER = os.environ.get("ALPHASMITH_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres")
 #: What the examples leave to the defaults, so that the demo is a matter of seconds.
 QUICK = ("trials = 12", "trials = 4\nrows = 64\nrefine = false\nnoise_model = false\nsingle_alphas = 3")
 
@@ -42,19 +39,8 @@ def quick(example: str) -> str:
 @pytest.fixture
 def storage() -> Iterator[str]:
     """Address of an empty PostgreSQL database, with a password that must not be seen anywhere."""
-    name = f"alphasmith_example_{secrets.token_hex(5)}"
-    engine = create_engine(SERVER, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
-    try:
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-    except OperationalError as error:
-        pytest.skip(f"no postgresql server: {str(error.orig).splitlines()[0]}")
-    try:
-        yield make_url(SERVER).set(database=name, password="s3cr3t").render_as_string(hide_password=False)
-    finally:
-        with engine.connect() as connection:
-            connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
-        engine.dispose()
+    with empty_database("postgresql", password="s3cr3t") as url:
+        yield url
 
 
 def with_command(folder: Path) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import shutil
 import sqlite3
@@ -14,18 +13,16 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import make_url, text
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.search.db_commands import db
 from alphasmith.storage.artifact_store import default_address
 from alphasmith.storage.database import initialise, open_database
 from alphasmith.storage.maintenance import heads
+from tests.servers import SERVERS, administrator
 
 PASSWORD = "s3cret-Pa55"
-POSTGRESQL = os.environ.get("ALPHASMITH_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres")
-MYSQL = os.environ.get("ALPHASMITH_TEST_MYSQL", "mysql+pymysql://root@127.0.0.1:3306/mysql")
 
 
 def told(*arguments: str) -> Result:
@@ -140,9 +137,7 @@ def test_a_database_of_an_earlier_version_is_checked_copied_and_upgraded(schema:
 @pytest.fixture(params=["postgresql", "mysql"])
 def guarded(request: pytest.FixtureRequest) -> Iterator[str]:
     """Address, with its password, of an initialised database of a user of its own."""
-    server = POSTGRESQL if request.param == "postgresql" else MYSQL
     name = f"alphasmith_test_{secrets.token_hex(6)}"
-    engine = create_engine(server, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
     if request.param == "postgresql":
         made = [f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}"]
         undone = [f"DROP DATABASE IF EXISTS {name} WITH (FORCE)", f"DROP ROLE IF EXISTS {name}"]
@@ -153,23 +148,20 @@ def guarded(request: pytest.FixtureRequest) -> Iterator[str]:
             f"GRANT ALL ON {name}.* TO '{name}'@'%'",
         ]
         undone = [f"DROP DATABASE IF EXISTS {name}", f"DROP USER IF EXISTS '{name}'@'%'"]
-    try:
+    url = make_url(SERVERS[request.param]).set(database=name, username=name, password=PASSWORD)
+    with administrator(request.param) as engine:
         with engine.connect() as connection:
             for statement in made:
                 connection.execute(text(statement))
-    except OperationalError as error:
-        pytest.skip(f"no {request.param} server: {str(error.orig).splitlines()[0]}")
-    url = make_url(server).set(database=name, username=name, password=PASSWORD)
-    try:
-        opened = open_database(url.render_as_string(hide_password=False))
-        initialise(opened)
-        opened.close()
-        yield url.render_as_string(hide_password=False)
-    finally:
-        with engine.connect() as connection:
-            for statement in undone:
-                connection.execute(text(statement))
-        engine.dispose()
+        try:
+            opened = open_database(url.render_as_string(hide_password=False))
+            initialise(opened)
+            opened.close()
+            yield url.render_as_string(hide_password=False)
+        finally:
+            with engine.connect() as connection:
+                for statement in undone:
+                    connection.execute(text(statement))
 
 
 def test_no_command_tells_a_password(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import secrets
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -14,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
 from torch import nn
 
 from alphasmith.objectives.errors import InputError
@@ -35,6 +31,7 @@ from alphasmith.storage.maintenance import violations
 from alphasmith.storage.records import RunStore
 from alphasmith.storage.work_records import WorkerRecord
 from tests.search.run_cases import Mlp, launch, rows, seeded, settings, vectors
+from tests.servers import empty_database
 
 
 class Stages(Silent):
@@ -285,20 +282,8 @@ def test_a_run_does_not_leave_the_store_its_workers_write_to(
 @pytest.fixture
 def server() -> Iterator[str]:
     """Address of an empty PostgreSQL database."""
-    admin = os.environ.get("ALPHASMITH_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres")
-    name = f"alphasmith_places_{secrets.token_hex(5)}"
-    engine = create_engine(admin, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
-    try:
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-    except OperationalError as error:
-        pytest.skip(f"no postgresql server: {str(error.orig).splitlines()[0]}")
-    try:
-        yield make_url(admin).set(database=name).render_as_string(hide_password=False)
-    finally:
-        with engine.connect() as connection:
-            connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
-        engine.dispose()
+    with empty_database("postgresql") as url:
+        yield url
 
 
 def test_workers_find_in_the_new_store_what_they_need(server: str, tmp_path: Path, model: nn.Module) -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,8 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import make_url
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.search import commands, progress_texts, texts
@@ -31,9 +29,9 @@ from alphasmith.storage.looks import RunLook
 from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
 from alphasmith.storage.work_records import RunProgress, Ticket, WorkerRecord
+from tests.servers import empty_database
 from tests.storage.boards import SPEC, board, chain, elsewhere, finish, need, new_run
 
-SERVER = os.environ.get("ALPHASMITH_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres")
 SITES = ("a", "b", "c")
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -50,20 +48,9 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Database]:
     """A PostgreSQL database."""
-    engine = create_engine(SERVER, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
-    name = f"alphasmith_test_{secrets.token_hex(6)}"
-    try:
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-    except OperationalError as error:
-        pytest.skip(f"no PostgreSQL server: {str(error.orig).splitlines()[0]}")
-    opened = open_database(make_url(SERVER).set(database=name).render_as_string(hide_password=False))
-    initialise(opened)
-    with closing(opened):
+    with empty_database("postgresql") as url, closing(open_database(url)) as opened:
+        initialise(opened)
         yield opened
-    with engine.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
-    engine.dispose()
 
 
 class Driven:

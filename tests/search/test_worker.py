@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Engine, make_url, text
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.site_objective import SiteObjective
@@ -29,9 +26,9 @@ from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
 from tests.chaos import subject
 from tests.search.run_cases import Mlp, seeded, vectors
+from tests.servers import SERVERS, administrator, drop, empty_database
 from tests.storage.boards import SPEC, chain
 
-SERVER = os.environ.get("ALPHASMITH_TEST_POSTGRESQL", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres")
 PASSWORD = "s3cr3t"
 #: The smallest search that still finds something.
 QUICK: dict[str, Any] = {
@@ -47,36 +44,21 @@ QUICK: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def server() -> Iterator[Engine]:
     """A PostgreSQL server, past all of our own code."""
-    engine = create_engine(SERVER, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
-    try:
-        engine.connect().close()
-    except OperationalError as error:
-        pytest.skip(f"no postgresql server: {str(error.orig).splitlines()[0]}")
-    yield engine
-    engine.dispose()
-
-
-@contextmanager
-def made(server: Engine) -> Iterator[str]:
-    """Address of an empty database, with a password."""
-    name = f"alphasmith_test_{secrets.token_hex(6)}"
-    with server.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield make_url(SERVER).set(database=name, password=PASSWORD).render_as_string(hide_password=False)
-    drop(server, name)
+    with administrator("postgresql") as engine:
+        yield engine
 
 
 @pytest.fixture
-def address(server: Engine) -> Iterator[str]:
+def address() -> Iterator[str]:
     """Address of an empty database, with a password."""
-    with made(server) as url:
+    with empty_database("postgresql", password=PASSWORD) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def database(server: Engine) -> Iterator[Database]:
+def database() -> Iterator[Database]:
     """A database for records of runs, which the tests share."""
-    with made(server) as url, closing(open_database(url)) as opened:
+    with empty_database("postgresql", password=PASSWORD) as url, closing(open_database(url)) as opened:
         initialise(opened)
         yield opened
 
@@ -120,12 +102,6 @@ class Naps:
         if self.count == self._at:
             self._then()
         assert self.count < 500, "it waits for ever"
-
-
-def drop(server: Engine, name: str) -> None:
-    """Remove a database, whoever uses it."""
-    with server.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
 
 
 def quick(address: str, folder: Path, **values: object) -> list[str]:
@@ -369,7 +345,7 @@ class TestPasswords:
     def test_are_not_told_where_the_database_is_missing(
         self, server: Engine, told: Callable[..., str], tmp_path: Path
     ) -> None:
-        nowhere = make_url(SERVER).set(database="alphasmith_nowhere", password=PASSWORD)
+        nowhere = make_url(SERVERS["postgresql"]).set(database="alphasmith_nowhere", password=PASSWORD)
         address = nowhere.render_as_string(hide_password=False)
         for command in (
             ["run", *quick(address, tmp_path)],
