@@ -1,22 +1,27 @@
 """How much faster two workers are than one, and Ray than two local workers, on real runs.
 
-    python -m benchmarks.strong_scaling [--layers 6] [--hidden 256] [--engines local-1,local-2,ray-2] [--out docs/scaling.md]
+    python -m benchmarks.strong_scaling [--layers 6] [--hidden 256] [--engines local-1,local-2,ray-2] [--runs RUNS.json]
+        [--out docs/scaling.md]
 
 A LLaMA of random weights with loud channels is searched from end to end by each engine, every worker on one thread. The rate
 is that of the records: sites over the time from the first claim to the last accepted result, so starting processes does not
-count ("once warm"). Engines take turns, ``--repeat`` times, and the best rate of each counts.
+count ("once warm"). Engines take turns, ``--repeat`` times, and the best rate of each counts. ``--runs`` keeps those of local workers
+for ``benchmarks.cluster_simulation --measured``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alphasmith.search import RunConfig, run
+from alphasmith.search import RunConfig
+from alphasmith.search import run as run_alphasmith
 from alphasmith.storage.board import Board
 from alphasmith.storage.database import open_existing
 from benchmarks.timing import machine, parser, publish, table
@@ -47,8 +52,37 @@ def llama(layers: int, hidden: int) -> torch.nn.Module:
     return model
 
 
-def rate(engine: str, workers: int, model: torch.nn.Module, trials: int, rows: int) -> tuple[float, float]:
-    """(sites per second, seconds of searching per site) of one run."""
+@dataclass(frozen=True)
+class Measured:
+    """The search stage of one real run, as ``benchmarks.cluster_simulation`` reads it.
+
+    Attributes:
+        engine: Who records: a ``driver``.
+        workers: How many search.
+        seconds: From the first claim to the last accepted result [s].
+        site_seconds: Of every site's search, in the order of the search [s].
+        after: Per site, positions of the sites it waited for.
+    """
+
+    engine: str
+    workers: int
+    seconds: float
+    site_seconds: tuple[float, ...]
+    after: tuple[tuple[int, ...], ...]
+
+    @property
+    def rate(self) -> float:
+        """Sites per second."""
+        return len(self.site_seconds) / self.seconds
+
+    @property
+    def searching(self) -> float:
+        """Seconds of searching per site."""
+        return sum(self.site_seconds) / len(self.site_seconds)
+
+
+def measured(engine: str, workers: int, model: torch.nn.Module, trials: int, rows: int) -> Measured:
+    """The search stage of one run."""
     generator = torch.Generator().manual_seed(1)
     tokens = list(torch.randint(0, 512, (56, 64), generator=generator).split(8))
     with tempfile.TemporaryDirectory() as folder:
@@ -61,13 +95,21 @@ def rate(engine: str, workers: int, model: torch.nn.Module, trials: int, rows: i
             "data": {"samples": 32, "held_out": 16, "proof": 8},
             "search": {"trials": trials, "rows": rows, "refine": False, "reuse": False, "threads": 1},
         }
-        result = run(RunConfig.build(values), model=model, batches=tokens)
+        result = run_alphasmith(RunConfig.build(values), model=model, batches=tokens)
         database = open_existing(url)
         tickets = Board(database, result.id, role="driver").tickets()
         database.close()
         began = min(t.started for t in tickets if t.started is not None)
         ended = max(t.ended for t in tickets if t.ended is not None)
-        return len(tickets) / (ended - began).total_seconds(), float(result.sites["seconds"].sum()) / len(tickets)
+        seconds = dict(zip(result.sites["site"], result.sites["seconds"], strict=True))
+        place = {ticket.site: number for number, ticket in enumerate(tickets)}
+        return Measured(
+            engine="driver",
+            workers=workers,
+            seconds=(ended - began).total_seconds(),
+            site_seconds=tuple(float(seconds[t.site]) for t in tickets),
+            after=tuple(tuple(place[d] for d in t.depends_on) for t in tickets),
+        )
 
 
 def main() -> None:
@@ -78,27 +120,31 @@ def main() -> None:
     arguments_of.add_argument("--rows", type=int, default=1024)
     arguments_of.add_argument("--engines", default="local-1,local-2,ray-2")
     arguments_of.add_argument("--repeat", type=int, default=2)
+    arguments_of.add_argument("--runs", type=Path, help="keep the runs of local workers in this file, as JSON")
     arguments = arguments_of.parse_args()
     where = machine()
     os.environ["OMP_NUM_THREADS"] = "1"
     model = llama(arguments.layers, arguments.hidden)
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, Measured] = {}
     for _ in range(arguments.repeat):
         for name in arguments.engines.split(","):
             engine, _, workers = name.partition("-")
-            now = rate(engine, int(workers), model, arguments.trials, arguments.rows)
-            print(f"{name}: {now[0]:.2f} sites/s, {now[1]:.2f} s of searching per site", flush=True)
-            found[name] = max(found.get(name, now), now)
+            now = measured(engine, int(workers), model, arguments.trials, arguments.rows)
+            print(f"{name}: {now.rate:.2f} sites/s, {now.searching:.2f} s of searching per site", flush=True)
+            found[name] = max(found.get(name, now), now, key=lambda run: run.rate)
+    if arguments.runs is not None:
+        local = [asdict(run) for name, run in found.items() if name.startswith("local-")]
+        arguments.runs.write_text(json.dumps(local, indent=1), encoding="utf-8")
     one, two = found.get("local-1"), found.get("local-2")
     lines = [
         (
             name,
-            f"{found_rate:.2f}",
-            f"{seconds:.2f}",
-            f"{found_rate / one[0]:.2f}" if one else "",
-            f"{found_rate / two[0]:.2f}" if two else "",
+            f"{run.rate:.2f}",
+            f"{run.searching:.2f}",
+            f"{run.rate / one.rate:.2f}" if one else "",
+            f"{run.rate / two.rate:.2f}" if two else "",
         )
-        for name, (found_rate, seconds) in found.items()
+        for name, run in found.items()
     ]
     head = ("engine", "sites/s", "s of searching per site", "times one local worker", "times two local workers")
     title = f"{4 * arguments.layers + 1} sites, hidden {arguments.hidden}, {arguments.rows} rows, one thread a worker."
