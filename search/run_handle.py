@@ -24,6 +24,8 @@ from alphasmith.storage.record_types import RunRecord
 from alphasmith.storage.records import RunStore
 from alphasmith.storage.work_records import ArtifactKind, WorkerRole
 
+_TAKEN_OVER = "run {} was taken over by another process, which goes on with it"
+
 
 class RunHandle:
     """Used as a context: this process joins the run, and leaves it in a state that says why.
@@ -90,6 +92,7 @@ class RunHandle:
         self._role = role
         self._record = record
         self._inside = ExitStack()
+        self._replaced = False
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -119,6 +122,9 @@ class RunHandle:
                 self._inside.close()
             if error is None and self._role == "driver":
                 self.board.forget_driver()
+            if isinstance(error, AlphasmithError) and self._replaced and not isinstance(error, Interrupted):
+                # What such a process runs into, a folder that is taken say, is the other one's work.
+                raise AlphasmithError(_TAKEN_OVER.format(self.id)) from error
 
     def study_name(self, of: str) -> str:
         """Name of the study of a site, of the whole model (``model``) or of the ``refinement``."""
@@ -131,7 +137,7 @@ class RunHandle:
             AlphasmithError: One has, because this one was not heard of for longer than a lease.
         """
         if not self.board.driving:
-            raise AlphasmithError(f"run {self.id} was taken over by another process, which goes on with it")
+            raise AlphasmithError(_TAKEN_OVER.format(self.id))
 
     def discard_working_objects(self) -> None:
         """Drop calibration rows and weights: a finished run needs them no more."""
@@ -195,7 +201,9 @@ class RunHandle:
         new.announce(place_of(self.database))
 
     def _mark(self, error: BaseException) -> None:
+        self.board.renew()  # a process that was frozen may learn only now that it was replaced
         if not self.board.driving:
+            self._replaced = True
             return  # whoever took over says how the run ends
         reason = str(error) or type(error).__name__
         if isinstance(error, Interrupted | KeyboardInterrupt):

@@ -453,10 +453,11 @@ def asked_to_stop(world: World, rng: random.Random) -> Verdict:
         scene.driver.send(number)
         code = scene.driver.wait()
         status = scene.status
-        if (code, status) not in ((130, "interrupted"), (0, "finished")):
+        early = code == 130 and not status and "the same command starts it again" in scene.driver.said
+        if not early and (code, status) not in ((130, "interrupted"), (0, "finished")):
             scene.wrong.append(f"{number.name} ends with code {code}, run {status}: {scene.driver.said[-1000:]}")
         scene.strike(code == 130)
-        if code == 130 and "alphasmith resume" not in scene.driver.said:
+        if code == 130 and not early and "alphasmith resume" not in scene.driver.said:
             scene.wrong.append(f"{number.name}: nobody is told how to go on: {scene.driver.said[-500:]}")
         scene.look(number.name)
         return scene.finish(expected=world.expected("model" if scene.cast == "model" else "site"))

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, make_url, text
 
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.objectives.site_objective import SiteObjective
 from alphasmith.search import RunConfig, cli
+from alphasmith.search.config import WorkersConfig
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.pipeline import run
 from alphasmith.search.progress import Silent
+from alphasmith.search.run_handle import RunHandle
 from alphasmith.search.worker import work
 from alphasmith.storage.board import Board
 from alphasmith.storage.database import Database, initialise, open_database
@@ -130,7 +132,7 @@ def left(address: str, folder: Path, **given: Any) -> str:
 
 def unplanned(database: Database, **values: Any) -> str:
     """Id of a run that nobody planned."""
-    return RunStore(database).create(replace(SPEC, artifacts="/nowhere", hardware={"rho": 0.0}, **values)).id
+    return RunStore(database).create(replace(SPEC, **{"artifacts": "/nowhere", "hardware": {"rho": 0.0}, **values})).id
 
 
 def driver(database: Database, run_id: str) -> Board:
@@ -258,6 +260,25 @@ class TestWaiting:
 
         done = work(run_id, storage=database.url, wait=30.0, sleep=Naps(3, ends))
         assert (done.searched, done.finished, done.note) == (0, False, "the run is finished")
+
+
+def test_a_driver_that_was_replaced_says_so_whatever_it_runs_into(address: str, tmp_path: Path) -> None:
+    with closing(open_database(address)) as opened:
+        initialise(opened)
+        run_id = unplanned(opened, artifacts=str(tmp_path))
+        handle = RunHandle(
+            opened, RunStore(opened).get(run_id), role="driver", engine="local", workers=WorkersConfig(lease=3600.0)
+        )
+
+        def drive() -> None:
+            with handle:
+                with opened.session() as session:  # while this process was frozen
+                    session.execute(text("UPDATE alphasmith_run SET driver = 'another', status = 'finished'"))
+                raise InputError("out", "already exists", "choose another folder")
+
+        with pytest.raises(AlphasmithError, match=r"was taken over by another process, which goes on with it$"):
+            drive()
+        assert RunStore(opened).get(run_id).status == "finished"
 
 
 class TestFinishing:
