@@ -4,18 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test chaos cov lint types wheel-check clean
+.PHONY: demo test slow cov lint types wheel-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphasmith run
 
 # Two processes, each with the tests of whole files; one thread each, since most of what is computed is small.
-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/chaos
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Every kind of fault once, some minutes; `python -m tests.chaos --faults 200` plays hundreds.
-chaos: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/chaos
+test: $(VENV)/.installed
+	$(PYTEST) -m "not slow"
+
+# Every kind of fault once, Ray clusters, the examples as they are launched; `python -m tests.chaos` plays hundreds of faults.
+slow: $(VENV)/.installed
+	$(PYTEST) -m slow
 
 cov: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term
