@@ -194,7 +194,8 @@ def _planned(
     while not (tickets := handle.board.tickets()):
         status = handle.store.get(handle.id).status
         if status == "finished":
-            break  # it had no sites
+            tickets = handle.board.tickets()  # planned and searched since; or it had no sites
+            break
         drivers = [worker for worker in handle.board.workers() if worker.role == "driver"]
         # A run is on record before its driver has joined it.
         patience = wait if drivers else max(wait, handle.board.lease)
