@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from alphasmith.objectives.noise import NoiseModel
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
-from alphasmith.objectives.site_objective import SiteObjective, linear_site_data
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.judge.site_objective import SiteObjective, linear_site_data
+from alphasmith.objectives.noise.model import NoiseModel
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.smoothing import Smoothing, smoothing_scales
 from benchmarks.timing import machine, median, parser, publish, table, torch_threads
 

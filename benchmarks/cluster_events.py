@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-#: Jobs that may wait for the writer before the driver does (search/writer.py).
+#: Jobs that may wait for the writer before the driver does (search/study/writer.py).
 _WRITER_DEPTH = 128
 
 

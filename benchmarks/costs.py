@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         value: A number, or one number per thing measured (per site, say).
         unit: Its unit, e.g. ``s``, ``bytes/s``, ``1``.
-        source: What was measured where, for people.
+        source: What was measured where; shown, never read.
     """
 
     value: float | tuple[float, ...]

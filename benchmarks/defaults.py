@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
-from alphasmith.objectives.site_objective import SiteObjective, linear_site_data
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.judge.site_objective import SiteObjective, linear_site_data
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search import SiteResult
 from benchmarks.layers import KINDS, TUNING_SEEDS, Layer, layers, with_ranges_of
 from benchmarks.searching import searched, settings

@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from alphasmith.search import RunConfig, run
-from alphasmith.search.engines import in_process
+from alphasmith.search.engines.local import in_process
 from alphasmith.search.engines.perform import perform
-from alphasmith.search.engines.types import Ended, SiteWork
-from alphasmith.search.study_log import StudyLog, StudyMessage
-from alphasmith.search.writer import Writer
-from alphasmith.storage.board import Board
-from alphasmith.storage.database import open_existing
+from alphasmith.search.engines.types import SearchEnd, SiteWork
+from alphasmith.search.study.study_record import StudyLog, StudyMessage
+from alphasmith.search.study.writer import Writer
+from alphasmith.storage.database.connection import open_existing
+from alphasmith.storage.queue.board import Board
 from benchmarks.databases import BACKENDS, fresh_database
 from benchmarks.timing import machine, parser, publish, table, torch_threads
 
@@ -36,7 +36,7 @@ _GOAL = 0.050
 
 
 @dataclass
-class Spent:
+class TimeSplit:
     """Seconds of a whole run by what they were spent on; ``writing`` is processor time."""
 
     searching: float = 0.0
@@ -47,7 +47,7 @@ class Spent:
 class _Timed:
     """A log whose own time is kept apart from the search's."""
 
-    def __init__(self, log: StudyLog, spent: Spent) -> None:
+    def __init__(self, log: StudyLog, spent: TimeSplit) -> None:
         self._log = log
         self._spent = spent
         self.past = log.past
@@ -69,11 +69,11 @@ def chain(sites: int) -> nn.Module:
     return nn.Sequential(*(layer for norm in norms for layer in (norm, nn.Linear(_WIDTH, _WIDTH)))).eval()
 
 
-def overhead(url: str, sites: int, trials: int) -> tuple[float, Spent, int]:
+def overhead(url: str, sites: int, trials: int) -> tuple[float, TimeSplit, int]:
     """(seconds from the first claim to the last result, what they were spent on, sites) of one run."""
-    spent = Spent()
+    spent = TimeSplit()
 
-    def timed(work: SiteWork, log: StudyLog, **keywords: Any) -> Ended:
+    def timed(work: SiteWork, log: StudyLog, **keywords: Any) -> SearchEnd:
         began, told = time.perf_counter(), spent.telling
         ended = real(work, _Timed(log, spent), **keywords)
         spent.searching += time.perf_counter() - began - (spent.telling - told)

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alphasmith.objectives.calibration.site_data import SiteData
 from alphasmith.objectives.groups import group_channels
-from alphasmith.objectives.quantizers import activation_scale, fake_quantize_activation, fake_quantize_weight
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
-from alphasmith.objectives.site_objective import SiteObjective
+from alphasmith.objectives.judge.site_objective import SiteObjective
+from alphasmith.objectives.quantization.quantizers import (
+    activation_scale,
+    dequantize_weight,
+    fake_quantize_activation,
+    quantize_weight,
+)
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.smoothing import Smoothing, group_scales
 from benchmarks.timing import seconds_of
 
@@ -109,7 +114,7 @@ def plain_seconds(data: SiteData, smoothing: Smoothing, scheme: Scheme) -> float
             else:
                 absmax = x.abs().amax(dim=1, keepdim=True)
             x = fake_quantize_activation(x, activation_scale(absmax, scheme.activations), scheme.activations)
-            weight = fake_quantize_weight(weight, scheme, part.out_features)
+            weight = dequantize_weight(quantize_weight(weight, scheme), scheme)
             total += float((x @ weight.mT - reference).square().sum(dtype=torch.float64))
         return total
 

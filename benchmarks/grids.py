@@ -17,8 +17,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search import RunConfig, SiteResult
 from benchmarks.grid_methods import Outcome, coordinate_search, plain_seconds, single_alpha_grid
 from benchmarks.layers import REPORTING_SEEDS, Size, layer_data, layers

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from alphasmith.objectives.site_data import SiteData
-from alphasmith.objectives.site_objective import linear_site_data
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.judge.site_objective import linear_site_data
 
 Kind = Literal["lognormal", "outliers", "asymmetric", "both_sides", "dead", "correlated", "peer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,14 +26,15 @@ import optuna
 
 from alphasmith.dashboards.server import DashboardServer, application
 from alphasmith.dashboards.study_views import annotate_study, study_note
-from alphasmith.search import commands, texts
-from alphasmith.storage.database import initialise, open_database, optuna_storage
-from alphasmith.storage.frames import run_frames
-from alphasmith.storage.optuna_trials import insert_trials
-from alphasmith.storage.records import RunStore
+from alphasmith.search.cli import commands
+from alphasmith.search.cli import tables as texts
+from alphasmith.storage.database.connection import initialise, open_database, optuna_storage
+from alphasmith.storage.runs.data_frames import sites_frame, trials_frame
+from alphasmith.storage.runs.run_store import RunStore
 from benchmarks.databases import BACKENDS, fresh_database
-from benchmarks.records import digests, run_spec, site_record, study_trials
 from benchmarks.timing import machine, median, parser, publish, table
+from tests.support.dashboards import running
+from tests.support.stored_records import record_study, run_spec, site_record, study_trials
 
 _GROUPS = 4
 #: (sites, trials) of the small runs beside the large one.
@@ -43,7 +43,7 @@ _GOALS = {"list, in process": 1.0, "show, in process": 1.0, "first page, all req
 
 
 @dataclass(frozen=True)
-class Timed:
+class Timing:
     """One thing that was timed, with its size in bytes where it has one."""
 
     what: str
@@ -71,13 +71,11 @@ def build(url: str, sites: int, trials: int) -> str:
         for position in range(count):
             per_site = total // count + (position < total % count)
             record = site_record(made, position, groups=_GROUPS, trials=per_site, generator=generator)
-            study = optuna.create_study(study_name=record.study_name, storage=storage)
-            found = study_trials(per_site, groups=_GROUPS, generator=generator)
-            insert_trials(storage, storage.get_study_id_from_name(study.study_name), found)
-            store.add_site(made, record, digests(study.study_name, found))
-        frames = run_frames(store, made)
-        for name, of_site in frames[2].groupby("site"):
-            shown = frames[0][frames[0]["site"] == name]
+            record_study(database, str(record.study), study_trials(per_site, groups=_GROUPS, generator=generator))
+            store.add_site(made, record)
+        table = sites_frame(store.sites(made))
+        for name, of_site in trials_frame(store.trials(made)).groupby("site"):
+            shown = table[table["site"] == name]
             study = optuna.load_study(study_name=f"{made}/{name}", storage=storage)
             study.set_user_attr("device", "cpu")
             annotate_study(study, sites=shown, trials=of_site, note=study_note(str(name), shown, {"run": made}))
@@ -87,19 +85,19 @@ def build(url: str, sites: int, trials: int) -> str:
     return made
 
 
-def timed(what: str, work: Callable[[], int | None], repeats: int) -> Timed:
+def timed(what: str, work: Callable[[], int | None], repeats: int) -> Timing:
     """``work`` repeated, the first time apart: nothing is warm then."""
     taken, size = [], None
     for _ in range(repeats):
         start = time.perf_counter()
         size = work()
         taken.append(time.perf_counter() - start)
-    return Timed(what, tuple(taken), size)
+    return Timing(what, tuple(taken), size)
 
 
 def command(*arguments: str) -> int:
     """Run ``alphasmith`` in a process of its own; returns the size of its answer."""
-    called = [sys.executable, "-m", "alphasmith.search.cli", *arguments]
+    called = [sys.executable, "-m", "alphasmith.search.cli.main", *arguments]
     return len(subprocess.run(called, check=True, capture_output=True).stdout)
 
 
@@ -117,14 +115,10 @@ def showing(run: str, url: str) -> int:
 def dashboard(url: str) -> Iterator[int]:
     """A real dashboard server on ``url``; gives its port."""
     database = open_database(url)
-    server = DashboardServer(application(optuna_storage(database)), port=0)
-    thread = threading.Thread(target=server.run)
-    thread.start()
     try:
-        yield int(re.findall(r":(\d+)/", server.url)[0])
+        with running(DashboardServer(application(optuna_storage(database)), port=0)) as port:
+            yield port
     finally:
-        server.close()
-        thread.join()
         database.close()
 
 
@@ -163,7 +157,7 @@ def browser_seconds(address: str, ready: str, deadline: float = 60.0) -> float |
     return taken if ready in shown.stdout else None
 
 
-def measure(url: str, run: str, repeats: int) -> list[Timed]:
+def measure(url: str, run: str, repeats: int) -> list[Timing]:
     """Everything, on a database that was built before."""
     found = [
         timed("list, as a process", lambda: command("list", "--storage", url), repeats),
@@ -183,8 +177,8 @@ def measure(url: str, run: str, repeats: int) -> list[Timed]:
         shown = browser_seconds(f"http://127.0.0.1:{port}/dashboard", run)
         empty = browser_seconds("about:blank", "<html>")
         if shown is not None and empty is not None:
-            found.append(Timed("first page, Chromium from its start", (shown,)))
-            found.append(Timed("an empty page, Chromium from its start", (empty,)))
+            found.append(Timing("first page, Chromium from its start", (shown,)))
+            found.append(Timing("an empty page, Chromium from its start", (empty,)))
     return found
 
 

@@ -32,7 +32,7 @@ BUDGET = "4 GiB"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MemoryUse:
     """One run's memory [bytes].
 
     Attributes:
@@ -49,7 +49,7 @@ class Measured:
     site: int
 
 
-def measure(hidden: int, layers: int, batch: int, rows: int) -> Measured:
+def measure(hidden: int, layers: int, batch: int, rows: int) -> MemoryUse:
     """One run of a language model in this process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,7 +94,7 @@ def large_batches() -> list[torch.Tensor]:
     return [torch.randn(768, LARGE_WIDTH, generator=torch.Generator().manual_seed(1))]
 
 
-def measure_large() -> Measured:
+def measure_large() -> MemoryUse:
     """One run of the large model in this process, loaded by the run itself so that no second one is held."""
     here = Path(__file__)
     values: dict[str, Any] = {
@@ -112,11 +112,11 @@ def measure_large() -> Measured:
     return _run(values, LARGE_ROWS, LARGE_WIDTH, LARGE_WIDTH)
 
 
-def _run(values: dict[str, Any], rows: int, inputs: int, outputs: int, **keywords: Any) -> Measured:
+def _run(values: dict[str, Any], rows: int, inputs: int, outputs: int, **keywords: Any) -> MemoryUse:
     with tempfile.TemporaryDirectory() as folder:
         places = {"storage": f"sqlite:///{folder}/trials.db", "out": f"{folder}/out"}
         manifest = run(RunConfig.build({**places, **values}), **keywords).manifest
-    return Measured(
+    return MemoryUse(
         predicted=manifest.memory.predicted,
         measured=manifest.memory.measured or 0,
         model=4 * manifest.model.parameter_count,
@@ -124,12 +124,12 @@ def _run(values: dict[str, Any], rows: int, inputs: int, outputs: int, **keyword
     )
 
 
-def _in_own_process(*arguments: str) -> Measured:
+def _in_own_process(*arguments: str) -> MemoryUse:
     answer = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
-    return Measured(**json.loads(answer.stdout.splitlines()[-1]))
+    return MemoryUse(**json.loads(answer.stdout.splitlines()[-1]))
 
 
-def _row(case: tuple[object, ...], found: Measured) -> str:
+def _row(case: tuple[object, ...], found: MemoryUse) -> str:
     mebibytes = (found.model, found.site, found.predicted, found.measured)
     cells = (
         *case,

@@ -19,11 +19,11 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
+from alphasmith.objectives.calibration.site_data import SiteData
 from alphasmith.objectives.groups import group_channels
-from alphasmith.objectives.noise import NoiseModel
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
-from alphasmith.objectives.site_objective import SiteObjective
+from alphasmith.objectives.judge.site_objective import SiteObjective
+from alphasmith.objectives.noise.model import NoiseModel
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.smoothing import LogScales, Smoothing, coefficient_map
 from benchmarks.layers import REPORTING_SEEDS, Size, layer_data, layers
 from benchmarks.shared_sites import shared_sites

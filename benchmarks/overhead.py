@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from alphasmith.objectives import noise, site_objective
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.judge import site_objective
+from alphasmith.objectives.noise import model as noise
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.config import RunConfig
-from alphasmith.search.site_search import search_data
-from alphasmith.search.study_log import StoredLog
-from alphasmith.search.writer import Writer
-from alphasmith.storage.database import open_optuna
+from alphasmith.search.site.search import search_data
+from alphasmith.search.site.settings import SiteSettings
+from alphasmith.search.study.study_record import StoredLog
+from alphasmith.search.study.writer import Writer
+from alphasmith.storage.database.connection import open_optuna
 from benchmarks.grids import parse_size
 from benchmarks.layers import REPORTING_SEEDS, layer_data, layers
 from benchmarks.searching import settings, thinned
@@ -101,10 +103,7 @@ def measure(data: SiteData, held_out: SiteData, scheme: Scheme, config: RunConfi
                 result = search_data(
                     data,
                     held_out,
-                    scheme=scheme,
-                    groups=config.groups,
-                    search=config.search,
-                    rho=0.0,
+                    SiteSettings(scheme=scheme, groups=config.groups, search=config.search),
                     log=None if storage is None else StoredLog(storage, "overhead", writer=writer),
                     study_name="overhead",
                 )

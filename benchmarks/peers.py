@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
-from alphasmith.objectives.site_objective import SiteObjective
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.judge.site_objective import SiteObjective
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.smoothing import Smoothing, group_scales
 from alphasmith.search import search_site
 from benchmarks.grid_methods import coordinate_search, single_alpha_grid, threshold_search

@@ -21,7 +21,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from alphasmith.objectives.scheme import Scheme
+from alphasmith.objectives.quantization.scheme import Scheme
 from benchmarks.layers import REPORTING_SEEDS, Size, layer_data, layers
 from benchmarks.llama import llama, token_batches
 from benchmarks.searching import searched, settings, thinned

@@ -9,10 +9,11 @@ from typing import Any
 import optuna
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search import RunConfig, SiteResult
-from alphasmith.search.site_search import search_data
+from alphasmith.search.site.search import search_data
+from alphasmith.search.site.settings import SiteSettings
 
 #: Positions of the two factors among the arguments of every product that PyTorch dispatches.
 _FACTORS = {"mm": 0, "bmm": 0, "_int_mm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
@@ -56,12 +57,7 @@ def searched(
     return search_data(
         data,
         held_out,
-        scheme=scheme,
-        groups=config.groups,
-        search=config.search,
-        rho=0.0,
-        study_name=None,
-        shiftable=shiftable,
+        SiteSettings(scheme=scheme, groups=config.groups, search=config.search, shiftable=shiftable),
     )
 
 

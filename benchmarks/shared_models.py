@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphasmith.objectives.scheme import Scheme
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search import RunConfig, RunResult, run
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphasmith.objectives.site_data import SiteData, SitePart
+from alphasmith.objectives.calibration.site_data import SiteData, SitePart
 from alphasmith.search import RunConfig
-from alphasmith.search.prepare import Prepared, prepare, survey
+from alphasmith.search.inputs.preparation import PreparedModel, prepare, survey
+from alphasmith.search.inputs.task import load_task
 from alphasmith.search.progress import Silent
-from alphasmith.search.task import load_task
 
 #: Models on which defaults were tuned; the others only report.
 TUNING_MODELS = ("stories260k_outlier", "dtln_norm500h", "resnet20_cifar10", "retsim")
@@ -70,7 +70,7 @@ def model_sites(model: nn.Module, batches: list[Any], *, rows: int = 1024, stati
     return sites_of(prepare(config, task, survey(config, task), Silent()))
 
 
-def sites_of(prepared: Prepared) -> list[ModelSite]:
+def sites_of(prepared: PreparedModel) -> list[ModelSite]:
     """Search data and held-out data of every site of a prepared run."""
     found = prepared.survey.model
     weights = {**dict(found.named_parameters()), **dict(found.named_buffers())}

@@ -27,29 +27,28 @@ from sqlalchemy import text
 from torch import nn
 
 from alphasmith.objectives.errors import AlphasmithError
-from alphasmith.objectives.site_objective import linear_site_data
+from alphasmith.objectives.judge.site_objective import linear_site_data
 from alphasmith.search import RunConfig, run
+from alphasmith.search.engines.local.worker_loop import dump
 from alphasmith.search.engines.perform import perform
 from alphasmith.search.engines.types import SiteWork
-from alphasmith.search.engines.worker_loop import dump
 from alphasmith.search.interruption import never
-from alphasmith.search.site_records import trial_digests
-from alphasmith.search.site_result import SiteResult
-from alphasmith.search.site_state import candidate_json, result_state
-from alphasmith.search.study_log import SentLog, StoredLog, StudyMessage, StudyPast, Tried
-from alphasmith.storage.artifact_store import ArtifactStore
-from alphasmith.storage.board import Board
-from alphasmith.storage.database import Database, initialise, open_database, optuna_storage
-from alphasmith.storage.records import RunStore
-from alphasmith.storage.work_records import Claim, SiteWinner, StoredArtifact, TicketSpec
+from alphasmith.search.site.result import SiteResult, candidate_json, result_state
+from alphasmith.search.site.settings import SiteSettings
+from alphasmith.search.study.study_record import SentLog, StoredLog, StudyMessage, StudyPast, StudyTrials
+from alphasmith.storage.artifacts.store import ArtifactStore
+from alphasmith.storage.database.connection import Database, initialise, open_database, optuna_storage
+from alphasmith.storage.queue.board import Board
+from alphasmith.storage.queue.records import Claim, SiteWinner, StoredArtifact, TicketSpec
+from alphasmith.storage.runs.run_store import RunStore
 from benchmarks.costs import COSTS, Cost, save_costs
 from benchmarks.databases import BACKENDS, fresh_database
 from benchmarks.layers import Size
 from benchmarks.llama import llama, token_batches
-from benchmarks.records import run_spec, site_name, site_record
 from benchmarks.searching import settings
 from benchmarks.shared_sites import ModelSite, model_sites
 from benchmarks.timing import machine, parser, seconds_of, torch_threads
+from tests.support.stored_records import run_spec, site_name, site_record
 
 T = TypeVar("T")
 
@@ -60,7 +59,7 @@ _SHARED = "refining at the output"
 
 
 @dataclass(frozen=True, eq=False)
-class Searched:
+class SiteTiming:
     """One site as it was searched.
 
     Attributes:
@@ -78,9 +77,9 @@ class Searched:
     taken: float
 
     @property
-    def batches(self) -> tuple[Tried, ...]:
+    def batches(self) -> tuple[StudyTrials, ...]:
         """The messages that hold trials."""
-        return tuple(message for message in self.messages if isinstance(message, Tried))
+        return tuple(message for message in self.messages if isinstance(message, StudyTrials))
 
 
 class Stages:
@@ -120,7 +119,7 @@ def timed(work: Callable[[], T], into: list[float]) -> T:
     return found
 
 
-def searched(site: ModelSite, name: str, config: RunConfig) -> Searched:
+def searched(site: ModelSite, name: str, config: RunConfig) -> SiteTiming:
     """Search one site as a worker does, with messages and result as bytes.
 
     Raises:
@@ -131,11 +130,9 @@ def searched(site: ModelSite, name: str, config: RunConfig) -> Searched:
         study_name=name,
         data=site.data,
         held_out=site.held_out,
-        scheme=config.scheme.build(),
-        groups=config.groups,
-        search=config.search,
-        rho=0.0,
-        shiftable=site.shiftable,
+        settings=SiteSettings(
+            scheme=config.scheme.build(), groups=config.groups, search=config.search, shiftable=site.shiftable
+        ),
     )
     taken, read = list[float](), list[float]()
     told: list[StudyMessage] = []
@@ -144,10 +141,10 @@ def searched(site: ModelSite, name: str, config: RunConfig) -> Searched:
     if ended.result is None:
         raise AlphasmithError(f"site {name}: {ended.reason}")
     timed(partial(pickle.loads, dump(ended)), read)
-    return Searched(ended.result, tuple(told), taken[0], len(dump(work)), read[0])
+    return SiteTiming(ended.result, tuple(told), taken[0], len(dump(work)), read[0])
 
 
-def of_searches(found: Sequence[Searched], where: str) -> dict[str, Cost]:
+def of_searches(found: Sequence[SiteTiming], where: str) -> dict[str, Cost]:
     """Costs of searching and of what travels."""
     source = f"benchmarks.site_costs, {len(found)} sites of a LLaMA-shaped model. {where}"
     messages = [message for one in found for message in one.messages]
@@ -174,7 +171,7 @@ def of_copying(where: str) -> dict[str, Cost]:
 
 
 def of_records(
-    backend: str, database: Database, found: Sequence[Searched], folder: Path, where: str
+    backend: str, database: Database, found: Sequence[SiteTiming], folder: Path, where: str
 ) -> dict[str, Cost]:
     """Costs of handing out the sites and recording all that was told of them."""
     store, storage = RunStore(database), optuna_storage(database)
@@ -195,7 +192,7 @@ def of_records(
         log = timed(partial(StoredLog, storage, study, fence=board.fence(claim)), taken["open"])
         first: list[float] = []
         for message in one.messages:
-            timed(partial(log.tell, message), taken["batch"] if isinstance(message, Tried) else first)
+            timed(partial(log.tell, message), taken["batch"] if isinstance(message, StudyTrials) else first)
         taken["begin"].append(sum(first))
         timed(board.renew, taken["renew"])
         timed(partial(_keep, board, artifacts, claim, one, position, run_id), taken["keep"])
@@ -226,7 +223,7 @@ def of_run(model: nn.Module, where: str) -> dict[str, Cost]:
     return {"site.serial_share": Cost(share, "1", source)}
 
 
-def _keep(board: Board, artifacts: ArtifactStore, claim: Claim, one: Searched, position: int, run_id: str) -> None:
+def _keep(board: Board, artifacts: ArtifactStore, claim: Claim, one: SiteTiming, position: int, run_id: str) -> None:
     """Keep a result as ``search.site_keeper`` does."""
     result = one.result
     kept = artifacts.put(result_state(result))
@@ -246,7 +243,7 @@ def _keep(board: Board, artifacts: ArtifactStore, claim: Claim, one: Searched, p
     )
     count = len(result.results)
     record = site_record(run_id, position, groups=4, trials=count, generator=np.random.default_rng(position))
-    board.complete(claim, record, trial_digests(f"{run_id}/{claim.site}", result.results), winner, artifact)
+    board.complete(claim, record, winner, artifact)
 
 
 def _server_seconds(database: Database) -> float | None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphasmith.objectives.scheme import Scheme
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search import SiteResult
 from benchmarks.layers import KINDS, REPORTING_SEEDS, layer_data, layers
 from benchmarks.searching import searched, settings

@@ -23,12 +23,12 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.storages import BaseStorage
 
-from alphasmith.storage.database import initialise, open_database, optuna_storage
-from alphasmith.storage.optuna_trials import insert_trials
-from alphasmith.storage.records import RunStore
+from alphasmith.storage.database.connection import initialise, open_database, optuna_storage
+from alphasmith.storage.database.optuna_private import insert_trials
+from alphasmith.storage.runs.run_store import RunStore
 from benchmarks.databases import BACKENDS, fresh_database
-from benchmarks.records import digests, finished_trial, run_spec, site_record, space, study_trials
 from benchmarks.timing import machine, median, parser, publish, table
+from tests.support.stored_records import finished_trial, run_spec, site_record, space
 
 BATCHES = (1, 4, 16, 64)
 #: 4 groups with an alpha and an offset each.
@@ -99,15 +99,14 @@ def measure(storage: BaseStorage, *, trials: int, repeats: int) -> list[Rate]:
 
 
 def site_seconds(store: RunStore, *, repeats: int) -> float:
-    """Median seconds to record one finished site with 4 groups and 24 trial digests."""
+    """Median seconds to record one finished site with 4 groups."""
     run = store.create(run_spec("rates"))
     generator = np.random.default_rng(0)
     taken = []
     for position in range(10 * repeats):
         site = site_record(run.id, position, groups=4, trials=24, generator=generator)
-        kept = digests(str(site.study_name), study_trials(24, groups=4, generator=generator))
         start = time.perf_counter()
-        store.add_site(run.id, site, kept)
+        store.add_site(run.id, site)
         taken.append(time.perf_counter() - start)
     return median(taken)
 

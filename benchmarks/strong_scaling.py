@@ -22,8 +22,8 @@ import torch
 
 from alphasmith.search import RunConfig
 from alphasmith.search import run as run_alphasmith
-from alphasmith.storage.board import Board
-from alphasmith.storage.database import open_existing
+from alphasmith.storage.database.connection import open_existing
+from alphasmith.storage.queue.board import Board
 from benchmarks.timing import machine, parser, publish, table
 
 
@@ -57,7 +57,7 @@ _COLD = 2
 
 
 @dataclass(frozen=True)
-class Measured:
+class StageMeasurement:
     """The search stage of one real run, as ``benchmarks.cluster_simulation`` reads it.
 
     Attributes:
@@ -85,7 +85,7 @@ class Measured:
         return sum(self.site_seconds) / len(self.site_seconds)
 
 
-def measured(engine: str, workers: int, model: torch.nn.Module, trials: int, rows: int) -> Measured:
+def measured(engine: str, workers: int, model: torch.nn.Module, trials: int, rows: int) -> StageMeasurement:
     """The search stage of one run."""
     generator = torch.Generator().manual_seed(1)
     tokens = list(torch.randint(0, 512, (56, 64), generator=generator).split(8))
@@ -108,7 +108,7 @@ def measured(engine: str, workers: int, model: torch.nn.Module, trials: int, row
         later = [t for t in tickets if t.ended is not None and t.ended > warm]
         seconds = dict(zip(result.sites["site"], result.sites["seconds"], strict=True))
         place = {ticket.site: number for number, ticket in enumerate(later)}
-        return Measured(
+        return StageMeasurement(
             engine="driver",
             workers=workers,
             seconds=(ended[-1] - warm).total_seconds(),
@@ -130,7 +130,7 @@ def main() -> None:
     where = machine()
     os.environ["OMP_NUM_THREADS"] = "1"
     model = llama(arguments.layers, arguments.hidden)
-    found: dict[str, Measured] = {}
+    found: dict[str, StageMeasurement] = {}
     for _ in range(arguments.repeat):
         for name in arguments.engines.split(","):
             engine, _, workers = name.partition("-")

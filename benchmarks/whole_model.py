@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import nn
 
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_objective import SiteObjective
+from alphasmith.objectives.judge.site_objective import SiteObjective
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search import RunConfig, run
 from benchmarks.demos import StageClock
 from benchmarks.grid_methods import plain_seconds, single_alpha_grid

@@ -1,1 +1,14 @@
-"""What people see: figures, the report, the dashboard server."""
+"""What people see: figures, the report, the dashboard server.
+
+- ``checked_frames``: data frames as the figures and the report expect them: required columns, finite numbers
+- ``connections``: how long and how many connections the dashboard keeps
+- ``figures``: plotly figures of sites, alphas and histories
+- ``guard``: access rules of the Optuna dashboard: who may ask, what may be changed, what artifacts may do
+- ``report``: one self-contained HTML page that explains a run: no network, no rights, readable on a phone
+- ``server``: the dashboard server: Optuna's dashboard on our storage, behind the guard, on a threaded server
+- ``site_table``: the per-site table of the report: what is shown and what it is sorted by
+- ``study_views``: our figures and a note inside the Optuna dashboard
+- ``text``: results as short sentences and labelled lines, the same in the report, in a study's note and in a terminal
+"""
+
+__all__ = ["checked_frames", "connections", "figures", "guard", "report", "server", "site_table", "study_views", "text"]

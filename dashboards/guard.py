@@ -1,16 +1,18 @@
-"""The fence around the Optuna dashboard: who may ask, what may be changed, what artifacts may do.
+"""Access rules of the Optuna dashboard: who may ask, what may be changed, what artifacts may do.
 
 The dashboard itself answers any Host (DNS rebinding reaches a loopback bind), lets every caller rename and delete
-studies, offers a schema upgrade to a plain form, and serves uploaded HTML as a page of its own origin. All of that stops here.
+studies, offers a schema upgrade to a plain form, and serves uploaded HTML as a page of the same origin. All that stops here.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 
 from alphasmith.objectives.errors import InputError
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
     ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
 
+_COOKIE = "alphasmith-token"
+#: Shortest token [characters].
+_SHORTEST = 16
+_TOKEN = re.compile(rf"[A-Za-z0-9_-]{{{_SHORTEST},256}}")
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _READS = frozenset({"GET", "HEAD"})
 #: What ``allow_write`` opens, and nothing else. Missing on purpose: rename and delete of studies (a rename is copy and
@@ -65,12 +71,28 @@ class Guard:
         application: The dashboard.
         hosts: Names and addresses that requests may be addressed to, besides localhost; without port.
         allow_write: Also pass notes, tells, new studies and artifacts. Never rename or delete of a study.
+        token: What requests must carry: once in the address, as ``?token=``, from then on in a cookie, or as
+            ``Authorization: Bearer``; None: nothing.
 
     Raises:
-        InputError: A host is empty or holds more than a host name.
+        InputError: A host is empty or holds more than a host name, or the token is short or holds other characters.
     """
 
-    def __init__(self, application: WSGIApplication, *, hosts: Iterable[str] = (), allow_write: bool = False) -> None:
+    def __init__(
+        self,
+        application: WSGIApplication,
+        *,
+        hosts: Iterable[str] = (),
+        allow_write: bool = False,
+        token: str | None = None,
+    ) -> None:
+        if token is not None and _TOKEN.fullmatch(token) is None:
+            raise InputError(
+                "token",
+                "is no token",
+                f"use at least {_SHORTEST} letters, digits, '-' and '_', as new_token() makes them",
+            )
+        self._token = token
         self._application = application
         self._hosts = LOCAL_HOSTS | {_checked_host(host) for host in hosts}
         self._allow_write = allow_write
@@ -85,6 +107,13 @@ class Guard:
         host = environ.get("HTTP_HOST", "")
         if _host_name(host) not in self._hosts:
             return _refuse(start_response, "403 Forbidden", "this host name is not served; allow it with --allow-host")
+        if self._token is not None:
+            query = environ.get("QUERY_STRING", "")
+            if method == "GET" and self._is_token(parse_qs(query).get("token", [""])[-1]):
+                return self._enter(start_response, path, query)
+            if not self._is_token(_carried(environ)):
+                told = "open the address that alphasmith dashboard printed: its token is missing or wrong"
+                return _refuse(start_response, "401 Unauthorized", told)
         if method not in _READS:
             reason = self._refusal(method, path.rstrip("/"), host, environ.get("HTTP_ORIGIN"))
             if reason:
@@ -92,6 +121,18 @@ class Guard:
         # The dashboard looks the header up without a default and answers 500 to clients that send none.
         environ.setdefault("HTTP_ACCEPT_ENCODING", "")
         return self._application(environ, _hardened(start_response, artifact=path.startswith("/artifacts/")))
+
+    def _is_token(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode("utf-8", "replace"), str(self._token).encode())
+
+    def _enter(self, start_response: StartResponse, path: str, query: str) -> Iterable[bytes]:
+        """Keep the token in a cookie, and leave it out of the address, which histories and logs hold."""
+        rest = urlencode([(name, value) for name, value in parse_qsl(query) if name != "token"])
+        place = quote(path) + (f"?{rest}" if rest else "")
+        cookie = f"{_COOKIE}={self._token}; Path=/; HttpOnly; SameSite=Strict"
+        headers = [("Location", place), ("Set-Cookie", cookie), ("Cache-Control", "no-store"), ("Content-Length", "0")]
+        start_response("303 See Other", [*headers, ("Referrer-Policy", "no-referrer")])
+        return [b""]
 
     def _refusal(self, method: str, path: str, host: str, origin: str | None) -> str:
         if not self._allow_write:
@@ -101,6 +142,20 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return "the request comes from another site"
         return ""
+
+
+def new_token() -> str:
+    """A random token that nobody guesses."""
+    return secrets.token_urlsafe(24)
+
+
+def _carried(environ: WSGIEnvironment) -> str:
+    """The token that a request carries in a header; empty where it carries none."""
+    kind, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    if kind.lower() == "bearer":
+        return str(given.strip())
+    cookies = (part.strip().partition("=") for part in environ.get("HTTP_COOKIE", "").split(";"))
+    return next((value for name, _, value in cookies if name == _COOKIE), "")
 
 
 def _checked_host(host: str) -> str:

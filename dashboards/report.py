@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,21 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from alphasmith.dashboards.facts import Facts, duration, facts_of, value_text
-from alphasmith.dashboards.figures import alpha_heatmap, alphas_by_group, gain_by_site, losses_by_site, trial_history
-from alphasmith.dashboards.frames import checked_groups, checked_sites, geometric_mean, ratio
-from alphasmith.dashboards.numbers import number
-from alphasmith.dashboards.site_table import KEPT, SITE_TABLE, site_rows
-from alphasmith.dashboards.words import verdict_of_refinement
+from alphasmith.dashboards.checked_frames import checked_groups, checked_sites, geometric_mean, ratio
+from alphasmith.dashboards.figures.sites import (
+    alpha_heatmap,
+    alphas_by_group,
+    gain_by_site,
+    losses_by_site,
+    trial_history,
+)
+from alphasmith.dashboards.site_table import BASELINES, KEPT, SITE_TABLE, site_rows
+from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
 from alphasmith.objectives.errors import InputError
-from alphasmith.storage.frames import REFINEMENT
+from alphasmith.objectives.text import duration, listed, number
+from alphasmith.storage.output.manifest import Manifest
+from alphasmith.storage.runs.data_frames import REFINEMENT, WHOLE_MODEL, groups_frame, sites_frame, trials_frame
+from alphasmith.storage.runs.records import TrialRecord
 
 #: Columns of the table of whole-model results: heading, key of a metric, key of a loss.
 _OUTPUT_LOSS = {"mse": "relative MSE of the output", "kl": "KL divergence of the output [nats]"}
@@ -40,7 +47,8 @@ _CAPTIONS = {
     "because every loss is relative to that site's own output.",
     "gain": "1 is the best alpha that the whole site could share. Green marks are the limit of a free scale per "
     "channel: what no choice of alphas can beat by much. Sites that were left alone are not shown.",
-    "alphas": "A bar is the range a group was given from its magnitude and the hardware; the dot is the alpha that won. A "
+    "alphas": "A bar is the range a group was given from its magnitude and the hardware; the dot is the alpha that won. An open diamond "
+    "is an alpha outside that range: a baseline won, or the refinement at the output moved it. A "
     "group's own factor, where it has one, stands beside the dot or shows when pointed at: its scales are that much larger than "
     "the alpha alone would make them.",
     "heatmap": "One row per site, one column per group, from small to large activations.",
@@ -104,19 +112,32 @@ class _Section:
     facts: Facts
 
 
-def render_report(
+def render_report(manifest: Manifest, trials: Iterable[TrialRecord]) -> str:
+    """The report of a run as one HTML document, see :func:`render_page`.
+
+    Args:
+        manifest: Of the run; its sites and groups are shown.
+        trials: All trials of the run.
+
+    Raises:
+        NonFiniteError: A trial has an infinite loss.
+    """
+    sites, groups = sites_frame(manifest.sites), groups_frame(manifest.sites, manifest.groups)
+    return render_page(manifest.model_dump(mode="json"), sites, groups, trials_frame(trials))
+
+
+def render_page(
     manifest: Mapping[str, Any], sites: pd.DataFrame, groups: pd.DataFrame, trials: pd.DataFrame | None = None
 ) -> str:
-    """The report of a run as one HTML document.
+    """A report as one HTML document.
 
     Everything the reader's browser needs is in the page (plotly.js included, about 5 MB); its policy forbids every
     request and every script but the page's own. All texts are escaped, passwords in addresses are masked.
 
     Args:
         manifest: The run's manifest as a mapping. Every key is optional; what is missing is left out of the page.
-        sites: Site frame (columns in ``frames.py``), held-out losses (relative squared error). Optional columns:
-            ``reason`` and ``winner``, otherwise taken from ``manifest["sites"]``; ``stopped`` and what was chosen, see
-            ``words.choices_of_site``.
+        sites: Site frame (columns in ``checked_frames``), held-out losses (relative squared error). Optional columns:
+            ``reason``, ``winner`` and ``stopped``, and what was chosen, see ``text.choices_of_site``.
         groups: Group frame.
         trials: Trial frame of one study, or of all sites with a ``site`` column.
 
@@ -142,7 +163,7 @@ def render_report(
         # Trials of the refinement have losses of the model's output, not of a site.
         of_sites = trials[trials["site"] != REFINEMENT] if "site" in trials.columns else trials
         figures.append(_figure("history", trial_history(of_sites)))
-    rows = site_rows(site_frame, manifest)
+    rows = site_rows(site_frame)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -158,7 +179,7 @@ def render_report(
         # A parser turns CRLF into LF before it hashes, so the digest must be taken of LF as well.
         library=get_plotlyjs().replace("\r\n", "\n"),
         sentence=_verdict(site_frame, output),
-        tiles=_tiles(site_frame),
+        tiles=_tiles(site_frame, manifest.get("refinement") or {}, trials),
         asked=_asked(manifest, site_frame),
         metrics=_metrics(output),
         refinement=_refinement(manifest.get("refinement")),
@@ -225,7 +246,10 @@ def _verdict(sites: pd.DataFrame, output: Mapping[str, Any]) -> str:
     mean = "" if len(done) == 1 else " (geometric mean)"
     text = f"{where} a held-out quantization loss of {number(geometric_mean(done['ours']))}{mean}"
     text += f": {_listed(parts)}."
-    kept = int((done["ours"] >= done["best_single"] * (1 - 1e-9)).sum())
+    if "winner" in done.columns and done["winner"].notna().any():
+        kept = int(done["winner"].isin(BASELINES).sum())
+    else:
+        kept = int((done["ours"] >= done["best_single"] * (1 - 1e-9)).sum())
     if kept:
         text += f" {kept} of them kept a baseline, because on held-out data no grouping was better."
     return text
@@ -252,7 +276,7 @@ def _listed(parts: Sequence[str]) -> str:
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts) or "no baseline was scored"
 
 
-def _tiles(sites: pd.DataFrame) -> list[tuple[str, str]]:
+def _tiles(sites: pd.DataFrame, refinement: Mapping[str, Any], trials: pd.DataFrame | None) -> list[tuple[str, str]]:
     done = _searched(sites)
     tiles: list[tuple[str, str]] = []
     for column, label in (("identity", "of the loss without smoothing"), ("best_single", "of the best single alpha")):
@@ -265,9 +289,20 @@ def _tiles(sites: pd.DataFrame) -> list[tuple[str, str]]:
         tiles.append((f"{100 * closed:.0f} %", "of the way from best single alpha to the limit (median site)"))
     folded = int((sites["mode"] == "fold").sum())
     tiles.append((f"{folded} of {len(sites)}", "sites folded: no work at run time"))
-    seconds = float(sites["seconds"].sum())
-    tiles.append((duration(seconds), f"of search, {int(pd.to_numeric(sites['trials']).sum())} trials"))
-    return tiles
+    return [*tiles, _effort(sites, refinement, trials)]
+
+
+def _effort(sites: pd.DataFrame, refinement: Mapping[str, Any], trials: pd.DataFrame | None) -> tuple[str, str]:
+    """Time of all searches and their trials: at the sites, over the whole model, and of the refinement at the output."""
+    seconds, count = float(sites["seconds"].sum()), int(pd.to_numeric(sites["trials"]).sum())
+    if trials is not None and {"site", "seconds"} <= set(trials.columns):
+        whole = trials[trials["site"] == WHOLE_MODEL]
+        seconds, count = seconds + float(whole["seconds"].sum()), count + len(whole)
+    at_output = float(refinement.get("seconds") or 0)
+    total = seconds + at_output
+    count += int(refinement.get("trials") or 0)
+    parts = f" ({duration(at_output)} of it the refinement at the output)" if at_output else ""
+    return duration(total), f"of search{parts}, {count} trials"
 
 
 def _asked(manifest: Mapping[str, Any], sites: pd.DataFrame) -> Facts:
@@ -315,20 +350,23 @@ def _refinement(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
         alike.setdefault(str(change), []).append(str(site))
     facts = facts_of({"reason": entry.get("reason")}) if entry.get("accepted") else []  # the sentence has it otherwise
     facts += [(f"alphas of {kind}", f"{delta:+.3f}") for kind, delta in (entry.get("deltas") or {}).items()]
-    facts += [(f"now {change}", _some(sites)) for change, sites in alike.items()]
+    facts += [(f"now {change}", listed(sites, 8)) for change, sites in alike.items()]
     facts += facts_of({key: entry.get(key) for key in ("trials", "seconds")})
     return {"sentence": f"{sentence[0].upper()}{sentence[1:]}.", "facts": facts}
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _decisions(guard: Sequence[Mapping[str, Any]]) -> Facts:
+    return [(str(entry.get("site") or "whole model"), value_text(entry.get("reason"))) for entry in guard]
 
 
 def _sections(manifest: Mapping[str, Any]) -> list[_Section]:
     sections = []
     for key, heading, intro in _SECTIONS:
-        facts = facts_of(manifest.get(key), unit="bytes" if key in {"payload", "memory"} else "")
+        facts = (
+            _decisions(manifest.get(key) or ())
+            if key == "guard"
+            else facts_of(manifest.get(key), unit="bytes" if key in {"payload", "memory"} else "")
+        )
         if facts:
             sections.append(_Section(key=key, heading=heading, intro=intro, facts=facts))
     return sections

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
 import threading
@@ -16,9 +17,10 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage, get_storage
 from waitress import wasyncore
 
-from alphasmith.dashboards.guard import LOCAL_HOSTS, Guard
+from alphasmith.dashboards.connections import LIMITS, ConnectionKeeper, Limits
+from alphasmith.dashboards.guard import Guard, new_token
 from alphasmith.objectives.errors import InputError
-from alphasmith.storage.database import initialise, open_database, optuna_storage
+from alphasmith.storage.database.connection import initialise, open_database, optuna_storage
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
@@ -34,6 +36,7 @@ def application(
     hosts: Iterable[str] = (),
     allow_write: bool = False,
     artifacts: Path | None = None,
+    token: str | None = None,
 ) -> WSGIApplication:
     """Optuna's dashboard as a WSGI application, guarded.
 
@@ -43,12 +46,13 @@ def application(
         allow_write: Also let callers write notes, tell trials, create studies and handle artifacts. The dashboard has no
             users and no passwords: everybody who reaches it may. Studies are never renamed or deleted.
         artifacts: Folder of an Optuna file system artifact store to show.
+        token: What requests must carry; None: nothing. Anything but loopback needs one, see :func:`serve`.
 
     Returns:
         The application, for waitress or any other server.
 
     Raises:
-        InputError: A host is not a host name, or the artifact folder does not exist.
+        InputError: A host is not a host name, the token is too short, or the artifact folder does not exist.
     """
     store = None
     if artifacts is not None:
@@ -56,7 +60,10 @@ def application(
             raise InputError("artifacts", f"{artifacts} is not a folder", "give the folder of the artifact store")
         store = FileSystemArtifactStore(artifacts)
     return Guard(
-        optuna_dashboard.wsgi(get_storage(storage), artifact_store=store), hosts=hosts, allow_write=allow_write
+        optuna_dashboard.wsgi(get_storage(storage), artifact_store=store),
+        hosts=hosts,
+        allow_write=allow_write,
+        token=token,
     )
 
 
@@ -68,17 +75,24 @@ class DashboardServer:
         host: Address or name to bind.
         port: TCP port; 0 takes any free one.
         body: Largest request body [bytes].
+        limits: Of connections.
+        bound: The socket, where ``host`` and ``port`` are bound already; closed with the server.
 
     Raises:
         InputError: The port is out of range, in use or not allowed, or the host cannot be bound.
     """
 
     def __init__(
-        self, served: WSGIApplication, *, host: str = "127.0.0.1", port: int = 8080, body: int = 2**20
+        self,
+        served: WSGIApplication,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        body: int = 2**20,
+        limits: Limits = LIMITS,
+        bound: socket.socket | None = None,
     ) -> None:
-        if not 0 <= port <= 65535:
-            raise InputError("port", f"{port} is not a port", "use a number from 1024 to 65535, or 0 for any free one")
-        bound = _bind(host, port)
+        bound = bound or _bind(host, port)
         self._host = host
         self._port = int(bound.getsockname()[1])
         self._lock = threading.Lock()
@@ -92,8 +106,12 @@ class DashboardServer:
             threads=8,
             ident=None,
             max_request_body_size=body,
+            # Above what is kept: a new connection is accepted, and an old one makes room.
+            connection_limit=limits.together + 100,
             clear_untrusted_proxy_headers=True,
         )
+
+        self._keeper = ConnectionKeeper(self._server, limits)
 
     @property
     def url(self) -> str:
@@ -111,6 +129,7 @@ class DashboardServer:
         try:
             while not self._stop.is_set():
                 wasyncore.loop(timeout=1.0, use_poll=True, map=self._sockets, count=1)
+                self._keeper.enforce()
         except KeyboardInterrupt:
             _LOG.info("interrupted")
         finally:
@@ -142,34 +161,42 @@ def serve(
     hosts: Iterable[str] = (),
     allow_write: bool = False,
     artifacts: Path | None = None,
+    token: str | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Open a database and serve its dashboard until Ctrl-C.
 
     Args:
         storage_url: ``sqlite:///FILE``, ``postgresql://...`` or ``mysql://...``.
-        host: Address to bind. Anything but loopback opens the dashboard to everybody who can reach it.
+        host: Address to bind. On anything but loopback requests must carry a token.
         port: TCP port; 0 takes any free one.
         hosts: Further host names that requests may carry, e.g. behind a proxy.
         allow_write: See :func:`application`.
         artifacts: See :func:`application`.
-        ready: Called once with the address, after the port is bound.
+        token: What requests must carry; None: nothing on loopback, a new random one elsewhere.
+        ready: Called once with the address, the token in it, after the port is bound.
 
     Raises:
-        InputError: The storage cannot be opened, or the host or port cannot be bound.
+        InputError: The storage cannot be opened, the host or port cannot be bound, or the token is too short.
     """
     database = open_database(storage_url)
     try:
         initialise(database)
         # A wildcard address is where to listen, not a name that a browser sends.
         names = [*hosts] if host in {"0.0.0.0", "::", ""} else [*hosts, host]
-        served = application(optuna_storage(database), hosts=names, allow_write=allow_write, artifacts=artifacts)
-        server = DashboardServer(served, host=host, port=port, body=_BODY[allow_write])
-        if host not in LOCAL_HOSTS:
-            _LOG.warning("the dashboard on %s has no login: everybody who can reach it can read it", host)
+        storage = optuna_storage(database)
+        bound = _bind(host, port)
+        try:
+            if token is None and not _is_loopback(bound):
+                token = new_token()
+            served = application(storage, hosts=names, allow_write=allow_write, artifacts=artifacts, token=token)
+        except BaseException:
+            bound.close()
+            raise
+        server = DashboardServer(served, host=host, body=_BODY[allow_write], bound=bound)
         try:
             if ready is not None:
-                ready(server.url)
+                ready(server.url if token is None else f"{server.url}?token={token}")
             server.run()
         finally:
             server.close()
@@ -177,8 +204,15 @@ def serve(
         database.close()
 
 
+def _is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine reaches a socket: by the address it is bound to, whatever name led there."""
+    return ipaddress.ip_address(str(bound.getsockname()[0])).is_loopback
+
+
 def _bind(host: str, port: int) -> socket.socket:
     """A listening TCP socket; every way this fails has its own remedy."""
+    if not 0 <= port <= 65535:
+        raise InputError("port", f"{port} is not a port", "use a number from 1024 to 65535, or 0 for any free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

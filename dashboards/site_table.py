@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
-from alphasmith.dashboards.frames import ratio
-from alphasmith.dashboards.numbers import number
-from alphasmith.dashboards.words import Row, choices_of_site, verdict_of_site
-from alphasmith.storage.urls import mask
+from alphasmith.dashboards.checked_frames import ratio
+from alphasmith.dashboards.text import Row, choices_of_site, verdict_of_site
+from alphasmith.objectives.text import number
+from alphasmith.storage.database.urls import mask
 
 #: Heading and kind of every column; losses are held-out relative squared errors.
 SITE_TABLE = (
@@ -30,13 +28,14 @@ SITE_TABLE = (
     ("trials", "number"),
     ("seconds", "number"),
 )
-#: Winners that are baselines, as people read them.
-KEPT = {
+#: Winners that are baselines, as a reader expects them.
+BASELINES = {
     "identity": "kept: no smoothing",
     "alpha_0.5": "kept: alpha 0.5",
     "best_single": "kept: best single alpha",
-    "refined": "refined at the model's output",
 }
+#: Winners that are told apart.
+KEPT = BASELINES | {"refined": "refined at the model's output"}
 _MODES = {"fold": "folded", "explicit": "explicit multiply", "left": "left alone"}
 
 
@@ -55,21 +54,18 @@ class Cell:
     notes: tuple[str, ...] = ()
 
 
-def site_rows(sites: pd.DataFrame, manifest: Mapping[str, Any]) -> list[list[Cell]]:
+def site_rows(sites: pd.DataFrame) -> list[list[Cell]]:
     """Rows of the table, in network order, one cell per entry of ``SITE_TABLE``.
 
     Args:
-        sites: A checked site frame; optional columns: ``reason`` (why a site is not folded), ``winner`` (kind of
-            the winning trial; a baseline is mentioned), ``stopped`` and what ``words.choices_of_site`` reads.
-        manifest: Its ``sites`` records give the reasons where the frame does not.
+        sites: A checked site frame; optional columns: ``kind`` (of its operators), ``reason`` (why it is not folded), ``winner`` (kind of
+            the winning trial; a baseline is mentioned), ``stopped`` and what ``text.choices_of_site`` reads.
     """
-    reasons = _reasons(manifest)
     gains = ratio(sites["ours"], sites["best_single"]).where(sites["mode"] != "left")
     rows: list[list[Cell]] = []
     for index, (row, gain) in enumerate(zip(sites.to_dict("records"), gains, strict=True)):
         name, mode = str(row["site"]), str(row["mode"])
-        given = row.get("reason")
-        reason = given if isinstance(given, str) and given else reasons.get(name, "")
+        reason = str(row.get("reason") or "")
         if not reason and mode != "left":
             reason = KEPT.get(str(row.get("winner")), "")
         treatment = _MODES.get(mode, mode)
@@ -77,7 +73,7 @@ def site_rows(sites: pd.DataFrame, manifest: Mapping[str, Any]) -> list[list[Cel
         rows.append(
             [
                 Cell(text=str(index), key=str(index)),
-                Cell(text=name, key=name, notes=_told(verdict_of_site(row))),
+                Cell(text=name, key=name, notes=_told(str(row.get("kind") or ""), verdict_of_site(row))),
                 Cell(text=treatment, key=treatment, notes=_told(masked, choices_of_site(row), _stopped(row))),
                 Cell(text=str(row["channels"]), key=str(row["channels"])),
                 *(_number(row[key]) for key in ("identity", "alpha_half", "best_single", "best_single_alpha")),
@@ -101,10 +97,3 @@ def _stopped(row: Row) -> str:
 def _number(value: float, text: str | None = None) -> Cell:
     finite = math.isfinite(value)
     return Cell(text=text if text and finite else number(value), key=repr(float(value)) if finite else "")
-
-
-def _reasons(manifest: Mapping[str, Any]) -> dict[str, str]:
-    records = manifest.get("sites")
-    if not isinstance(records, Sequence) or isinstance(records, str):
-        return {}
-    return {str(r.get("name")): str(r.get("reason") or "") for r in records if isinstance(r, Mapping)}

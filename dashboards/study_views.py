@@ -1,4 +1,4 @@
-"""Our figures and a note inside the Optuna dashboard, for people who watch a study there.
+"""Our figures and a note inside the Optuna dashboard.
 
 The dashboard cuts figures into study attributes of 2 kB and reads all of them at every poll of the study list, so a study
 gets two figures and one note under fixed names, refreshed in place.
@@ -15,12 +15,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from optuna_dashboard import save_note, save_plotly_graph_object
 
-from alphasmith.dashboards.facts import Facts, facts_of
-from alphasmith.dashboards.figures import losses_by_site, trial_history
-from alphasmith.dashboards.frames import checked_sites, geometric_mean, ratio
-from alphasmith.dashboards.numbers import number
-from alphasmith.dashboards.words import Row, choices_of_site, verdict_of_site
+from alphasmith.dashboards.checked_frames import checked_sites, geometric_mean, ratio
+from alphasmith.dashboards.figures.sites import losses_by_site, trial_history
+from alphasmith.dashboards.text import Facts, Row, choices_of_site, facts_of, verdict_of_site
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.text import counted, number, one_line
 
 LOSSES_ID = "alphasmith-losses"
 HISTORY_ID = "alphasmith-history"
@@ -98,7 +97,7 @@ def study_note(title: str, sites: pd.DataFrame, facts: Mapping[str, Any] | None 
     }
     compared = ", ".join(f"**{100 * mean:.3g} %** of {label}" for label, mean in means.items() if math.isfinite(mean))
     lines += [
-        f"Held-out loss of the {len(done)} searched site{'s' if len(done) > 1 else ''}: {compared or 'no baseline'}.",
+        f"Held-out loss of the {counted(len(done), 'searched site')}: {compared or 'no baseline'}.",
         "",
     ]
     best = done.sort_values("gain", kind="stable", na_position="last").head(_LISTED)
@@ -135,7 +134,7 @@ def _card(figure: go.Figure) -> go.Figure:
 
 def _cell(value: object) -> str:
     """Text that Markdown shows as it is."""
-    text = " ".join(str(value).split())
+    text = one_line(value)
     for mark in "\\`*_[]|$<>":
         text = text.replace(mark, f"\\{mark}")
     return text

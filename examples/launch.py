@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from alphasmith.search import RunConfig, load_quantized, run
+import alphasmith
 
 
 def trained(pixels: torch.Tensor, labels: torch.Tensor) -> nn.Module:
@@ -41,16 +41,14 @@ def main() -> None:
     def accuracy(candidate: nn.Module) -> float:
         return float((candidate(pixels[test]).argmax(dim=1) == labels[test]).float().mean())
 
-    config = RunConfig.build(
-        {
-            "name": "digits perceptron",
-            "scheme": {"weights": "int4", "activation_granularity": "token"},
-            "data": {"samples": 256, "held_out": 128, "proof": 32, "batch_size": 64, "metric_name": "accuracy"},
-        }
+    config = alphasmith.RunConfig(
+        name="digits perceptron",
+        scheme={"weights": "int4", "activation_granularity": "token"},
+        data={"samples": 256, "held_out": 128, "proof": 32, "batch_size": 64, "metric_name": "accuracy"},
     )
-    result = run(config, model=model, batches=pixels[train].split(64), metric=accuracy)
+    result = alphasmith.run(config, model=model, batches=pixels[train].split(64), metric=accuracy)
     print(result.sites[["site", "mode", "identity", "best_single", "ours"]].to_string(index=False))
-    quantized = load_quantized(result.folder, model)
+    quantized = alphasmith.load_quantized(result.folder, model)
     print(f"accuracy: float {accuracy(model):.4f}, quantized {accuracy(quantized):.4f}; see {result.folder}")
 
 

@@ -1,1 +1,38 @@
-"""What a candidate costs: sites, calibration, groups, scales, quantization, losses, folding."""
+"""What a candidate costs: sites, calibration, groups, scales, quantization, losses, folding.
+
+- ``calibration``: what the float model does on data: statistics, rows, the data of a site
+- ``dead_channels``: scales of channels that say nothing, or hardly anything, of their own scale
+- ``demo``: small models trained on data that ships with Python packages, for the embedded demo
+- ``errors``: errors a user can act on, named by remedy
+- ``groups``: groups of channels by magnitude: claims A-6, A-8, A-10
+- ``judge``: the exact loss of a candidate, at a site and at the output; proof and memory
+- ``literals``: the words that configuration, search, records and figures have in common, each written down once
+- ``media``: one interface for text, images, audio, video and in-memory batches
+- ``model``: the float model: loading, recurrent layers, task metrics
+- ``noise``: the model of rounding noise, its optimum, the limit per channel
+- ``quantization``: what is deployed: schemes, quantizers, integer operators, their files
+- ``reading``: what strangers wrote: paths, files and JSON, read within bounds, refused in one line
+- ``sites``: sites: which operators read which tensor, and what can absorb a scale
+- ``smoothing``: smoothing scales from channel statistics and alphas: formula fA1, its one home
+- ``stored_types``: the types a model's tensors came in: searched in float32, kept in its own type again
+- ``text``: values as text, each in one way everywhere: sizes, numbers, durations, times, names, errors
+"""
+
+__all__ = [
+    "calibration",
+    "dead_channels",
+    "demo",
+    "errors",
+    "groups",
+    "judge",
+    "literals",
+    "media",
+    "model",
+    "noise",
+    "quantization",
+    "reading",
+    "sites",
+    "smoothing",
+    "stored_types",
+    "text",
+]

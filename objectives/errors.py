@@ -1,7 +1,6 @@
 """Errors a user can act on, named by remedy.
 
-``InputError`` is the only error the command line turns into one line and exit code 2; everything else is a defect or a
-refusal that names the site it concerns.
+The command line prints every ``AlphasmithError`` as one line; ``InputError`` and ``EquivalenceError`` end it with exit code 2.
 """
 
 from __future__ import annotations
@@ -38,14 +37,17 @@ class EquivalenceError(AlphasmithError):
         site: Name of the site at fault, or of all sites together when no single one is.
         error: Measured relative output error.
         tolerance: The largest relative output error allowed.
+        output: Name of the output that it was measured in; empty where there is one only.
     """
 
-    def __init__(self, site: str, error: float, tolerance: float) -> None:
+    def __init__(self, site: str, error: float, tolerance: float, output: str = "") -> None:
         self.site = site
         self.error = error
         self.tolerance = tolerance
+        self.output = output
+        where = f" in {output}" if output not in ("", "output") else ""
         super().__init__(
-            f"site {site}: folding changes the float model by {error:.3g} (relative), more than the tolerance "
+            f"site {site}: folding changes the float model by {error:.3g} (relative){where}, more than the tolerance "
             f"{tolerance:.3g}; exclude it with --set sites.exclude='[\"{site}\"]' or raise proof.tolerance"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.literals import GroupMethod
 from alphasmith.objectives.smoothing import tie_index, tied_extreme
-
-GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_difference"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -64,7 +63,7 @@ def group_channels(
         - ``range``: ``bins`` equal-width bins over [min, max], right-closed, the first closed on both sides; empty bins dropped.
         - ``kmeans``: optimal one-dimensional k-means on log magnitude (exact, by dynamic programming).
         - ``outlier``: normal = the most populated bin (ties: the lowest) and all below it; everything above is one group.
-        - ``multi_outlier``: the same, every occupied bin above being a group of its own.
+        - ``multi_outlier``: the same, every occupied bin above being its own group.
         - ``mean_difference``: outlier = above the mean by more than ``deviations`` standard deviations (fA8). Channels far
           *below* the mean stay normal: they cannot widen a quantization range. Misses nested outliers (trap T4).
 

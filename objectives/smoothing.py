@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from alphasmith.objectives.dead_channels import NeutralScales
 from alphasmith.objectives.errors import InputError, NonFiniteError
 
-#: Bounds of a scale; recorded in every manifest, because an alpha means nothing without them.
-SCALE_MIN = 1e-5
-SCALE_MAX = 1e5
-CLAMP = (SCALE_MIN, SCALE_MAX)
+#: Bounds of a scale s_j, which every stored type holds as a normal number, float16 included; recorded in every manifest, because
+#: an alpha means nothing without them. a_j and w_j have none.
+SCALE_MIN = 2.0**-14
+SCALE_MAX = 2.0**15
 
-#: What happens to channels the formula is undefined for (trap T7), in words for the manifest.
-DEAD_CHANNEL_RULE = "scale 1 where the activation or the weight statistic is 0"
+#: What happens to channels that the formula is undefined for or says too little of (trap T7), as the manifest states it.
+DEAD_CHANNEL_RULE = (
+    "geometric mean of the live channels' scales where the activation or the weight statistic is 0; limited there and where "
+    "the activation is far below what the producer's row could make, so that no producer row, activation or column becomes "
+    "the largest by it; 1 where no channel is live"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +41,6 @@ class ChannelRange:
     low: Tensor
     high: Tensor
 
-    @classmethod
-    def symmetric(cls, absmax: Tensor) -> ChannelRange:
-        """The range ``[-absmax, absmax]`` of (C,) magnitudes, where no more is known."""
-        return cls(-absmax, absmax)
-
     def peaks(self, shift: Tensor | None = None) -> Tensor:
         """(C,) largest magnitude of every channel after ``shift`` (C,) is subtracted; None: no shift."""
         if shift is None:
@@ -49,7 +49,7 @@ class ChannelRange:
         return torch.maximum(self.high - shift, shift - self.low).clamp_min(0)
 
     def middle(self, ties: Tensor) -> Tensor:
-        """(C,) shift ``z_j = (max + min) / 2`` that centres every channel, one value within a tie (OS+, peerbench.md)."""
+        """(C,) shift ``z_j = (max + min) / 2`` that centres every channel, one value within a tie (arXiv 2304.09145)."""
         index = tie_index(ties, self.low.shape[0])
         return (tied_extreme(self.low, index, "amin") + tied_extreme(self.high, index, "amax")) / 2
 
@@ -60,13 +60,13 @@ class ChannelRange:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Smoothing:
-    """What a candidate does to the input of a site before it is rounded: ``(X - shift) / scales``, in a range of its own.
+    """What a candidate does to the input of a site before it is rounded: ``(X - shift) / scales``, in its own range.
 
     The consumers' weights become ``W * scales`` and their biases grow by ``W @ shift``, so the float product stays.
 
     Attributes:
         scales: (C,) float32, positive, equal within ties.
-        shift: (C,) float32, equal within ties, subtracted before the division; None: no shift (claims.md; OS+ in peerbench.md).
+        shift: (C,) float32, equal within ties, subtracted before the division; None: no shift.
         range_factor: Static range of the activation, relative to the largest calibrated magnitude after shift and scaling:
             1 is abs-max, above 1 a margin for data that calibration never showed, below 1 clips (percentile). Without effect
             on ranges taken per token.
@@ -82,10 +82,18 @@ class Smoothing:
         return Smoothing(scales=self.scales.to(device), shift=shift, range_factor=self.range_factor)
 
 
-def smoothing_scales(activation: Tensor, weight: Tensor, alpha: float | Tensor, ties: Tensor | None = None) -> Tensor:
+def smoothing_scales(
+    activation: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    ties: Tensor | None = None,
+    *,
+    producer: Tensor | None = None,
+) -> Tensor:
     """Scale of every channel; differentiable in ``alpha``. Source: claims A-5, A-11, formula fA1, traps T1 and T7.
 
-    Computed in float64 logarithms, then clamped to ``CLAMP``. Channels whose statistic is 0 follow ``DEAD_CHANNEL_RULE``.
+    Computed in float64 logarithms, then clamped to ``[SCALE_MIN, SCALE_MAX]``. Dead and near-dead channels follow
+    ``DEAD_CHANNEL_RULE``.
 
     Args:
         activation: (C,) a_j >= 0, the magnitude of each activation channel.
@@ -93,6 +101,7 @@ def smoothing_scales(activation: Tensor, weight: Tensor, alpha: float | Tensor, 
         alpha: Migration strength, one for all channels or (C,); normally in [0, 1].
         ties: (C,) int64; channels with the same value get the same scale: their statistics are replaced by the largest
             in the tie. None: all free.
+        producer: (C,) p_j >= 0, the abs-max of the producers' rows that the scale divides. None: no weight that is quantized.
 
     Returns:
         (C,) float32 scales.
@@ -101,8 +110,7 @@ def smoothing_scales(activation: Tensor, weight: Tensor, alpha: float | Tensor, 
         InputError: Shapes differ, a statistic is negative, or ``alpha`` differs within a tie.
         NonFiniteError: A statistic or an alpha is NaN or infinite.
     """
-    _check_statistic("activation", activation, activation.shape)
-    _check_statistic("weight", weight, activation.shape)
+    statistics = _Statistics.of(activation, weight, producer, ties)
     strength = torch.as_tensor(alpha, device=activation.device).to(torch.float64)
     if strength.dim() and strength.shape != activation.shape:
         raise InputError(
@@ -110,34 +118,32 @@ def smoothing_scales(activation: Tensor, weight: Tensor, alpha: float | Tensor, 
         )
     if not bool(torch.isfinite(strength).all()):
         raise NonFiniteError("alpha holds NaN or infinity")
-    if ties is None:
-        return _scales(activation, weight, strength)
-    index = tie_index(ties, activation.shape[0])
-    if strength.dim():
-        low, high = (tied_extreme(strength.detach(), index, extreme) for extreme in ("amin", "amax"))
-        if not torch.equal(low, high):
-            raise InputError("alpha", "differs among tied channels", "put tied channels into one group")
-    return _scales(tied_extreme(activation, index, "amax"), tied_extreme(weight, index, "amax"), strength)
+    if ties is not None and strength.dim():
+        _refuse_differing("alpha", strength.detach(), tie_index(ties, activation.shape[0]))
+    logs = strength * statistics.log_activation - (1.0 - strength) * statistics.log_weight
+    return _bounded(logs, statistics.neutral).exp().to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LogScales:
     """Scales of a site as a function of a candidate's numbers, linear in the logarithm.
 
-    ``log s_j = constant_j + sum_f features[f, j] * theta[f * K + labels[j]]``, so the noise model, which is convex in log s, is
-    convex in alphas, betas and offsets as well.
+    ``log s_j = constant_j + sum_f features[f, j] * theta[f * K + labels[j]]`` for live channels, so the noise model, which is
+    convex in log s, is convex in alphas, betas and offsets as well. Dead channels take the mean of the live ones.
 
     Attributes:
         labels: (C,) int64 group of each channel, 0..K-1.
         features: (F, C) float64; 0 for dead channels.
         constant: (C,) float64; 0 for dead channels.
         groups: K.
+        neutral: Where dead and near-dead channels are put; None: every channel follows the formula.
     """
 
     labels: Tensor
     features: Tensor
     constant: Tensor
     groups: int
+    neutral: NeutralScales | None = None
 
     @property
     def parameters(self) -> int:
@@ -145,14 +151,24 @@ class LogScales:
         return self.features.shape[0] * self.groups
 
     def logs(self, theta: Tensor) -> Tensor:
-        """log s (..., C) float64 of theta (..., F * K), clamped to ``CLAMP``; differentiable."""
+        """log s (..., C) float64 of theta (..., F * K), clamped to ``[SCALE_MIN, SCALE_MAX]``; differentiable."""
         spread = theta.unflatten(-1, (-1, self.groups))[..., self.labels]
         logs: Tensor = self.constant + (self.features * spread).sum(dim=-2)
-        return logs.clamp(math.log(SCALE_MIN), math.log(SCALE_MAX))
+        return _bounded(logs, self.neutral)
 
     def scales(self, theta: Tensor) -> Tensor:
         """s (..., C) float32 of theta (..., F * K)."""
         return self.logs(theta).exp().to(torch.float32)
+
+    def to(self, device: torch.device | str) -> LogScales:
+        """The same on ``device``."""
+        return replace(
+            self,
+            labels=self.labels.to(device),
+            features=self.features.to(device),
+            constant=self.constant.to(device),
+            neutral=None if self.neutral is None else self.neutral.to(device),
+        )
 
 
 def coefficient_map(
@@ -163,51 +179,56 @@ def coefficient_map(
     ties: Tensor | None = None,
     betas: bool = False,
     offsets: bool = False,
+    producer: Tensor | None = None,
 ) -> LogScales:
-    """Formula fA1 with its two extensions, as a linear map: ``s_j = exp(offset_k) a_j^alpha_k / w_j^beta_k``.
+    """Formula fA1 with its two extensions, as a linear map: ``s_j = exp(offset_k) u (a_j / u)^alpha_k / (w_j u)^beta_k``.
 
-    Without ``betas``, beta_k = 1 - alpha_k (fA1 itself). theta holds K alphas, then K betas if asked for, then K offsets if
-    asked for. Dead channels follow ``DEAD_CHANNEL_RULE`` whatever theta is.
+    Without ``betas``, beta_k = 1 - alpha_k (fA1 itself). The unit u = sqrt(a / w), geometric means over the live channels, cancels
+    then; elsewhere it makes scales follow the unit of the activations. theta holds K alphas, then K betas if asked for, then
+    K offsets if asked for. Dead and near-dead channels follow ``DEAD_CHANNEL_RULE``.
 
     Args:
         activation: (C,) a_j >= 0.
         weight: (C,) w_j >= 0.
         labels: (C,) int64 group of each channel.
         ties: See :func:`smoothing_scales`; tied channels must be in one group.
-        betas: Whether beta is a number of its own.
-        offsets: Whether every group has a factor of its own, as a natural logarithm.
+        betas: Whether beta is a number apart from alpha.
+        offsets: Whether every group has its own factor, as a natural logarithm.
+        producer: See :func:`smoothing_scales`.
 
     Raises:
         InputError: Shapes differ, a statistic is negative, or a tie reaches over two groups.
         NonFiniteError: A statistic is NaN or infinite.
     """
-    _check_statistic("activation", activation, activation.shape)
-    _check_statistic("weight", weight, activation.shape)
+    statistics = _Statistics.of(activation, weight, producer, ties)
     labels = labels.to(activation.device, torch.int64)
     if labels.shape != activation.shape or int(labels.min()) < 0:
         raise InputError("labels", f"has shape {tuple(labels.shape)}", "give the group of every channel")
     if ties is not None:
-        index = tie_index(ties, activation.shape[0])
-        low, high = (tied_extreme(labels, index, extreme) for extreme in ("amin", "amax"))
-        if not torch.equal(low, high):
-            raise InputError("labels", "differ among tied channels", "put tied channels into one group")
-        activation, weight = (tied_extreme(v, index, "amax") for v in (activation, weight))
-    dead = (activation == 0) | (weight == 0)
-    log_a, log_w = (torch.where(dead, 1.0, v).to(torch.float64).log() for v in (activation, weight))
-    zero = torch.zeros_like(log_a)
-    features = [log_a, -log_w] if betas else [log_a + log_w]
+        _refuse_differing("labels", labels, tie_index(ties, activation.shape[0]))
+    neutral, log_a, log_w = statistics.neutral, statistics.log_activation, statistics.log_weight
+    alive = (~neutral.dead).to(torch.float64)
+    unit = alive * ((log_a - log_w)[neutral.live].mean() / 2 if bool(neutral.live.any()) else 0.0)
+    features = [log_a - unit, -(log_w + unit)] if betas else [log_a + log_w]
     if offsets:
-        features.append(torch.where(dead, zero, zero + 1))
+        features.append(alive)
     return LogScales(
         labels=labels,
         features=torch.stack(features),
-        constant=zero if betas else -log_w,
+        constant=unit if betas else -log_w,
         groups=int(labels.max()) + 1,
+        neutral=neutral,
     )
 
 
 def group_scales(
-    activation: Tensor, weight: Tensor, alphas: Sequence[float] | None, labels: Tensor, *, ties: Tensor | None = None
+    activation: Tensor,
+    weight: Tensor,
+    alphas: Sequence[float] | None,
+    labels: Tensor,
+    *,
+    ties: Tensor | None = None,
+    producer: Tensor | None = None,
 ) -> Tensor:
     """Scales (C,) of one candidate: its alpha of every group through formula fA1, or all ones for identity.
 
@@ -217,6 +238,7 @@ def group_scales(
         alphas: (K,) one per group; None is identity, which no alpha reaches.
         labels: (C,) int64 group of each channel.
         ties: See :func:`smoothing_scales`.
+        producer: Likewise.
 
     Raises:
         InputError: As :func:`smoothing_scales` and :func:`expand_alphas`.
@@ -225,7 +247,7 @@ def group_scales(
         return torch.ones_like(activation)
     labels = labels.to(activation.device)
     per_channel = expand_alphas(torch.tensor(alphas, device=labels.device), labels)
-    return smoothing_scales(activation, weight, per_channel, ties=ties)
+    return smoothing_scales(activation, weight, per_channel, ties=ties, producer=producer)
 
 
 def expand_alphas(alphas: Tensor, labels: Tensor) -> Tensor:
@@ -270,19 +292,45 @@ def tied_extreme(values: Tensor, index: Tensor, extreme: str) -> Tensor:
     return largest.scatter_reduce(0, index, values, reduce=extreme, include_self=False)[index]
 
 
-def _scales(activation: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    dead = (activation == 0) | (weight == 0)
-    log_a = torch.where(dead, 1.0, activation).to(torch.float64).log()
-    log_w = torch.where(dead, 1.0, weight).to(torch.float64).log()
-    scales = (alpha * log_a - (1.0 - alpha) * log_w).exp().clamp(SCALE_MIN, SCALE_MAX).to(torch.float32)
-    return torch.where(dead, 1.0, scales)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Statistics:
+    """(C,) float64 logarithms of what formula fA1 is made of, ties at their largest; 0 for dead channels."""
+
+    log_activation: Tensor
+    log_weight: Tensor
+    neutral: NeutralScales
+
+    @classmethod
+    def of(cls, activation: Tensor, weight: Tensor, producer: Tensor | None, ties: Tensor | None) -> _Statistics:
+        _check_statistic("activation", activation, activation.shape)
+        _check_statistic("weight", weight, activation.shape)
+        if producer is not None:
+            _check_statistic("producer", producer, activation.shape)
+        if ties is not None:
+            index = tie_index(ties, activation.shape[0])
+            activation, weight = (tied_extreme(v, index, "amax") for v in (activation, weight))
+            producer = None if producer is None else tied_extreme(producer, index.to(producer.device), "amax")
+        neutral = NeutralScales.of(activation, weight, producer)
+        logs = (torch.where(neutral.dead, 1.0, v).to(torch.float64).log() for v in (activation, weight))
+        return cls(**dict(zip(("log_activation", "log_weight"), logs, strict=True)), neutral=neutral)
+
+
+def _bounded(logs: Tensor, neutral: NeutralScales | None) -> Tensor:
+    """Log scales within the bounds, dead and near-dead channels placed among those that are live."""
+    low, high = math.log(SCALE_MIN), math.log(SCALE_MAX)
+    bounded = logs.clamp(low, high)
+    return bounded if neutral is None or neutral.idle else neutral.place(bounded).clamp(low, high)
+
+
+def _refuse_differing(field: str, values: Tensor, index: Tensor) -> None:
+    low, high = (tied_extreme(values, index, extreme) for extreme in ("amin", "amax"))
+    if not torch.equal(low, high):
+        raise InputError(field, "differs among tied channels", "put tied channels into one group")
 
 
 def _check_statistic(field: str, values: Tensor, shape: torch.Size) -> None:
     if values.dim() != 1 or values.numel() == 0 or values.shape != shape:
-        raise InputError(
-            field, f"has shape {tuple(values.shape)}", "give one magnitude per channel for both statistics"
-        )
+        raise InputError(field, f"has shape {tuple(values.shape)}", "give one magnitude per channel for all statistics")
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(f"the {field} statistic holds NaN or infinity")
     if bool((values < 0).any()):

@@ -1,4 +1,19 @@
-"""What is tried, where, and in which order: configuration, hardware, ranges, studies, the run and its command line."""
+"""What is tried, where, and in which order: configuration, hardware, ranges, studies, the run and its command line.
+
+- ``checkpoints``: what a user does with an output folder: load, verify, undo
+- ``cli``: the command line and its texts
+- ``config``: the configuration of a run: frozen, validated, read from TOML, keyword arguments or both
+- ``devices``: what a search runs on: its device, and how many CPU threads a piece of work deserves
+- ``engines``: where candidates are evaluated: in this process, in worker processes, on a Ray cluster
+- ``inputs``: what a run works on: model and data, sites, hardware, calibration
+- ``interruption``: interrupts: the first Ctrl-C stops a run in good order, the second one at once
+- ``launch``: one run from first to last line: launch, go on, outcome, manifest, record
+- ``model``: the model's output: whole-model search, refinement, variants
+- ``progress``: progress of a run: bars on a terminal, plain lines elsewhere, nothing for scripts
+- ``site``: the search of one site: parametrizations, proposals, exact scores, result
+- ``study``: one Optuna study of anything: candidates, space, sampler, record
+- ``work``: sites handed out: plan, sources, stage, accepted results, the session under a lease
+"""
 
 from __future__ import annotations
 
@@ -6,12 +21,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alphasmith.search.checkpoints.load import load_quantized, load_smoothed
     from alphasmith.search.config import RunConfig
-    from alphasmith.search.pipeline import resume, run
-    from alphasmith.search.recorder import RunResult
-    from alphasmith.search.reload import load_quantized, load_smoothed
-    from alphasmith.search.site_result import SiteResult
-    from alphasmith.search.site_search import search_site
+    from alphasmith.search.launch.pipeline import resume, run
+    from alphasmith.search.launch.recorder import RunResult
+    from alphasmith.search.site.result import SiteResult
+    from alphasmith.search.site.search import search_site
 
 __all__ = [
     "RunConfig",
@@ -27,17 +42,23 @@ __all__ = [
 #: Where each name is. Imported when it is asked for: `alphasmith list` must not wait for torch, a worker not for transformers.
 _HOMES = {
     "RunConfig": "config",
-    "RunResult": "recorder",
-    "SiteResult": "site_result",
-    "load_quantized": "reload",
-    "load_smoothed": "reload",
-    "resume": "pipeline",
-    "run": "pipeline",
-    "search_site": "site_search",
+    "RunResult": "launch.recorder",
+    "SiteResult": "site.result",
+    "load_quantized": "checkpoints.load",
+    "load_smoothed": "checkpoints.load",
+    "resume": "launch.pipeline",
+    "run": "launch.pipeline",
+    "search_site": "site.search",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # else any name would do
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

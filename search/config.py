@@ -1,32 +1,49 @@
-"""What a run is asked to do: a frozen, validated configuration read from TOML, keyword arguments or both."""
+"""The configuration of a run: frozen, validated, read from TOML, keyword arguments or both."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import shlex
+import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.scheme import (
+from alphasmith.objectives.literals import (
+    ChannelStatistic,
+    GroupMethod,
+    MediaKind,
+    OutputLoss,
+    RangeStatistic,
+    Scope,
+    ShiftStatistic,
+)
+from alphasmith.objectives.quantization.scheme import (
     ActivationFormat,
     ActivationGranularity,
     Scheme,
     WeightFormat,
     WeightGranularity,
 )
+from alphasmith.objectives.reading import is_text, path_problem, read_text, usable_path, value_problem
+from alphasmith.objectives.text import is_control, one_line
+
+#: Where a run goes unless a configuration says otherwise.
+DEFAULT_STORAGE = "sqlite:///alphasmith.db"
+DEFAULT_OUT = Path("alphasmith-runs")
 
 SamplerName = Literal["tpe", "qmc", "random", "cmaes", "gp"]
 PrunerName = Literal["paired", "none", "median", "successive_halving", "hyperband"]
-GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_difference"]
-ChannelStatistic = Literal["absmax", "percentile", "rms"]
-RangeStatistic = Literal["absmax", "percentile", "margin"]
-ShiftStatistic = Literal["none", "mean", "middle"]
 
+#: Largest configuration file [bytes].
+_MOST_TOML = 2**20
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -34,10 +51,10 @@ def parse_bytes(value: object) -> object:
     """``"8 GiB"``, ``"900 GB/s"`` or a number of bytes -> int [bytes or bytes/s]; other types pass through to pydantic."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?(/S)?\s*", value.upper())
-    if match is None:
-        raise ValueError(f"{value!r} is not a size; write 8589934592, '8 GiB' or '900 GB/s'")
-    return int(float(match.group(1)) * _UNITS[match.group(2)])
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{0,30})?)\s*([KMGT]?I?)B?(/S)?\s*", value.upper(), re.ASCII)
+    if match is None or match.group(2) not in _UNITS:
+        raise ValueError(f"{one_line(value, 40)!r} is not a size; write 8589934592, '8 GiB' or '900 GB/s'")
+    return int(Fraction(match.group(1).rstrip(".")) * _UNITS[match.group(2)])
 
 
 def one_or_more(value: object) -> object:
@@ -55,11 +72,68 @@ GroupMethods = Annotated[tuple[GroupMethod, ...], BeforeValidator(one_or_more), 
 ChannelStatistics = Annotated[tuple[ChannelStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
 ShiftStatistics = Annotated[tuple[ShiftStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
 RangeStatistics = Annotated[tuple[RangeStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Bytes = Annotated[int, Field(gt=0, lt=2**63), BeforeValidator(parse_bytes)]
+#: Numbers of things: more would not fit into what holds them (columns of databases, indices of tensors).
+MANY = 10**7
+
+
+def _label(value: str) -> str:
+    if any(is_control(character) for character in value):
+        raise ValueError("it holds control characters")
+    return value
+
+
+def _user_path(value: Path) -> Path:
+    problem = path_problem(value)
+    if problem:
+        raise ValueError(f"it {problem}")
+    return value.expanduser()
+
+
+def _given_path(value: object) -> object:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and not is_text(value):
+        raise ValueError("it is not UTF-8")  # pydantic itself fails on it
+    return value
+
+
+#: Text that people and terminals see.
+Label = Annotated[str, AfterValidator(_label)]
+#: ``module:function``.
+CodeName = Annotated[Label, Field(max_length=512)]
+#: A path as it was given; whether anything is there is for whoever uses it.
+UserPath = Annotated[Path, BeforeValidator(_given_path), AfterValidator(_user_path)]
+
+
+def scheme_fields(value: object) -> object:
+    """The name of a scheme or a ``Scheme`` -> its fields; those already so pass through to pydantic.
+
+    Raises:
+        InputError: It is nothing of the kind, or no scheme has this name.
+    """
+    value = Scheme.parse(value) if isinstance(value, str) else value
+    if not isinstance(value, (Scheme, SchemeConfig, Mapping)):
+        raise InputError(
+            "scheme", f"is a {type(value).__name__}", "give a name such as w8a8-channel-static, or its fields"
+        )
+    return asdict(value) if isinstance(value, Scheme) else value
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        """Validate; sections may be given as mappings.
+
+        Raises:
+            InputError: Names the dotted field, what is wrong and what to write instead.
+        """
+        sections = {name: _named(value) for name, value in values.items() if isinstance(value, Mapping)}
+        try:
+            super().__init__(**{**values, **sections})
+        except ValidationError as error:
+            raise _as_input_error(type(self), error) from error
 
 
 class ModelConfig(_Section):
@@ -73,9 +147,9 @@ class ModelConfig(_Section):
         trust_remote_code: Allow Python code that comes with the folder.
     """
 
-    path: Path | None = None
-    factory: str | None = None
-    factory_path: Path | None = None
+    path: UserPath | None = None
+    factory: CodeName | None = None
+    factory_path: UserPath | None = None
     demo: Literal["image", "text"] | None = None
     trust_remote_code: bool = False
 
@@ -86,7 +160,10 @@ class DataConfig(_Section):
     Attributes:
         kind: Kind of media; ``auto`` looks at the files.
         path: File or folder.
-        column: Field of a jsonl line or column of a parquet file that holds the text.
+        column: Field of a jsonl line or column of a csv or parquet file that holds the text or a conversation; where there is
+            none of the default name, conversations are found by the names that data sets use (``messages``, ...).
+        label: Field or column that holds the class of a classifier or the text that a decoder writes; ``auto``: by the usual
+            names, else a folder for each class, a text beside each file, or the columns of ``metadata.csv``; ``none``: neither.
         factory: ``module:function`` that returns argument tuples of the model, in place of ``path``.
         metric: ``module:function`` that scores a model: called with the model folder (if there is one) and the model;
             returns a number or a mapping of names to numbers.
@@ -95,36 +172,37 @@ class DataConfig(_Section):
         samples: Calibration samples.
         held_out: Samples that judge the winner.
         proof: Samples on which float equivalence is proven; used for nothing else.
-        batch_size: Samples per forward call.
+        batch_size: Samples per forward call at most. Changes memory and time only: a run continues with another one.
         max_length: Longest text [tokens].
         sampling_rate: Audio sampling rate [Hz]; None: the model's own.
         frames: Video frames per sample; None: the model's own.
         image_size: Height and width [pixels]; None: the model's own.
     """
 
-    kind: Literal["auto", "text", "image", "audio", "video"] = "auto"
-    path: Path | None = None
-    column: str = "text"
-    factory: str | None = None
-    metric: str | None = None
-    metric_name: str | None = None
+    kind: Literal["auto", MediaKind] = "auto"
+    path: UserPath | None = None
+    column: Label = Field(default="text", max_length=512)
+    label: Label = Field(default="auto", max_length=512)
+    factory: CodeName | None = None
+    metric: CodeName | None = None
+    metric_name: Annotated[Label, Field(max_length=512)] | None = None
     metric_goal: Literal["max", "min"] = "max"
-    samples: int = Field(default=64, gt=0)
-    held_out: int = Field(default=32, gt=0)
-    proof: int = Field(default=8, gt=0)
-    batch_size: int = Field(default=8, gt=0)
-    max_length: int = Field(default=256, gt=0)
-    sampling_rate: int | None = Field(default=None, gt=0)
-    frames: int | None = Field(default=None, gt=0)
-    image_size: int | None = Field(default=None, gt=0)
+    samples: int = Field(default=64, gt=0, le=MANY)
+    held_out: int = Field(default=32, gt=0, le=MANY)
+    proof: int = Field(default=8, gt=0, le=MANY)
+    batch_size: int = Field(default=8, gt=0, le=2**16)
+    max_length: int = Field(default=256, gt=0, le=2**24)
+    sampling_rate: int | None = Field(default=None, ge=1000, le=768_000)
+    frames: int | None = Field(default=None, gt=0, le=3000)
+    image_size: int | None = Field(default=None, gt=0, le=2**13)
 
 
 class SchemeConfig(_Section):
-    """The quantization scheme, see ``alphasmith.objectives.scheme.Scheme``."""
+    """The quantization scheme, see ``alphasmith.objectives.quantization.scheme.Scheme``."""
 
     weights: WeightFormat = "int8"
     weight_granularity: WeightGranularity = "channel"
-    group_size: int | None = None
+    group_size: int | None = Field(default=None, gt=0, lt=2**31)
     activations: ActivationFormat = "int8"
     activation_granularity: ActivationGranularity = "static"
 
@@ -144,14 +222,14 @@ class GroupsConfig(_Section):
         bins: Bins of the range methods.
         ranges: ``magnitude``: formula fA6 by the group's magnitude, widened where needed to hold the best single alpha.
             ``strict``: not widened. ``wide``: the overall range 0.1 to 0.9 for every group, widened likewise.
-        offsets: Give every group a factor of its own, ``s = c_k a^alpha / w^(1-alpha)``, searched as its logarithm (scope
+        offsets: Give every group its own factor, ``s = c_k a^alpha / w^(1-alpha)``, searched as its logarithm (scope
             ``site``).
-        betas: Give every group an exponent of w of its own, ``s = a^alpha / w^beta`` (scope ``site``).
+        betas: Give every group its own exponent of w, ``s = a^alpha / w^beta`` (scope ``site``).
     """
 
     method: GroupMethods = ("kmeans",)
-    k: Annotated[int, Field(gt=0)] | Literal["auto"] = 4
-    bins: int = Field(default=10, gt=0)
+    k: Annotated[int, Field(gt=0, le=2**16)] | Literal["auto"] = 4
+    bins: int = Field(default=10, gt=0, le=2**16)
     ranges: Literal["magnitude", "strict", "wide"] = "magnitude"
     offsets: bool = True
     betas: bool = False
@@ -170,9 +248,9 @@ class HardwareConfig(_Section):
     """
 
     memory: Bytes | None = None
-    gpu_threads: int | None = Field(default=None, gt=0)
+    gpu_threads: int | None = Field(default=None, gt=0, lt=2**31)
     bandwidth: Bytes | None = None
-    forwards_per_second: float = Field(default=10.0, gt=0)
+    forwards_per_second: float = Field(default=10.0, gt=0, le=1e9)
     detect: bool = False
     search_memory: Bytes | None = None
 
@@ -184,9 +262,9 @@ class SearchConfig(_Section):
         scope: ``site``: a study per site. ``model``: one study, K alphas over all channels of the model (claim A-2).
         trials: Trials per study, baselines included; at least 4.
         sampler: Optuna sampler.
-        pruner: What stops a candidate on growing row subsets (scope ``site``) or batches (scope ``model``). ``paired``: a loss
+        pruner: What stops a candidate on growing row subsets (scope ``site``) or samples (scope ``model``). ``paired``: a loss
             above the incumbent's by more than three paired standard errors; else an Optuna pruner.
-        noise_model: Enqueue the optimum of the rounding-noise model after the baselines, and let it find the best single alpha
+        noise_model: Score the optimum of the rounding-noise model after the baselines, and let it find the best single alpha
             and the per-channel limit (scope ``site``). Off: the grid of ``single_alphas`` exact losses, then the sampler.
         tolerance: Stop a site's study once its best loss is at most this far above the per-channel limit, relative.
         patience: Stop a site's study after this many sampler trials without improvement.
@@ -207,7 +285,8 @@ class SearchConfig(_Section):
             not find it.
         device: Torch device of the search; None: the first GPU, else the CPU.
         threads: CPU threads of the search at most; None: as many as torch takes. Small sites are searched on one in any case.
-        guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows.
+        guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows, and the
+            whole model is no worse than without smoothing at its output.
             ``output``: as well, the whole model falls back to the best baseline when that has a lower held-out output loss.
         refine: After the sites (scope ``site``), a small study at the model's output over what site losses cannot see. Its
             winner is kept only if the held-out output loss falls by more than its paired standard error.
@@ -216,28 +295,28 @@ class SearchConfig(_Section):
             scheme (scope ``site``).
     """
 
-    scope: Literal["site", "model"] = "site"
-    trials: int = Field(default=24, ge=4)
+    scope: Scope = "site"
+    trials: int = Field(default=24, ge=4, le=MANY)
     sampler: SamplerName = "tpe"
     pruner: PrunerName = "paired"
     noise_model: bool = True
     tolerance: float = Field(default=0.03, ge=0, lt=1)
-    patience: int = Field(default=4, ge=1)
-    seed: int = Field(default=0, ge=0)
-    rows: int = Field(default=1024, ge=16)
+    patience: int = Field(default=4, ge=1, le=MANY)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    rows: int = Field(default=1024, ge=16, le=MANY)
     statistic: ChannelStatistics = ("absmax",)
     percentile: float = Field(default=99.9, gt=0, le=100)
     shift: ShiftStatistics = ("none", "mean")
     range: RangeStatistics = ("absmax", "percentile", "margin")
     range_percentile: float = Field(default=99.9, gt=0, le=100)
     range_margin: float = Field(default=1.1, ge=1, le=4)
-    loss: Literal["mse", "kl", "task"] = "mse"
-    single_alphas: int = Field(default=21, ge=3)
-    device: str | None = None
-    threads: int | None = Field(default=None, ge=1)
+    loss: OutputLoss = "mse"
+    single_alphas: int = Field(default=21, ge=3, le=10_001)
+    device: Annotated[Label, Field(max_length=64)] | None = None
+    threads: int | None = Field(default=None, ge=1, le=2**14)
     guard: Literal["site", "output"] = "site"
     refine: bool = True
-    refine_trials: int = Field(default=8, ge=4)
+    refine_trials: int = Field(default=8, ge=4, le=MANY)
     reuse: bool = True
 
 
@@ -252,8 +331,8 @@ class SitesConfig(_Section):
         experts: Smooth the inputs of mixture-of-experts layers, too.
     """
 
-    exclude: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
+    exclude: tuple[Label, ...] = ()
+    skip: tuple[Label, ...] = ()
     explicit: Literal["auto", "never"] = "auto"
     experts: bool = False
 
@@ -269,23 +348,23 @@ class ProofConfig(_Section):
 
 
 class WorkersConfig(_Section):
-    """Who evaluates candidates, and how dead workers are told from slow ones. Nothing here changes a result.
+    """Who evaluates candidates, and how dead workers are distinguished from slow ones. Nothing here changes a result.
 
     Attributes:
         count: Engine ``local``: worker processes; 0 searches in this process, or, on a machine with several GPUs, takes one
             process for each. Engine ``ray``: searches at once at most; 0: as many as the cluster takes.
         threads: CPU threads of each worker process; None: the cores of the machine, shared out.
-        lease: Seconds after which a worker that was not heard of counts as dead. Workers report four times as often.
+        lease: Seconds after which a worker without a heartbeat counts as dead. Workers report four times as often.
         attempts: How often a site is tried before it counts as failed, where its worker died.
         address: Engine ``ray``: address of a running cluster, ``auto`` to find it; None: the one in ``RAY_ADDRESS``, else a
             new one on this machine.
     """
 
-    count: int = Field(default=0, ge=0)
-    threads: int | None = Field(default=None, ge=1)
-    lease: float = Field(default=60.0, ge=1)
-    attempts: int = Field(default=3, ge=1)
-    address: str | None = None
+    count: int = Field(default=0, ge=0, le=2**14)
+    threads: int | None = Field(default=None, ge=1, le=2**14)
+    lease: float = Field(default=60.0, ge=1, le=30 * 86_400)
+    attempts: int = Field(default=3, ge=1, le=1000)
+    address: Annotated[Label, Field(max_length=512)] | None = None
 
 
 class RunConfig(_Section):
@@ -298,16 +377,19 @@ class RunConfig(_Section):
         engine: Where candidates are evaluated: ``local``, in this process or in worker processes; ``ray``, on a Ray cluster.
         artifacts: Where calibration rows and results of sites are kept while a run is not finished: a folder, or
             ``s3://bucket/prefix``; None: a folder beside an SQLite database, else ``alphasmith-artifacts``.
+        dtype: Type of the weights in ``smoothed/``: ``own``, the type that the model came in (bfloat16, float16, else float32), or
+            ``float32``.
     """
 
-    name: str = Field(default="", max_length=200)
-    storage: str | None = None
-    out: Path | None = None
+    name: Label = Field(default="", max_length=200)
+    storage: Annotated[Label, Field(max_length=4096)] | None = None
+    out: UserPath | None = None
     engine: Literal["local", "ray"] = "local"
-    artifacts: str | None = None
+    artifacts: Annotated[Label, Field(max_length=4096)] | None = None
+    dtype: Literal["own", "float32"] = "own"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    scheme: SchemeConfig = SchemeConfig()
+    scheme: Annotated[SchemeConfig, BeforeValidator(scheme_fields)] = SchemeConfig()
     groups: GroupsConfig = GroupsConfig()
     hardware: HardwareConfig = HardwareConfig()
     search: SearchConfig = SearchConfig()
@@ -329,16 +411,17 @@ class RunConfig(_Section):
         return self
 
     @classmethod
-    def build(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Validate nested plain values.
+    def build(cls, values: Mapping[str, Any] | RunConfig) -> RunConfig:
+        """Validate nested plain values; a configuration is returned as it is.
 
         Raises:
             InputError: Names the dotted field, what is wrong and what to write instead.
         """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise _as_input_error(cls, error) from error
+        if isinstance(values, RunConfig):
+            return values
+        if not isinstance(values, Mapping):
+            raise InputError("config", f"is a {type(values).__name__}", "give a RunConfig or a mapping of its fields")
+        return cls(**_named(values))
 
     @classmethod
     def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -347,16 +430,13 @@ class RunConfig(_Section):
         Raises:
             InputError: Missing file, broken TOML, unknown or invalid field.
         """
-        path = Path(path)
+        path = usable_path("CONFIG", path)
+        text = read_text(path, field="CONFIG", remedy="give the path of a TOML file", most=_MOST_TOML)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError("CONFIG", f"no file {path}", "give the path of a TOML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError("CONFIG", f"{path} cannot be read ({error})", "give a readable TOML file") from error
-        except tomllib.TOMLDecodeError as error:
+            values = _plain_toml(text)
+        except ValueError as error:
             raise InputError("CONFIG", f"{path} is not valid TOML ({error})", "correct that line") from error
-        _anchor_paths(values, path.resolve().parent)
+        _anchor_paths(values, path.parent)
         return cls.build(apply_overrides(values, overrides))
 
 
@@ -369,6 +449,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     result: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
+        if override.splitlines() != [override]:
+            raise InputError("--set", f"{override[:100]!r} has a line break", "give one value; repeat --set for more")
         if not equals or not key.strip():
             raise InputError("--set", f"{override!r} has no '='", "write it as section.field=value")
         *sections, last = key.strip().split(".")
@@ -381,43 +463,88 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with ``changes`` on top, field by field also within sections."""
+    both = {
+        name: {**values[name], **change}
+        if isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
+        else change
+        for name, change in changes.items()
+    }
+    return {**values, **both}
+
+
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        return _plain_toml(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
+    except ValueError as error:
+        raise InputError("--set", f"{text[:60]!r} {error}", "write a TOML value") from error
+
+
+def _plain_toml(text: str) -> dict[str, Any]:
+    """TOML as values.
+
+    Raises:
+        ValueError: It is not TOML, or nothing that a configuration can hold; says what is wrong.
+    """
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    problem = value_problem(values)
+    if problem:
+        raise ValueError(problem)
+    return values
 
 
 def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     for section, key in (("model", "path"), ("model", "factory_path"), ("data", "path"), (None, "out")):
         table = values if section is None else values.get(section)
         if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = str(folder / Path(table[key]).expanduser())
+            given = table[key]
+            if not path_problem(given):  # else the field says what is wrong with it
+                table[key] = str(folder / Path(given).expanduser())
+
+
+def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """As keyword arguments."""
+    return {str(name): value for name, value in values.items()}
 
 
 def _as_input_error(model: type[BaseModel], error: ValidationError) -> InputError:
     first = error.errors(include_url=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
     # Where a field takes values of several types, the location ends with the type that was tried.
     field = ".".join(p for p in map(str, first["loc"]) if re.fullmatch(r"\w+", p)) or "config"
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):  # of a section, which does not know its own name, or with the whole name
+        whole = not first["loc"] or cause.field == field
+        return cause if whole else InputError(f"{field}.{cause.field}", cause.problem, cause.remedy)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(model, [str(p) for p in first["loc"][:-1]])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        known = sorted(model.model_fields)
+        near = difflib.get_close_matches(field, known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known fields here are {', '.join(known)}"
         return InputError(field, "unknown field", remedy)
     message = first["msg"].removeprefix("Value error, ")
-    return InputError(field, f"{message[0].lower()}{message[1:]}, not {first.get('input')!r}", "correct the value")
+    given = textwrap.shorten(_shown(first.get("input")), 100, placeholder=" ...")
+    return InputError(field, f"{message[0].lower()}{message[1:]}, not {given}", "correct the value")
 
 
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return sorted(model.model_fields)
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        # Of an integer of thousands of digits there is none, and a script's object may do anything.
+        return f"a {type(value).__name__}"
 
 
-SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+def resume_command(run_id: str, storage: str) -> str:
+    """The command that resumes a run.
+
+    Args:
+        run_id: The run.
+        storage: Address of its database, passwords masked.
+    """
+    command = f"alphasmith resume {run_id}"
+    return command if storage == DEFAULT_STORAGE else f"{command} --storage {shlex.quote(storage)}"

@@ -1,4 +1,4 @@
-"""Leaving a run in good order: the first Ctrl-C asks, the second one leaves at once. What was recorded stays."""
+"""Interrupts: the first Ctrl-C stops a run in good order, the second one at once. What was recorded stays."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def leave(stop: Callable[[], bool]) -> None:
 
 
 def _end() -> None:
-    os.write(2, b"error: left at once, without waiting for what does not answer; go on with alphasmith resume\n")
+    os.write(2, b"error: stopped at once, without waiting for what does not answer; resume with alphasmith resume\n")
     os._exit(_INTERRUPTED)
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request and lets the second one through. For a process of its own.
+    """Turns the first SIGINT or SIGTERM into a request and lets the second one through. For a process that is not shared.
 
     After the second one the run is marked and worker processes are ended, where that is a matter of moments. A database that
     does not answer would be waited for: then the process ends all the same, as by a kill, and the run can be resumed.
@@ -49,12 +49,12 @@ class Interruption:
     SIGTERM is what Slurm and Kubernetes send before they kill.
 
     Args:
-        told: Called at the first signal, e.g. to say what will happen; must be quick and raise nothing.
+        on_signal: Called at the first signal, e.g. to say what will happen; must be quick and raise nothing.
         patience: Seconds after the second signal after which the process ends whatever it waits for [s].
     """
 
-    def __init__(self, told: Callable[[], None] = lambda: None, *, patience: float = 5.0) -> None:
-        self._told = told
+    def __init__(self, on_signal: Callable[[], None] = lambda: None, *, patience: float = 5.0) -> None:
+        self._on_signal = on_signal
         self._patience = patience
         self._before: dict[int, Any] = {}
         self.requested = False
@@ -83,4 +83,4 @@ class Interruption:
             end.start()
             raise KeyboardInterrupt
         self.requested = True
-        self._told()
+        self._on_signal()

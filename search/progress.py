@@ -1,4 +1,4 @@
-"""What a run tells people while it works: bars on a terminal, plain lines elsewhere, nothing for scripts."""
+"""Progress of a run: bars on a terminal, plain lines elsewhere, nothing for scripts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Protocol, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+from alphasmith.objectives.text import duration, visible
 
 
 class Progress(Protocol):
@@ -73,12 +75,12 @@ class PlainLines:
         self._last = now
         left = (now - self._begun) / self._done * (self._total - self._done)
         self.note(
-            f"{self._name} ({self._done}/{self._total}), {detail + ', ' if detail else ''}about {left:.0f} s left"
+            f"{self._name} ({self._done}/{self._total}), {detail + ', ' if detail else ''}about {duration(left)} left"
         )
 
     def note(self, text: str) -> None:
         """Print the line."""
-        print(text, file=self._stream, flush=True)
+        print(visible(text), file=self._stream, flush=True)
 
 
 class TerminalBars:
@@ -122,7 +124,7 @@ class TerminalBars:
 
     def note(self, text: str) -> None:
         """Print the line above the bars."""
-        self._bars.console.print(text, markup=False, highlight=False)
+        self._bars.console.print(visible(text), markup=False, highlight=False)
 
     def _finish(self) -> None:
         if self._task is None:

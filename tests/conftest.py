@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.buckets import Bucket, environment
+from tests.support.buckets import Bucket, environment
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,21 @@
-"""Small models trained on data that ships with Python packages, for the embedded demo."""
+"""Small models trained on data that ships with Python packages, for the embedded demo.
+
+- ``_images``: demo (a): a vision transformer trained on scikit-learn's handwritten digits
+- ``_task``: what an embedded demo is: a model, its data in three splits, and a metric
+- ``_text``: demo (b): a LLaMA-architecture language model trained on the English text of Python's own
+- ``outliers``: outlier channels like those of large language models
+- ``training``: training of the demo models, and the cache of their weights
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from alphasmith.objectives.demo.images import image_demo
+from alphasmith.objectives.demo._images import image_demo
+from alphasmith.objectives.demo._task import DemoTask, write_hf_folder, write_media
+from alphasmith.objectives.demo._text import text_demo
 from alphasmith.objectives.demo.outliers import NormPair, OutlierEdit, find_pairs, with_outliers
-from alphasmith.objectives.demo.task import DemoTask, write_hf_folder, write_media
-from alphasmith.objectives.demo.text import text_demo
 from alphasmith.objectives.demo.training import Progress, cache_folder
 from alphasmith.objectives.errors import InputError
 
@@ -42,7 +49,7 @@ def load_demo(
         name: ``image``: digits and a vision transformer; ``text``: a LLaMA-architecture language model.
         seed: Draws initial weights, training batches and outliers; not the splits.
         cache_dir: Where weights are kept; default: ``alphasmith`` in the user's cache folder.
-        progress: Told (steps done, steps in all) while training; not called when the cache is used.
+        progress: Called with (steps done, steps in all) while training; not called when the cache is used.
 
     Raises:
         InputError: There is no such demo.

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from alphasmith.objectives.batch import Batch, call
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.media.batch import Batch, call
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def train(
         steps: Number of updates.
         rate: Highest learning rate.
         seed: Draws the batches.
-        progress: Told after every update.
+        progress: Called after every update.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.95))

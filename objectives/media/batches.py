@@ -1,18 +1,42 @@
-"""Batches as a lazy sequence, batches from a script, the three splits, and a digest of what was used."""
+"""Batches as a lazy sequence, the three splits, and a digest of what was used."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 from typing import Any, overload
 
 import numpy as np
 import torch
 
-from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.media.in_memory import in_memory
+
+#: ``in_memory`` among them: launch scripts import it from here.
+__all__ = [
+    "FolderName",
+    "Loader",
+    "MediaBatches",
+    "Splits",
+    "as_media",
+    "data_digest",
+    "in_memory",
+    "largest",
+    "lengths_in_common",
+    "plan_batches",
+    "split_batches",
+]
+
+#: Loads samples, named by their numbers, as one batch; deterministic.
+Loader = Callable[[tuple[int, ...]], Batch]
+
+
+class FolderName(str):
+    """A target that is the name of the folder a file lies in."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,17 +44,47 @@ class MediaBatches(Sequence[Batch]):
     """Batches that are read when asked for, and read again when asked for again; memory holds one at a time.
 
     Attributes:
-        sizes: Samples in every batch.
-        load: Reads batch i; deterministic.
+        plan: The numbers of the samples in every batch.
+        load: Reads samples as one batch.
+        alike: What the samples of one batch must have in common, by number of the sample; empty: nothing.
+        origin: Reads samples as the data have them, where ``load`` adds what a model makes of them; None: it adds nothing.
+        targets: What each sample stands for as the data say it, by number, None where they do not; empty: nothing was asked for.
         notes: What was assumed because the model did not say, for the report.
     """
 
-    sizes: tuple[int, ...]
-    load: Callable[[int], Batch]
+    plan: tuple[tuple[int, ...], ...]
+    load: Loader
+    alike: tuple[Hashable, ...] = ()
+    origin: Loader | None = None
+    targets: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        count: int,
+        size: int,
+        load: Loader,
+        *,
+        alike: Sequence[Hashable] = (),
+        targets: Sequence[Any] = (),
+        notes: tuple[str, ...] = (),
+    ) -> MediaBatches:
+        """Samples 0 to ``count``, exclusive, in batches.
+
+        Args:
+            count: Number of samples.
+            size: Samples in a batch at most.
+            load: Reads samples as one batch.
+            alike: As of the class.
+            targets: As of the class.
+            notes: As of the class.
+        """
+        plan = plan_batches(range(count), size, alike)
+        return cls(plan=plan, load=load, alike=tuple(alike), targets=tuple(targets), notes=notes)
+
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.plan)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -39,20 +93,34 @@ class MediaBatches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> MediaBatches: ...
 
     def __getitem__(self, index: int | slice) -> Batch | MediaBatches:
-        numbers = range(len(self.sizes))
-        if isinstance(index, slice):
-            chosen = numbers[index]
-            load = self.load
-            return replace(self, sizes=tuple(self.sizes[i] for i in chosen), load=lambda i: load(chosen[i]))
-        return self.load(numbers[index])  # range() turns negative indices around and raises IndexError
+        return replace(self, plan=self.plan[index]) if isinstance(index, slice) else self.load(self.plan[index])
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.load(i) for i in range(len(self.sizes)))
+        return (self.load(numbers) for numbers in self.plan)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples in every batch."""
+        return tuple(map(len, self.plan))
 
     @property
     def samples(self) -> int:
         """Number of samples in all batches together."""
         return sum(self.sizes)
+
+    def one_by_one(self) -> Iterator[Batch]:
+        """Every sample as a batch of its own, by number, as the data have it: the same whatever the batches are."""
+        load = self.origin or self.load
+        return (load((number,)) for number in sorted(number for batch in self.plan for number in batch))
+
+    def regrouped(self, numbers: Sequence[int], size: int) -> MediaBatches:
+        """Some of the samples, in new batches.
+
+        Args:
+            numbers: Numbers of the samples, in their new order.
+            size: Samples in a batch at most.
+        """
+        return replace(self, plan=plan_batches(numbers, size, self.alike))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,52 +138,33 @@ class Splits:
     proof: MediaBatches
 
 
-def plan_batches(count: int, size: int) -> list[range]:
-    """Consecutive ranges of at most ``size`` that cover ``count`` samples."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def in_memory(batches: Iterable[Any], *, limit: int | None = None) -> list[Batch]:
-    """Take batches as a launch script has them.
+def plan_batches(numbers: Sequence[int], size: int, alike: Sequence[Hashable] = ()) -> tuple[tuple[int, ...], ...]:
+    """Samples in batches of at most ``size``. The order of the samples does not depend on it.
 
     Args:
-        batches: Tensors (the one positional argument), tuples or lists (positional arguments), mappings (keyword
-            arguments; ``labels`` are kept apart, a two-dimensional ``attention_mask`` also becomes the mask), or
-            ``Batch``. NumPy arrays stand for tensors. The first dimension of every tensor is the sample.
-        limit: Stop once this many samples were taken [samples]; None: take all, so the iterable must end.
-
-    Returns:
-        One ``Batch`` for each.
-
-    Raises:
-        InputError: Nothing was given, an item is of no such type, holds no tensor, no sample, padding only, tensors
-            that disagree about the number of samples, or a non-finite number.
+        numbers: Numbers of samples.
+        size: Samples in a batch at most.
+        alike: What the samples of a batch must have in common, by number; empty: nothing.
     """
-    taken: list[Batch] = []
-    total = 0
-    for number, item in enumerate(batches):
-        if limit is not None and total >= limit:
-            break
-        batch = _as_batch(item, f"batches[{number}]")
-        if limit is not None and total + batch.size > limit:
-            batch = batch.narrow(0, limit - total)
-        total += batch.size
-        taken.append(batch)
-    if not taken:
-        raise InputError("batches", "there is none", "give at least three samples")
-    return taken
+    groups: dict[Hashable, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(alike[number] if alike else None, []).append(number)
+    return tuple(tuple(g[start : start + size]) for g in groups.values() for start in range(0, len(g), size))
 
 
-def split_batches(batches: Sequence[Batch], held_out: float = 0.25, proof: float = 0.125, *, seed: int = 0) -> Splits:
-    """Divide samples into calibration, held-out and proof, none in two of them.
+def split_batches(
+    batches: Sequence[Batch], held_out: float = 0.25, proof: float = 0.125, *, size: int | None = None, seed: int = 0
+) -> Splits:
+    """Divide samples into calibration, held-out and proof, none in two of them, then put them into batches.
 
-    Whole batches are dealt out in an order drawn from ``seed``, so that data sorted by class lands in every split; only
-    the batches at the two borders are cut, along samples drawn from ``seed``.
+    Samples are dealt out one by one in an order drawn from ``seed``, so that data sorted by class lands in every split, and
+    the batches they came in, or go into, change nothing about it.
 
     Args:
         batches: What ``load_media`` or ``in_memory`` returned; read lazily where it is lazy.
         held_out: Samples for the guard: a share in (0, 1), or a whole number of samples.
         proof: Samples for the equivalence proof, likewise.
+        size: Samples in a batch at most; None: as many as in the largest of ``batches``.
         seed: Draws the order.
 
     Returns:
@@ -124,36 +173,61 @@ def split_batches(batches: Sequence[Batch], held_out: float = 0.25, proof: float
     Raises:
         InputError: A share is not positive, or no sample is left for one of the splits.
     """
-    sizes = batches.sizes if isinstance(batches, MediaBatches) else tuple(batch.size for batch in batches)
-    total = sum(sizes)
-    wanted = {"held_out": _count(held_out, total, "held_out"), "proof": _count(proof, total, "proof")}
-    calibration = total - sum(wanted.values())
+    given = as_media(batches)
+    wanted = {"held_out": _count(held_out, given.samples, "held_out"), "proof": _count(proof, given.samples, "proof")}
+    calibration = given.samples - sum(wanted.values())
     if calibration < 1:
         raise InputError(
             "data.samples",
-            f"{total} samples are too few for calibration, {wanted['held_out']} held out and {wanted['proof']} for the "
-            "proof",
-            "give more data, smaller batches of it, or smaller splits",
+            f"{given.samples} samples are too few for calibration, {wanted['held_out']} held out and {wanted['proof']} for "
+            "the proof",
+            "give more data, or smaller splits",
         )
-    generator = np.random.default_rng(seed)
-    order = [int(i) for i in generator.permutation(len(sizes))]
-    ends = list(accumulate((calibration, wanted["held_out"], wanted["proof"])))
-    pieces: list[list[tuple[int, tuple[int, ...]]]] = [[], [], []]
-    position = 0
-    for index in order:
-        rows = generator.permutation(sizes[index])
-        for part, end in enumerate(ends):
-            start = ends[part - 1] if part else 0
-            cut = rows[max(start - position, 0) : max(end - position, 0)]
-            if len(cut):
-                pieces[part].append((index, tuple(int(r) for r in np.sort(cut))))
-        position += sizes[index]
-    notes = batches.notes if isinstance(batches, MediaBatches) else ()
+    numbers = sorted(number for batch in given.plan for number in batch)
+    order = [numbers[int(i)] for i in np.random.default_rng(seed).permutation(given.samples)]
+    most = max(given.sizes) if size is None else size
+    first, second = calibration, calibration + wanted["held_out"]
     return Splits(
-        calibration=_view(batches, sizes, pieces[0], notes),
-        held_out=_view(batches, sizes, pieces[1], notes),
-        proof=_view(batches, sizes, pieces[2], notes),
+        calibration=given.regrouped(order[:first], most),
+        held_out=given.regrouped(order[first:second], most),
+        proof=given.regrouped(order[second:], most),
     )
+
+
+def as_media(batches: Sequence[Batch]) -> MediaBatches:
+    """Batches whose samples can be put into other batches; samples of different shapes stay apart."""
+    if isinstance(batches, MediaBatches):
+        return batches
+    rows = [(batch, row) for batch in batches for row in range(batch.size)]
+    alike = tuple(signature for batch in batches for signature in [_signature(batch)] * batch.size)
+    ends = list(accumulate((batch.size for batch in batches), initial=0))
+    plan = tuple(tuple(range(start, stop)) for start, stop in pairwise(ends))
+
+    def load(numbers: tuple[int, ...]) -> Batch:
+        chosen = [rows[number] for number in numbers]
+        return _joined([_take(batch, tuple(row for _, row in group)) for batch, group in _runs(chosen)])
+
+    return MediaBatches(plan=plan, load=load, alike=alike)
+
+
+def lengths_in_common(lengths: Sequence[int], kinds: Sequence[Hashable] = ()) -> list[int]:
+    """Every length cut to the shortest one within the same quarter of a doubling: a few lengths, each at least 0.84 of its own.
+
+    Args:
+        lengths: Above 0.
+        kinds: What is compared with its like only; empty: all of one kind.
+    """
+    steps = [math.floor(4 * math.log2(length)) for length in lengths]
+    keys = list(zip(steps, kinds or [None] * len(steps), strict=True))
+    shortest: dict[Hashable, int] = {}
+    for key, length in zip(keys, lengths, strict=True):
+        shortest[key] = min(length, shortest.get(key, length))
+    return [shortest[key] for key in keys]
+
+
+def largest(batches: Sequence[Batch]) -> int:
+    """Samples in the largest batch; nothing is read that is lazy."""
+    return max(batches.sizes if isinstance(batches, MediaBatches) else (batch.size for batch in batches))
 
 
 def data_digest(batches: Iterable[Batch]) -> str:
@@ -182,15 +256,44 @@ def _count(share: float, total: int, name: str) -> int:
     return max(1, round(share * total)) if share < 1 else int(share)
 
 
-def _view(
-    batches: Sequence[Batch], sizes: tuple[int, ...], pieces: list[tuple[int, tuple[int, ...]]], notes: tuple[str, ...]
-) -> MediaBatches:
-    def load(number: int) -> Batch:
-        index, rows = pieces[number]
-        batch = batches[index]
-        return batch if len(rows) == sizes[index] else _take(batch, rows)
+def _runs(rows: Sequence[tuple[Batch, int]]) -> Iterator[tuple[Batch, list[tuple[Batch, int]]]]:
+    for _, group in groupby(rows, key=lambda row: id(row[0])):
+        found = list(group)
+        yield found[0][0], found
 
-    return MediaBatches(sizes=tuple(len(rows) for _, rows in pieces), load=load, notes=notes)
+
+def _signature(batch: Batch) -> Hashable:
+    """What batches must have in common to be joined: names, types and shapes of one sample, and all that is no tensor."""
+
+    def of(value: Any) -> Hashable:
+        if isinstance(value, torch.Tensor):
+            return (value.dtype, tuple(value.shape[1:])) if value.dim() else (value.dtype, value.item())
+        return repr(value)
+
+    named = tuple(sorted((name, of(value)) for name, value in batch.kwargs.items()))
+    return (tuple(map(of, batch.args)), named, of(batch.labels))
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one signature as one; a mask that hides nothing is left out."""
+    first = batches[0]
+
+    def join(values: Sequence[Any]) -> Any:
+        tensors = isinstance(values[0], torch.Tensor) and values[0].dim() > 0
+        return torch.cat(list(values)) if tensors and len(values) > 1 else values[0]
+
+    masks = [batch.mask for batch in batches]
+    shaped = next((mask for mask in masks if mask is not None), None)
+    mask = None
+    if shaped is not None:
+        whole = [torch.ones(b.size, *shaped.shape[1:], dtype=torch.bool) if b.mask is None else b.mask for b in batches]
+        mask = torch.cat(whole)
+    return Batch(
+        args=tuple(join([batch.args[i] for batch in batches]) for i in range(len(first.args))),
+        kwargs={name: join([batch.kwargs[name] for batch in batches]) for name in first.kwargs},
+        mask=mask if mask is not None and not bool(mask.all()) else None,
+        labels=join([batch.labels for batch in batches]),
+    )
 
 
 def _take(batch: Batch, rows: tuple[int, ...]) -> Batch:
@@ -206,63 +309,6 @@ def _take(batch: Batch, rows: tuple[int, ...]) -> Batch:
         mask=pick(batch.mask),
         labels=pick(batch.labels),
     )
-
-
-def _as_batch(item: Any, where: str) -> Batch:
-    labels = mask = None
-    if isinstance(item, Batch):
-        batch = item
-    else:
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if isinstance(item, (torch.Tensor, np.ndarray)):
-            args = (_tensor(item),)
-        elif isinstance(item, Mapping):
-            kwargs = {str(name): _tensor(value) for name, value in item.items()}
-            labels = kwargs.pop("labels", None)
-            mask = _mask(kwargs.get("attention_mask"))
-        elif isinstance(item, (tuple, list)):
-            args = tuple(_tensor(value) for value in item)
-        else:
-            raise InputError(
-                where, f"is a {type(item).__name__}", "give a tensor, a tuple of arguments, a dict of them, or a Batch"
-            )
-        batch = Batch(args=args, kwargs=kwargs, mask=mask, labels=labels)
-    _check(batch, where)
-    return batch
-
-
-def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-def _mask(attention: Any) -> torch.Tensor | None:
-    """An attention mask as ``Batch.mask``; None where nothing is padded, or where it has no (B, L) shape."""
-    if not isinstance(attention, torch.Tensor) or attention.dim() != 2 or attention.is_floating_point():
-        return None
-    mask = attention.bool()
-    return None if bool(mask.all()) else mask
-
-
-def _check(batch: Batch, where: str) -> None:
-    named = [(f"{where} argument {i}", v) for i, v in enumerate(batch.args)]
-    named += [(f"{where}[{k!r}]", v) for k, v in batch.kwargs.items()]
-    tensors = [(name, v) for name, v in named if isinstance(v, torch.Tensor) and v.dim() > 0]
-    if not tensors:
-        raise InputError(where, "holds no tensor with a sample dimension", "give the model's input tensors")
-    for name, value in tensors:
-        if value.numel() == 0:
-            raise InputError(name, "is empty", "give at least one sample")
-        if value.shape[0] != batch.size:
-            raise InputError(
-                name,
-                f"has {value.shape[0]} samples, another argument has {batch.size}",
-                "let the first dimension of every tensor be the sample, or bind shared tensors in the model",
-            )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(name, "holds NaN or infinity", "clean the data")
-    if batch.mask is not None and not bool(batch.mask.any()):
-        raise InputError(where, "is padding only", "give data with at least one real position")
 
 
 def _digest_value(update: Callable[[bytes], object], value: Any) -> None:

@@ -1,10 +1,9 @@
-"""Text: windows of plain files, fields of jsonl records, columns of parquet files, tokenized by the model's tokenizer."""
+"""Text: windows of plain files, fields of records, conversations, tokenized by the model's tokenizer."""
 
 from __future__ import annotations
 
 import codecs
-import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.media.batches import MediaBatches, plan_batches
-from alphasmith.objectives.media.source import MediaSource, is_transformers_config, setting
+from alphasmith.objectives.media._conversations import FIELDS, Conversation, conversation_of, is_conversation
+from alphasmith.objectives.media._records import TABLES, Record, read_records
+from alphasmith.objectives.media._source import LISTS, MediaSource, is_transformers_config, setting
+from alphasmith.objectives.media._targets import COLUMNS, target_column
+from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.media.batches import MediaBatches
+from alphasmith.objectives.reading import is_regular, read_object, refusing
+from alphasmith.objectives.text import counted
 
 #: Bytes read per wanted token: about three times the average of English BPE, enough for one token per CJK character.
 _BYTES_PER_TOKEN = 12
@@ -39,8 +43,9 @@ def load_text(
     """Tokenize samples of text files.
 
     A plain text file is cut into one window per sample, spread evenly over it at places drawn from ``seed``; windows
-    never overlap. Of jsonl and parquet files, ``source.samples`` non-empty records are drawn from ``seed`` (reservoir
-    sampling, claim A-1's "several sampled"), out of the first 200 000 records.
+    never overlap. Of jsonl, csv and parquet files, ``source.samples`` non-empty records are drawn from ``seed`` (reservoir
+    sampling, claim A-1's "several sampled"), out of the first 200 000 records. Conversations become text by the
+    tokenizer's chat template.
 
     Args:
         source: What to read.
@@ -55,14 +60,15 @@ def load_text(
     Raises:
         InputError: No tokenizer, no such column, no text, an unreadable file, or tokens the model does not know.
     """
-    tokenizer = _load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     limit = _token_limit(source, tokenizer, model_config)
     generator = np.random.default_rng(seed)
-    texts = _sample_texts(source, files, limit, generator)
-    ids = [row for text in texts if (row := tokenizer(text, truncation=True, max_length=limit)["input_ids"])]
-    if not ids:
+    passages, notes = _sample_texts(source, files, limit, generator)
+    tokens = [(row, p.target) for p in passages if (row := _tokens(p.text, tokenizer, limit))]
+    if not tokens:
         raise InputError("data.path", f"{source.path} holds no text", "give files that are not empty")
-    ids = [ids[i] for i in generator.permutation(len(ids))]
+    tokens = [tokens[i] for i in generator.permutation(len(tokens))]
+    ids, targets = [row for row, _ in tokens], [target for _, target in tokens]
     vocabulary = setting(model_config, "vocab_size")
     highest = max(max(row) for row in ids)
     if isinstance(vocabulary, int) and highest >= vocabulary:
@@ -72,16 +78,20 @@ def load_text(
             "put the tokenizer of this model into its folder",
         )
     # Any id will do where the tokenizer has none: padded positions are masked everywhere.
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    plan = plan_batches(len(ids), source.batch_size)
+    known = vocabulary if isinstance(vocabulary, int) else 2**31
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int) and i < known), 0)
 
-    def load(number: int) -> Batch:
-        return _pad([ids[i] for i in plan[number]], pad, model_config)
+    def load(numbers: tuple[int, ...]) -> Batch:
+        return _pad([ids[i] for i in numbers], pad, model_config)
 
-    notes = (
-        ("the tokenizer has no padding token: padded positions are masked",) if tokenizer.pad_token_id is None else ()
-    )
-    return MediaBatches(sizes=tuple(map(len, plan)), load=load, notes=notes)
+    if tokenizer.pad_token_id is None:
+        notes = (*notes, "the tokenizer has no padding token: padded positions are masked")
+    # A model that is not told of the padding gives other answers beside it, and a mask of the encoder's positions says nothing
+    # of the decoder's: then texts of one length share a batch.
+    padded = is_transformers_config(model_config) and not setting(model_config, "is_encoder_decoder", False)
+    alike = () if padded else [len(row) for row in ids]
+    targets = targets if source.targets else []
+    return MediaBatches.of(len(ids), source.batch_size, load, alike=alike, targets=targets, notes=notes)
 
 
 def _pad(rows: list[list[int]], pad: int, config: Any) -> Batch:
@@ -91,16 +101,21 @@ def _pad(rows: list[list[int]], pad: int, config: Any) -> Batch:
     padded = None if bool(mask.all()) else mask
     if not is_transformers_config(config):
         return Batch(args=(ids,), mask=padded)
-    kwargs = {"input_ids": ids, "attention_mask": mask.long()}
-    start = setting(config, "decoder_start_token_id")
-    if setting(config, "is_encoder_decoder", False) and start is not None:
-        # Teacher forcing on the text itself; same length as the encoder's input, so one mask serves both.
-        kwargs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-    return Batch(kwargs=kwargs, mask=padded)
+    return Batch(kwargs={"input_ids": ids, "attention_mask": mask.long()}, mask=padded)
 
 
-def _load_tokenizer(folder: Path | None) -> Any:
-    if folder is None or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+def has_tokenizer(folder: Path | None) -> bool:
+    """Whether a model's folder holds a tokenizer."""
+    return folder is not None and any(is_regular(folder / name) for name in _TOKENIZER_FILES)
+
+
+def load_tokenizer(folder: Path | None) -> Any:
+    """The tokenizer of a model's folder; nothing is fetched, and no code of the folder runs.
+
+    Raises:
+        InputError: There is none, or it cannot be loaded.
+    """
+    if folder is None or not has_tokenizer(folder):
         raise InputError(
             "data.kind",
             f"text needs a tokenizer, and {'no model folder was given' if folder is None else f'{folder} has none'}",
@@ -108,17 +123,18 @@ def _load_tokenizer(folder: Path | None) -> Any:
         )
     from transformers import AutoTokenizer
 
-    try:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (folder / name).is_file():  # the tokenizers library reports broken JSON without naming the file
-                json.loads((folder / name).read_text(encoding="utf-8"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if is_regular(folder / name):  # the tokenizers library reports broken JSON without naming the file
+            read_object(folder / name, field="model.path")
+    with refusing("model.path", f"the tokenizer in {folder} cannot be loaded", "repair it"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise InputError("model.path", f"the tokenizer in {folder} cannot be loaded ({error})", "repair it") from error
 
 
 def _token_limit(source: MediaSource, tokenizer: Any, config: Any) -> int:
-    limits = [source.max_length, int(min(tokenizer.model_max_length, 2**31))]
+    own = tokenizer.model_max_length
+    if not isinstance(own, (int, float)) or not own >= 1:
+        raise InputError("model.path", f"its tokenizer takes {str(own)[:100]!r} tokens", "repair tokenizer_config.json")
+    limits = [source.max_length, int(min(own, 2**31))]
     for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
         value = setting(config, name)
         if isinstance(value, int) and value > 0:
@@ -126,14 +142,35 @@ def _token_limit(source: MediaSource, tokenizer: Any, config: Any) -> int:
     return min(limits)
 
 
-def _sample_texts(source: MediaSource, files: list[Path], limit: int, generator: np.random.Generator) -> list[str]:
-    plain = [f for f in files if f.suffix.lower() == ".txt"]
-    records = [f for f in files if f.suffix.lower() != ".txt"]
+@dataclass(frozen=True)
+class _Passage:
+    """A text, and what it stands for where the data say so."""
+
+    text: str | Conversation
+    target: Any = None
+
+
+def _tokens(text: str | Conversation, tokenizer: Any, limit: int) -> list[int]:
+    # The template of a conversation writes the special tokens itself.
+    whole, special = (text, True) if isinstance(text, str) else (text.text(tokenizer), False)
+    with refusing("model.path", "its tokenizer fails on a text", "repair the tokenizer"):
+        return list(tokenizer(whole, truncation=True, max_length=limit, add_special_tokens=special)["input_ids"])
+
+
+def _sample_texts(
+    source: MediaSource, files: list[Path], limit: int, generator: np.random.Generator
+) -> tuple[list[_Passage], tuple[str, ...]]:
+    records = [f for f in files if f.suffix.lower() in TABLES]
+    plain = [f for f in files if f not in records]
+    if plain and all(f.suffix.lower() in LISTS for f in records):
+        records = []
     if plain and records:
         raise InputError(
-            "data.path", f"{source.path} mixes .txt with jsonl or parquet files", "name one file or folder"
+            "data.path", f"{source.path} mixes .txt with jsonl, csv or parquet files", "name one file or folder"
         )
-    return _windows(source, plain, limit, generator) if plain else _reservoir(source, records, generator)
+    if records:
+        return _reservoir(source, records, generator)
+    return [_Passage(text) for text in _windows(source, plain, limit, generator)], ()
 
 
 def _windows(source: MediaSource, files: list[Path], limit: int, generator: np.random.Generator) -> list[str]:
@@ -172,63 +209,56 @@ def _decode(data: bytes, file: Path) -> str:
         raise InputError("data.path", f"{file} is not UTF-8 text", "convert it to UTF-8") from error
 
 
-def _reservoir(source: MediaSource, files: list[Path], generator: np.random.Generator) -> list[str]:
-    records = (text for file in files for text in _records(file, source.column) if text.strip())
-    chosen: list[tuple[int, str]] = []
-    for number, text in enumerate(islice(records, _MAX_RECORDS)):
-        if number < source.samples:
-            chosen.append((number, text))
-        elif (slot := int(generator.integers(number + 1))) < source.samples:
-            chosen[slot] = (number, text)
-    return [text for _, text in sorted(chosen)]
+def _reservoir(
+    source: MediaSource, files: list[Path], generator: np.random.Generator
+) -> tuple[list[_Passage], tuple[str, ...]]:
+    wanted = (source.column, source.label, *FIELDS, *(COLUMNS[source.targets] if source.targets else ()))
+    records = (record for file in files for record in read_records(file, wanted))
+    chosen: list[tuple[int, _Passage]] = []
+    number = nulls = 0
+    for record in islice(records, _MAX_RECORDS):
+        passage = _passage(record, source)
+        if passage is None:
+            nulls += 1
+        elif not isinstance(passage.text, str) or passage.text.strip():
+            if number < source.samples:
+                chosen.append((number, passage))
+            elif (slot := int(generator.integers(number + 1))) < source.samples:
+                chosen[slot] = (number, passage)
+            number += 1
+    named = "text or label" if source.targets else "text"
+    notes = (f"{counted(nulls, 'record')} without a {named} (null) passed over",) if nulls else ()
+    return [passage for _, passage in sorted(chosen, key=lambda item: item[0])], notes
 
 
-def _records(file: Path, column: str) -> Iterator[str]:
-    return _parquet(file, column) if file.suffix.lower() == ".parquet" else _jsonl(file, column)
+def _passage(record: Record, source: MediaSource) -> _Passage | None:
+    """What a record says, and what it stands for; None where either is null."""
+    if source.targets == "text" and source.column not in record.fields and is_conversation(record):
+        asked = conversation_of(record)
+        if asked is None:
+            return None
+        # An encoder-decoder reads the question and writes the answer.
+        roles = [role for role, _ in asked.messages[:2]]
+        if roles == ["user", "assistant"]:
+            return _Passage(asked.messages[0][1], asked.messages[1][1])
+    text = _text(record, source.column)
+    column = target_column(record, source, COLUMNS[source.targets] if source.targets else ())
+    target = None if column is None else record.fields[column]
+    return None if text is None or (column is not None and target is None) else _Passage(text, target)
 
 
-def _jsonl(file: Path, column: str) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _field(json.loads(line), column, f"{file} line {number}")
-    except json.JSONDecodeError as error:
-        raise InputError("data.path", f"{file} line {number} is not JSON ({error.msg})", "repair the line") from error
-    except UnicodeDecodeError as error:
-        raise InputError("data.path", f"{file} is not UTF-8 text", "convert it to UTF-8") from error
-    except OSError as error:
-        raise InputError("data.path", f"{file} cannot be read ({error.strerror})", "give a readable file") from error
-
-
-def _field(record: Any, column: str, where: str) -> str:
-    value = record.get(column) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        names = ", ".join(sorted(record)) if isinstance(record, dict) else "no fields"
-        raise InputError(
-            "data.column", f"{where} has no text in {column!r} (it has {names})", "name the field that holds it"
-        )
-    return value
-
-
-def _parquet(file: Path, column: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError("data.path", f"{file} is not a readable parquet file ({error})", "repair it") from error
-    with table:
-        fields = table.schema_arrow
-        if column not in fields.names:
-            raise InputError("data.column", f"{file} has no column {column!r}", f"use one of {', '.join(fields.names)}")
-        if str(fields.field(column).type) not in ("string", "large_string", "string_view"):
-            raise InputError(
-                "data.column", f"{column!r} in {file} is {fields.field(column).type}", "name a text column"
-            )
-        try:
-            for rows in table.iter_batches(batch_size=1024, columns=[column]):
-                yield from (text for text in rows.column(0).to_pylist() if text is not None)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError("data.path", f"{file} cannot be read to its end ({error})", "repair it") from error
+def _text(record: Record, column: str) -> str | Conversation | None:
+    """What a record says; None where that is null."""
+    value = record.fields.get(column)
+    if column in record.fields:
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, (list, tuple)):
+            return conversation_of(record, column)
+    elif is_conversation(record):
+        return conversation_of(record)
+    raise InputError(
+        "data.column",
+        f"{record.where} has no text in {column!r} (it has {record.names})",
+        "name the field that holds it",
+    )

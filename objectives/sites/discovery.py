@@ -1,4 +1,4 @@
-"""Sites of a model, found by tensor identity in one traced forward pass (architecture section 3.2; claims T5, T6).
+"""Sites of a model, found by tensor identity in one traced forward pass (traps T5, T6).
 
 A site is folded only when the propagation of its scales through the traced graph proves that they cancel; everything else
 gets an explicit division at its input, or is left alone, with the reason.
@@ -8,35 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from alphasmith.objectives.batch import Batch
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.sites.edits import extended_over_stack, operator_edit, solution_edits
-from alphasmith.objectives.sites.experts import Experts
-from alphasmith.objectives.sites.graph import Graph, Node, trace
-from alphasmith.objectives.sites.propagation import NONE, Blocked, Solution, Solver
-from alphasmith.objectives.sites.rules import IDENTITY, MOVEMENT, NORMS, RULES, channel_index
-from alphasmith.objectives.sites.shifts import shift_edits
+from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.sites._edits import extended_over_stack, operator_edit, solution_edits
+from alphasmith.objectives.sites._experts import Experts
+from alphasmith.objectives.sites._graph import Graph, Node, trace
+from alphasmith.objectives.sites._propagation import NONE, Blocked, Solution, Solver
+from alphasmith.objectives.sites._reach import Unread
+from alphasmith.objectives.sites._reasons import weights_of
+from alphasmith.objectives.sites._rules import IDENTITY, MOVEMENT, NORMS, RULES, channel_index
+from alphasmith.objectives.sites._shifts import shift_edits
+from alphasmith.objectives.sites._weights import Operators, Use, find_operators
 from alphasmith.objectives.sites.types import Discovery, Operator, Site
-from alphasmith.objectives.sites.weights import CHAIN, Operators, Use, WeightResolver, find_operators
+from alphasmith.objectives.text import matches
+
+#: Why a layer takes no scales that only other batches than the traced one reach.
+_UNREACHED = "the example batch does not reach it"
 
 
 def discover(model: nn.Module, batch: Batch, *, experts: bool = False, exclude: Sequence[str] = ()) -> Discovery:
     """Find every site of ``model`` and how its scales can be applied.
 
     Args:
-        model: In eval mode; not modified. What the forward pass does on ``batch`` must be what it does on any batch:
-            branches and experts that ``batch`` does not reach are reported as skipped.
+        model: In eval mode; not modified. What the forward pass does on ``batch`` must be what it does on any batch: layers
+            that ``batch`` does not reach are left alone, and nothing is folded that they could read or make.
         batch: One tiny batch (two samples of a few positions); all its intermediate tensors are held at once.
         experts: Also smooth the inputs of mixture-of-experts layers (router and all experts together).
         exclude: ``fnmatch`` patterns of operator names; a site with a matching operator is left alone.
 
     Returns:
-        Sites in forward order, and the weights that cannot be quantized. Operators of a site stand in forward order,
+        Sites in forward order, those of layers that were not reached last, and all weights. Operators of a site stand in forward order,
         except that those which read every row of the tensor come before those which read some of them. A site may have
         raw operators only: then nothing is quantized at it.
 
@@ -52,11 +57,14 @@ def discover(model: nn.Module, batch: Batch, *, experts: bool = False, exclude: 
     groups = _group(graph, operators)
     moe = Experts(model, graph, operators, [(g.members, g.routed) for g in groups])
     context = _Context(model)
+    unread = Unread(model, graph)
     sites = []
     for number, group in enumerate(groups):
         refusal = _refusal(operators, group, exclude) or moe.refusal(number, experts)
-        sites.append(_site(graph, operators, group, context, refusal))
-    return Discovery(sites=tuple(sites), skipped=tuple(_skipped(model, graph, operators)))
+        sites.append(_site(graph, operators, group, context, refusal, unread))
+    # Layers that other batches may reach: quantized as they are, if calibration reaches them.
+    sites += [_left((o,), o.in_channels, _UNREACHED) for o in unread.operators()]
+    return Discovery(sites=tuple(sites), weights=weights_of(model, graph, operators, unread))
 
 
 @dataclass
@@ -178,12 +186,12 @@ def _compatible(operators: Operators, group: _Group, index: int, roots: dict[int
 def _refusal(operators: Operators, group: _Group, exclude: Sequence[str]) -> str:
     for member in group.members:
         name = operators.records[member].name
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        if matches(name, exclude):
             return f"{name} is excluded"
     return ""
 
 
-def _site(graph: Graph, operators: Operators, group: _Group, context: _Context, refusal: str) -> Site:
+def _site(graph: Graph, operators: Operators, group: _Group, context: _Context, refusal: str, unread: Unread) -> Site:
     records = tuple(operators.records[i] for i in group.members)
     batch = operators.uses[group.members[0]][0].key.batch
     channels = records[0].in_channels * batch
@@ -195,6 +203,7 @@ def _site(graph: Graph, operators: Operators, group: _Group, context: _Context, 
         solution = solver.solve(list(group.roots.items()))
         _require_proof(operators, group, solution)
         solution = extended_over_stack(graph, operators, solution, group.routed)
+        unread.refuse(solution)
     except Blocked as blocked:
         reason = str(blocked)
     else:
@@ -246,41 +255,3 @@ def _require_proof(operators: Operators, group: _Group, solution: Solution) -> N
                 raise Blocked(f"{operators.records[member].name} does not read all channels in order")
     if not solution.parameters and all(role == "in" for _, role in solution.weights):
         raise Blocked("nothing produces it that could absorb the scales")
-
-
-def _skipped(model: nn.Module, graph: Graph, operators: Operators) -> list[tuple[str, str]]:
-    """Weights that cannot be quantized, with the reason, each name once."""
-    skipped: dict[str, str] = {}
-    for record, uses in zip(operators.records, operators.uses, strict=True):
-        if record.raw:
-            skipped[record.name] = _raw_reason(model, graph, operators, record, uses[0])
-    known = {record.name for record in operators.records}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and name not in known:
-            ran = name in graph.modules
-            skipped[name] = "its weight is computed from other tensors" if ran else "not reached by the example batch"
-    resolve = WeightResolver(graph)
-    for node in graph.nodes:
-        if node.op in CHAIN or node.op in RULES:
-            continue
-        for value in node.inputs:
-            view = resolve(value)
-            if view is not None and len(graph.values[view.parameter].shape) > 1:
-                name = graph.values[view.parameter].name.removesuffix(".weight")
-                skipped.setdefault(name, f"read by {node.op.strip('_')}, which is neither a linear nor a convolution")
-    return list(skipped.items())
-
-
-def _raw_reason(model: nn.Module, graph: Graph, operators: Operators, record: Operator, use: Use) -> str:
-    path = record.weight.rpartition(".")[0]
-    shared = model.get_parameter(record.weight) if record.weight in dict(model.named_parameters()) else None
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.weight is shared:
-            return f"its weight is shared with the embedding {name}"
-    foreign = operators.foreign.get(use.key.parameter)
-    if foreign:
-        node = graph.nodes[foreign[0]]
-        return f"its weight is also read by {node.op.strip('_')} in {node.module or 'the model'}"
-    if len(graph.values[use.key.parameter].shape) > 2 and record.kind == "linear":
-        return "stacked expert weights, used by a functional call"
-    return f"used by a functional call, not by the forward of {path or 'the module that owns it'}"

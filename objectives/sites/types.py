@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 
+from alphasmith.objectives.literals import SiteMode
+from alphasmith.objectives.sites.coverage import layers_of
+
 OperatorKind = Literal["linear", "conv"]
-SiteMode = Literal["fold", "explicit", "left"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Operator:
         weight: Full parameter name of the weight.
         bias: Full parameter name of the bias, or None.
         kind: ``linear`` (X (T, C), W (O, C)) or ``conv`` (X patches (T, C*kernel), W (O, C/groups*kernel)).
-        transposed: True when the parameter is stored (in, out), as GPT-2's Conv1D does.
+        transposed: True when the parameter is stored (in, out), as GPT-2's Conv1D and transposed convolutions do.
         raw: True when the weight is used by a functional call rather than by its own module's forward (stacked experts,
             ``nn.MultiheadAttention``): its scale can be folded, its input cannot be quantized or multiplied.
         in_channels: Number of input channels C.
@@ -29,6 +31,8 @@ class Operator:
         groups: Convolution groups, 1 for linear.
         plain: True when it runs the library's own forward, so that nothing happens to its input before the product (but
             the padding that the module states) and its bias is what is added. Only then can its input be shifted.
+        stacked: Number of matrices of a raw operator whose weight is a tensor (E, ., .) of them that only linear products read
+            (stacked experts): its weight can be quantized, its input cannot. 0 for any other.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Operator:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     plain: bool = True
+    stacked: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ class ShiftEdit:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One activation tensor and the operators that read it. Source: claim A-1, architecture.md section 2.
+    """One activation tensor and the operators that read it. Source: claim A-1.
 
     Attributes:
         name: Name of the first operator, in forward order, that reads the tensor; unique among sites.
@@ -117,13 +122,42 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One parameter of two or more dimensions.
+
+    Attributes:
+        name: Its full name; the first one where it has several.
+        aliases: Its other names, where it is tied.
+        shape: Its shape.
+        share: Its part of all parameters of the model, 0 to 1; tied parameters count once.
+        reason: Why it cannot be quantized; empty where it is the weight of a site's operator that can.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    share: float
+    reason: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose weight it is, or the parameter itself where it is not called so."""
+        return layers_of(self.name, *self.aliases)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Discovery:
-    """All sites of a model and everything that was left out, with reasons.
+    """All sites of a model, and all its weights.
 
     Attributes:
         sites: In forward order of their first operator. Every non-raw operator is in exactly one site.
-        skipped: (name, reason) of weights that cannot be quantized at all (raw operators, embeddings used as heads).
+        weights: Every parameter of two or more dimensions, with the reason where it cannot be quantized.
     """
 
     sites: tuple[Site, ...]
-    skipped: tuple[tuple[str, str], ...]
+    weights: tuple[Weight, ...]
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """(layer, reason) of every weight that cannot be quantized."""
+        return tuple((layer, weight.reason) for weight in self.weights if weight.reason for layer in weight.layers)

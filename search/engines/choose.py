@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 
 from alphasmith.search.config import RunConfig
-from alphasmith.search.engines.in_process import InProcess
-from alphasmith.search.engines.processes import Processes, default_workers
+from alphasmith.search.devices import search_device
+from alphasmith.search.engines.local.in_process import InProcess
+from alphasmith.search.engines.local.processes import Processes, default_workers
 from alphasmith.search.engines.types import Engine
-from alphasmith.search.prepare import search_device
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def make_engine(config: RunConfig, stop: Callable[[], bool]) -> Iterator[Engine]
 
     Args:
         config: Its ``engine`` and ``workers``.
-        stop: Asked whether to leave; engines with workers are told by :meth:`Engine.stop`.
+        stop: Polled; returns True to stop. Engines with workers use :meth:`Engine.stop`.
 
     Raises:
         InputError: Ray is asked for and is not installed, or its cluster cannot be reached.
@@ -34,7 +34,7 @@ def make_engine(config: RunConfig, stop: Callable[[], bool]) -> Iterator[Engine]
 
 def _engine(config: RunConfig, stop: Callable[[], bool]) -> Engine:
     if config.engine == "ray":
-        from alphasmith.search.engines.ray_tune import RayTune  # an extra, and slow to import
+        from alphasmith.search.engines.cluster.engine import RayTune  # an extra, and slow to import
 
         return RayTune(config.workers, device=config.search.device)
     gpus = torch.cuda.device_count()

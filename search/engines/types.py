@@ -1,4 +1,4 @@
-"""What travels between the one process that records a run and those that evaluate, and the interface of an engine.
+"""The interface of an engine, and the messages between the process that records a run and those that evaluate.
 
 A site's rows and weights travel to the worker that searches it, never the model; a model travels once to every worker that
 scores candidate models. What a search finds travels back as it is found, batch by batch.
@@ -12,21 +12,20 @@ from typing import Protocol, TypeAlias
 
 from torch import nn
 
-from alphasmith.objectives.batch import Batch
-from alphasmith.objectives.candidate_model import CandidateModel
-from alphasmith.objectives.model_objective import ModelLoss, ModelObjective
-from alphasmith.objectives.scheme import Scheme
-from alphasmith.objectives.site_data import SiteData
+from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.judge.model_objective import ModelLoss, ModelObjective
+from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange
-from alphasmith.search.candidates import Candidate
-from alphasmith.search.config import GroupsConfig, SearchConfig
-from alphasmith.search.site_result import SiteResult
-from alphasmith.search.study_log import StudyMessage, StudyPast
-from alphasmith.search.survival import Racer
+from alphasmith.search.site.result import SiteResult
+from alphasmith.search.site.settings import SiteSettings
+from alphasmith.search.study.fault_isolation import Racer
+from alphasmith.search.study.study_record import StudyMessage, StudyPast
 
 #: Called in the process that submitted the work: (site, message).
-Hear: TypeAlias = Callable[[str, StudyMessage], None]
+OnMessage: TypeAlias = Callable[[str, StudyMessage], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +37,8 @@ class SiteWork:
         study_name: Name of its study.
         data: Rows to search on, weights and statistics.
         held_out: Rows that judge the winner.
-        scheme: Quantization scheme.
-        groups: Grouping and range settings.
-        search: Trials, sampler, pruner, seed, device.
-        rho: Scarcity of the target hardware (fA7).
-        shiftable: Whether the input may be shifted, see ``Site.shiftable``.
-        budget: Memory for the buffers of each judge [bytes]; None: see ``search_data``.
+        settings: What to try.
         memory: Predicted memory of the search at its peak [bytes]; what a share of a GPU is computed from.
-        reused: A winner recorded by an earlier run at this site and scheme; None: there is none.
         past: What is recorded of the study already; its trials are not repeated.
     """
 
@@ -53,19 +46,13 @@ class SiteWork:
     study_name: str
     data: SiteData
     held_out: SiteData
-    scheme: Scheme
-    groups: GroupsConfig
-    search: SearchConfig
-    rho: float
-    shiftable: bool = True
-    budget: int | None = None
+    settings: SiteSettings
     memory: int = 0
-    reused: Candidate | None = None
     past: StudyPast = field(default_factory=StudyPast)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class SearchEnd:
     """How one piece of site work ended. Exactly one of ``result``, ``reason`` and ``stopped`` tells.
 
     Attributes:
@@ -73,7 +60,7 @@ class Ended:
         result: What was found; None where the search did not end well.
         reason: Why it did not, one line.
         lost: Whether the worker died or vanished, so that another attempt makes sense; else the search itself failed.
-        stopped: Whether it ended because the engine was told to stop.
+        stopped: Whether it ended because the engine was stopped.
     """
 
     site: str
@@ -106,7 +93,7 @@ class ModelWork:
     loss: ModelLoss
 
     def judge(self, device: str) -> ModelObjective:
-        """A judge of its own on ``device``; the model is moved there and changed in place while candidates are scored."""
+        """A new judge on ``device``; the model is moved there and changed in place while candidates are scored."""
         candidate = CandidateModel(self.model.to(device), self.sites, self.ranges, self.scheme, self.skip)
         return ModelObjective(candidate, [batch.to(device) for batch in self.batches], loss=self.loss)
 
@@ -116,7 +103,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it, e.g. ``local, 2 processes``."""
+        """Display name, e.g. ``local, 2 processes``."""
         ...
 
     @property
@@ -128,10 +115,10 @@ class Engine(Protocol):
         """Take one piece of site work; at most ``slots`` may be given."""
         ...
 
-    def wait(self, hear: Hear, timeout: float) -> list[Ended]:
+    def wait(self, receive: OnMessage, timeout: float) -> list[SearchEnd]:
         """Pass on what searches tell, until one or more have ended or ``timeout`` seconds are over.
 
-        Messages of one site arrive in order, and all of them before its ``Ended``. A message that a search has sent is
+        Messages of one site arrive in order, and all of them before its ``SearchEnd``. A message that a search has sent is
         passed on even if its worker died afterwards. Returns at once where no work is held.
         """
         ...

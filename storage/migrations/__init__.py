@@ -1,14 +1,20 @@
-"""Alembic environment of the tables of Alphasmith (version table of its own, Optuna's tables untouched)."""
+"""Alembic environment of the tables of Alphasmith (its own version table, Optuna's tables untouched).
+
+- ``env``: run our migrations on the connection that ``alphasmith.storage.database.connection`` hands over
+- ``versions``: schema versions, oldest first
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from alphasmith.storage.tables import Base
+from alphasmith.storage.database.tables import Base
+
+__all__ = ["CONTEXT_OPTIONS", "HEAD", "VERSION_TABLE", "include_name"]
 
 #: The newest revision. Alembic finds it too, but takes longer to import than `alphasmith list` may take.
-HEAD = "0003"
+HEAD = "0004"
 
 #: Version table of our migrations. Optuna uses Alembic's default name; sharing it makes Optuna refuse the database.
 VERSION_TABLE = "alphasmith_alembic_version"

@@ -1,7 +1,7 @@
-"""Run our migrations on the connection that ``alphasmith.storage.database`` hands over; never on one of its own.
+"""Run our migrations on the connection that ``alphasmith.storage.database.connection`` hands over; never on a new one.
 
 Executed by Alembic only. Optuna's tables stand in the same database: without the name filter, autogenerate would propose
-to drop all of them (ecosystem.md section 7, rule 2).
+to drop all of them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from alembic import context
 
+from alphasmith.storage.database.tables import Base
 from alphasmith.storage.migrations import CONTEXT_OPTIONS
-from alphasmith.storage.tables import Base
 
 connection: Any = context.config.attributes["connection"]
 context.configure(

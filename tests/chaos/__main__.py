@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.chaos.children import Hung
-from tests.chaos.faults import FAULTS
+from tests.chaos.children import HangError
+from tests.chaos.publication import FAULTS
 from tests.chaos.scenes import Verdict, World
 from tests.chaos.servers import Missing
 
@@ -23,7 +23,7 @@ _MOST = 2
 
 
 @dataclass(frozen=True)
-class Played:
+class FaultRun:
     """One fault: its kind, the seed that reproduces it, how long it took, whether it struck, what was wrong, why skipped."""
 
     kind: str
@@ -34,7 +34,7 @@ class Played:
     skipped: str = ""
 
 
-def play(world: World, kind: str, seed: int) -> Played:
+def play(world: World, kind: str, seed: int) -> FaultRun:
     """Play one fault with the generator of one seed."""
     start = time.monotonic()
     verdict, skipped = Verdict((), struck=False), ""
@@ -42,9 +42,9 @@ def play(world: World, kind: str, seed: int) -> Played:
         verdict = FAULTS[kind](world, random.Random(f"{kind} {seed}"))
     except Missing as missing:
         skipped = str(missing)
-    except Hung as hung:
+    except HangError as hung:
         verdict = Verdict((f"hung: {hung}",), struck=True)
-    return Played(kind, seed, time.monotonic() - start, verdict.struck, verdict.wrong, skipped)
+    return FaultRun(kind, seed, time.monotonic() - start, verdict.struck, verdict.wrong, skipped)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="Write all that happened to this file, as JSON.")
     chosen = parser.parse_args(arguments)
     kinds = chosen.only or sorted(FAULTS)
-    played: list[Played] = []
+    played: list[FaultRun] = []
     with World() as world:
         for index in itertools.count():
             if sum(one.struck for one in played) >= chosen.faults or index >= _MOST * chosen.faults:
@@ -78,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if bad else 0
 
 
-def _told(one: Played) -> str:
+def _told(one: FaultRun) -> str:
     if one.skipped:
         return f"skipped: {one.skipped}"
     return f"{len(one.wrong)} violations" if one.wrong else "holds" if one.struck else "came too late"
 
 
-def _table(played: Sequence[Played]) -> str:
-    kinds: dict[str, list[Played]] = defaultdict(list)
+def _table(played: Sequence[FaultRun]) -> str:
+    kinds: dict[str, list[FaultRun]] = defaultdict(list)
     for one in played:
         kinds[one.kind].append(one)
     lines = ["| fault | struck | came too late | skipped | violations | seconds |", "|---|---:|---:|---:|---:|---:|"]

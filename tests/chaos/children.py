@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180.0
 
 
-class Hung(AssertionError):
+class HangError(AssertionError):
     """Something that had to happen did not."""
 
 
@@ -35,7 +35,7 @@ def until(happens: Callable[[], Any], what: str, patience: float = PATIENCE) -> 
     deadline = time.monotonic() + patience
     while not (answer := happens()):
         if time.monotonic() > deadline:
-            raise Hung(f"waited {patience:.0f} s for {what}")
+            raise HangError(f"waited {patience:.0f} s for {what}")
         time.sleep(0.02)
     return answer
 
@@ -88,7 +88,7 @@ class Child:
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self.code is not None, patience):
-                raise Hung(f"{' '.join(self.argv)} (process {self.pid}) runs on: {self.said[-2000:]}")
+                raise HangError(f"{' '.join(self.argv)} (process {self.pid}) runs on: {self.said[-2000:]}")
         assert self.code is not None
         return self.code
 
@@ -104,7 +104,7 @@ class Child:
         """Wait until it runs."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.pid, PATIENCE):
-                raise Hung("the zygote starts nothing")
+                raise HangError("the zygote starts nothing")
         return self
 
 

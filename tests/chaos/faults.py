@@ -30,15 +30,15 @@ _TRIALS = 5 * SITES
 _HOW: tuple[How, ...] = ("raise", "nan", "memory")
 #: Where a process may die while it writes the result, before and after each.
 _OUTPUT_MOMENTS = (
-    "alphasmith.search.recorder:RunRecorder._write_smoothed",
-    "alphasmith.search.recorder:RunRecorder._write_quantized",
-    "alphasmith.storage.output:OutputFolder._sync_all",
-    "alphasmith.storage.output:OutputFolder._publish",
-    "alphasmith.storage.records:RunStore.conclude",
-    "alphasmith.storage.records:RunStore.set_artifacts",
-    "alphasmith.search.recorder:_annotate",
-    "alphasmith.storage.kept:KeptArtifacts.forget",
-    "alphasmith.storage.records:RunStore.finish",
+    "alphasmith.search.launch.recorder:RunRecorder._write_smoothed",
+    "alphasmith.search.launch.recorder:RunRecorder._write_quantized",
+    "alphasmith.storage.output.output_folder:OutputFolder._sync_all",
+    "alphasmith.storage.output.output_folder:OutputFolder._check_whole",
+    "alphasmith.storage.output.output_folder:OutputFolder._publish",
+    "alphasmith.storage.runs.run_store:RunStore.conclude",
+    "alphasmith.search.launch.recorder:_annotate",
+    "alphasmith.storage.artifacts.run_artifacts:RunArtifacts.forget",
+    "alphasmith.storage.runs.run_store:RunStore.finish",
 )
 
 
@@ -272,7 +272,7 @@ def frozen_in_a_transaction(world: World, rng: random.Random) -> Verdict:
         before_commit = Spoil(kind="signal", at=COMMIT, call=1 + rng.randrange(40), number=int(signal.SIGSTOP))
         frozen = scene.join(before_commit)
         scene.join()
-        until(lambda: not frozen.runs or _is_stopped(frozen), "the worker to stop itself")
+        until(lambda: not frozen.runs or is_stopped(frozen), "the worker to stop itself")
         scene.strike(frozen.runs)
         until(lambda: scene.status == "finished", "the others to finish the run")
         frozen.send(signal.SIGCONT)
@@ -516,7 +516,8 @@ def _died(child: Child) -> bool:
     return child.wait() == -signal.SIGKILL
 
 
-def _is_stopped(child: Child) -> bool:
+def is_stopped(child: Child) -> bool:
+    """Whether a process is frozen."""
     try:
         return bool(psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
     except psutil.NoSuchProcess:

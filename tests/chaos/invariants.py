@@ -24,8 +24,8 @@ from tests.chaos.subject import SITES
 Row: TypeAlias = Mapping[str, Any]
 #: Files whose bytes tell nothing about the result: they hold times, ids and places.
 _STORIES = ("manifest.json", "report.html")
-#: Columns of a site that say how long it took or how far a resumed search had to look again, not what was found.
-_EFFORT = ("id", "run_id", "seconds", "exact_evaluations", "facts", "study_name")
+#: Fields of a site that say how long it took or how far a resumed search had to look again, not what was found.
+_EFFORT = ("seconds", "exact_evaluations", "facts", "study")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Outcome:
     """What a run found, without times, ids and places: equal for equal searches.
 
     Attributes:
-        sites: Columns of every site and of its groups.
+        sites: Fields of every site, its groups, and the groups of the model.
         trials: Every trial: study, number, state, kind, params, loss.
         files: sha256 of the files of the output folder.
     """
@@ -57,7 +57,8 @@ class Snapshot:
 
     Attributes:
         run: Its row.
-        tables: Rows by table, short names.
+        tickets: Rows by site.
+        attempts: Rows by ticket.
 
     Args:
         connection: Inside one transaction that sees one state.
@@ -81,13 +82,8 @@ class Snapshot:
         self.attempts: dict[Any, list[Row]] = defaultdict(list)
         for row in of("attempt"):
             self.attempts[row["ticket_id"]].append(row)
-        self.results, self.digests, self.sites = of("result"), of("trial_digest"), of("site")
-        self.groups, self.files, self.stored, self.workers = (
-            of("group"),
-            of("artifact"),
-            of("stored_artifact"),
-            of("worker"),
-        )
+        self.results, self.stored, self.workers = of("result"), of("stored_artifact"), of("worker")
+        self.sites = [json.loads(row["entry"]) for row in of("site")]
         prefix = {"prefix": f"{self.id}/%"}
         self.trials = _rows(
             connection,
@@ -101,6 +97,9 @@ class Snapshot:
         )
         self.values = _by_trial(_rows(connection, f"SELECT * FROM trial_values {inside}", **prefix))
         self.params = _by_trial(_rows(connection, f"SELECT * FROM trial_params {inside}", **prefix))
+        told = _by_trial(_rows(connection, f"SELECT * FROM trial_user_attributes {inside}", **prefix))
+        #: Trial -> who proposed it, how long it took, why it failed.
+        self.told = {trial: {row["key"]: _json(row["value_json"]) for row in rows} for trial, rows in told.items()}
 
     @property
     def done(self) -> int:
@@ -135,7 +134,7 @@ def run_ids(url: str) -> list[str]:
 
 def at_any_moment(s: Snapshot) -> list[str]:
     """What is wrong in a snapshot, whoever works or died at that moment."""
-    return [*_tickets(s), *_trials(s), *_digests(s)]
+    return [*_tickets(s), *_trials(s), *_counts(s)]
 
 
 def when_finished(url: str, *, expected: Outcome | None, bad_candidates: bool = False) -> list[str]:
@@ -168,19 +167,18 @@ def when_finished(url: str, *, expected: Outcome | None, bad_candidates: bool = 
 
 def outcome(s: Snapshot) -> Outcome:
     """What a finished run found."""
-    groups = defaultdict(list)
-    for row in sorted(s.groups, key=lambda r: int(r["position"])):
-        groups[row["site_id"]].append(_told(row, ("id", "run_id", "site_id")))
-    sites = [json.dumps([_told(row, _EFFORT), groups[row["id"]]]) for row in s.sites]
-    if groups[None]:
-        sites.append(json.dumps(groups[None]))
-    trials = [
-        json.dumps(
-            [_of(row["study_name"]), row["trial_number"], row["state"], row["kind"], row["loss"], _json(row["params"])]
+    sites = [json.dumps({k: v for k, v in site.items() if k not in _EFFORT}, sort_keys=True) for site in s.sites]
+    if s.run["model_groups"]:
+        sites.append(s.run["model_groups"])
+    trials = []
+    for row in s.trials:
+        trial, told = row["trial_id"], s.told.get(row["trial_id"], {})
+        params = sorted((p["param_name"], p["param_value"], p["distribution_json"]) for p in s.params[trial])
+        losses = [value["value"] for value in s.values[trial]]
+        trials.append(
+            json.dumps([_of(row["study_name"]), row["number"], row["state"], told.get("candidate"), losses, params])
         )
-        for row in s.digests
-    ]
-    files = [f"{row['path']} {row['sha256']}" for row in s.files if Path(row["path"]).name not in _STORIES]
+    files = [f"{path} {sha256}" for path, sha256 in _written(s).items() if Path(path).name not in _STORIES]
     return Outcome(tuple(sorted(sites)), tuple(sorted(trials)), tuple(sorted(files)))
 
 
@@ -232,54 +230,39 @@ def _trials(s: Snapshot) -> Iterator[str]:
             yield f"study {_of(study)} has trials {sorted(found)}"
 
 
-def _digests(s: Snapshot) -> Iterator[str]:
-    trials = {(str(row["study_name"]), int(row["number"])): row for row in s.trials}
-    seen = Counter((str(row["study_name"]), int(row["trial_number"])) for row in s.digests)
-    per_study = Counter(study for study, _ in trials)
-    digests = Counter(study for study, _ in seen)
-    for key, times in seen.items():
-        if times != 1:
-            yield f"trial {key[1]} of {_of(key[0])} is on record {times} times"
-        if key not in trials:
-            yield f"trial {key[1]} of {_of(key[0])} is on record but not in its study"
-    for row in s.digests:
-        trial = trials.get((str(row["study_name"]), int(row["trial_number"])))
-        if trial is None:
-            continue
-        name = f"trial {row['trial_number']} of {_of(row['study_name'])}"
-        state = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}[row["state"]]
-        if trial["state"] != state:
-            yield f"{name} is {trial['state']} in its study and {row['state']} on record"
-        values = s.values[trial["trial_id"]]
-        if state == "COMPLETE" and (not values or values[0]["value"] != row["loss"]):
-            yield f"{name}: loss {row['loss']} on record, {[v['value'] for v in values]} in its study"
-        if state == "FAIL" and not row["reason"]:
+def _counts(s: Snapshot) -> Iterator[str]:
+    per_study = Counter(str(row["study_name"]) for row in s.trials)
+    for row in s.trials:
+        name, told = f"trial {row['number']} of {_of(row['study_name'])}", s.told.get(row["trial_id"], {})
+        if not {"candidate", "seconds"} <= told.keys():
+            yield f"{name} does not say who proposed it and how long it took"
+        if row["state"] == "FAIL" and not told.get("reason"):
             yield f"{name} failed without a reason"
     for site, ticket in s.tickets.items():
-        study = f"{s.id}/{site}"
-        if (ticket["state"] == "done") != (digests[study] > 0):
-            yield f"site {site} is {ticket['state']} and has {digests[study]} trials on record"
-        if ticket["state"] == "done" and digests[study] != per_study[study]:
-            yield f"site {site}: {digests[study]} trials on record, {per_study[study]} in its study"
-    for row in s.sites:
-        if row["study_name"] and row["trials"] != digests[str(row["study_name"])]:
-            yield f"site {row['name']} counts {row['trials']} trials, {digests[str(row['study_name'])]} are on record"
-    if s.run["status"] == "finished":
-        for study in per_study:
-            if digests[study] != per_study[study]:
-                yield f"study {_of(study)}: {digests[study]} trials on record, {per_study[study]} in it"
+        if ticket["state"] == "done" and not per_study[f"{s.id}/{site}"]:
+            yield f"site {site} is done without a trial"
+    for site in s.sites:
+        if site["study"] and site["trials"] != per_study[site["study"]]:
+            yield f"site {site['name']} counts {site['trials']} trials, {per_study[site['study']]} are in its study"
+
+
+def _written(s: Snapshot) -> dict[str, str]:
+    """Files that the manifest names, with their sha256; none where there is no manifest."""
+    manifest = Path(s.run["folder"]) / "manifest.json"
+    named = json.loads(manifest.read_text())["artifacts"] if manifest.is_file() else []
+    return {entry["path"]: entry["sha256"] for entry in named}
 
 
 def _output(s: Snapshot) -> Iterator[str]:
     folder = Path(s.run["folder"])
     if left := sorted(path.name for path in folder.parent.glob(f"{folder.name}.partial-*")):
         yield f"partial output folders were left: {left}"
-    recorded = {str(row["path"]): row for row in s.files}
+    recorded = _written(s)
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    if recorded.keys() != found.keys():
-        yield f"files on record and on disk differ: {sorted(recorded.keys() ^ found.keys())}"
+    if {*recorded, "manifest.json"} != found.keys():
+        yield f"files in the manifest and on disk differ: {sorted({*recorded, 'manifest.json'} ^ found.keys())}"
     for name in recorded.keys() & found.keys():
-        if hashlib.sha256(found[name].read_bytes()).hexdigest() != recorded[name]["sha256"]:
+        if hashlib.sha256(found[name].read_bytes()).hexdigest() != recorded[name]:
             yield f"{name} is not as it was written"
     told = json.loads((folder / "manifest.json").read_text()) if "manifest.json" in found else {}
     if told.get("run", {}).get("id") != s.id:
@@ -329,12 +312,6 @@ def _by_trial(rows: Sequence[Row]) -> dict[Any, list[Row]]:
 
 def _json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
-
-
-def _told(row: Row, without: Sequence[str]) -> list[Any]:
-    # Booleans and JSON columns are told differently by the databases.
-    plain = {name: _json(v) if name == "operators" else v for name, v in row.items() if name not in without}
-    return [[name, int(v) if isinstance(v, bool) else v] for name, v in sorted(plain.items())]
 
 
 def _of(study: Any) -> str:

@@ -19,7 +19,7 @@ from tests.chaos.children import Child, Zygote, until
 from tests.chaos.invariants import Outcome
 from tests.chaos.servers import PostgreSql, RayCluster, clock_library
 from tests.chaos.spoils import Spoil
-from tests.chaos.subject import MARK, options
+from tests.chaos.subject import MARK, allowed, options
 
 #: ``alone``: in one process; on SQLite, or ``server``: on PostgreSQL. ``processes``: a driver with two worker processes, on
 #: SQLite. ``team``: a driver and two autonomous workers on PostgreSQL. ``model``: one study over the whole model, scored by a
@@ -117,7 +117,7 @@ class Scene:
         world: What is shared.
         cast: Which processes take part.
         zygote: What forks them, if not the world's.
-        database: Address of its database; empty: a new one.
+        url: Address of its database; empty: a new one.
         settings: More settings, ``section__field``.
         out: Output folder; None: in the scene's folder.
         environment: Of all its processes.
@@ -233,11 +233,11 @@ class Scene:
         self.resumed += 1
         if not invariants.run_ids(self.url):
             return self.start(*spoils)
-        return self._drive("resume", self.run, *self._engine(), spoils=spoils)
+        return self._drive("resume", self.run, *self._engine(), *allowed(), spoils=spoils)
 
     def join(self, *spoils: Spoil, zygote: Zygote | None = None, environment: dict[str, str] | None = None) -> Child:
         """One more autonomous worker."""
-        command = ("worker", self.run, "--storage", self.url)
+        command = ("worker", self.run, "--storage", self.url, *allowed())
         worker = self._child(*command, spoils=(PACE, *spoils), zygote=zygote, environment=environment)
         self.workers.append(worker)
         return worker

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.chaos.subject import MARK, SETTINGS
+from tests.chaos.subject import FUNCTIONS, MARK
 
 #: The target that stands for every COMMIT of this process, Optuna's included.
 COMMIT = "commit"
@@ -76,7 +76,7 @@ def arm(spoils: Iterable[Spoil]) -> None:
 
 def _pass_on(spoils: list[Spoil]) -> None:
     """Worker processes are started anew, so they are told by the environment, and perform through :func:`perform`."""
-    from alphasmith.search.engines.processes import Processes
+    from alphasmith.search.engines.local.processes import Processes
 
     os.environ[_SPOILS] = json.dumps([asdict(spoil) for spoil in spoils])
     defaults: Any = Processes.__init__
@@ -203,7 +203,7 @@ def _count(file: str) -> None:
 
 def _before_scoring(act: Callable[[int, Any, Sequence[Any]], None]) -> None:
     """Call ``act`` with the number of the batch, its scorer and its candidates before every batch is scored."""
-    from alphasmith.search.site_scorer import SiteScorer
+    from alphasmith.search.site._scorer import SiteScorer
 
     counter = _Counter()
     real = SiteScorer._score
@@ -217,7 +217,7 @@ def _before_scoring(act: Callable[[int, Any, Sequence[Any]], None]) -> None:
 
 def open_empty(url: str) -> None:
     """Make or open the tables of a database, as every command does that writes."""
-    from alphasmith.storage.database import initialise, open_database, optuna_storage
+    from alphasmith.storage.database.connection import initialise, open_database, optuna_storage
 
     database = open_database(url)
     initialise(database)
@@ -236,14 +236,14 @@ def product_view(url: str, folder: str) -> None:
     Raises:
         SystemExit: Something is wrong; it is printed.
     """
-    from alphasmith.search import verification
-    from alphasmith.storage.database import open_existing
-    from alphasmith.storage.maintenance import violations
+    from alphasmith.search.checkpoints import verification
+    from alphasmith.storage.database.connection import open_existing
+    from alphasmith.storage.upkeep.check import violations
 
     database = open_existing(url)
     found = [str(violation) for violation in violations(database, deep=True)]
     database.close()
-    answer = verification.verify(Path(folder), factory=str(SETTINGS["model.factory"]))
+    answer = verification.verify(Path(folder), allow_code=FUNCTIONS)
     if "error" not in answer:
         found.append(f"verify proves nothing: {answer}")
     if found:

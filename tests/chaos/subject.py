@@ -69,10 +69,19 @@ SETTINGS = {
 SITES = 2 * BLOCKS + 1
 
 
+#: Functions of this file that records name.
+FUNCTIONS = tuple(f"tests.chaos.subject:{name}" for name in ("model", "data", "metric"))
+
+
 def options(**more: object) -> list[str]:
     """The settings as options of the command line; ``section__field`` stands for ``section.field``."""
     settings = SETTINGS | {name.replace("__", "."): value for name, value in more.items()}
     return [part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+
+
+def allowed() -> list[str]:
+    """The options that let the functions above run where a record names them."""
+    return [part for name in FUNCTIONS for part in ("--allow-code", name)]
 
 
 def model() -> nn.Module:

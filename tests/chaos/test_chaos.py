@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import invariants
-from tests.chaos.faults import FAULTS
+from tests.chaos.publication import FAULTS
 from tests.chaos.scenes import Scene, World
 from tests.chaos.servers import Missing
 
@@ -21,15 +21,18 @@ _BREAKS = (
     ("UPDATE alphasmith_ticket SET state = 'waiting' WHERE position = 0", "accepted results"),
     ("UPDATE trials SET state = 'RUNNING' WHERE trial_id = 1", "is RUNNING"),
     ("UPDATE trials SET number = 1 WHERE trial_id = 1", "has trials"),
-    ("DELETE FROM alphasmith_trial_digest WHERE trial_number = 3", "in its study"),
-    ("UPDATE alphasmith_trial_digest SET loss = loss * 2 WHERE trial_number = 0", "on record"),
+    (
+        "DELETE FROM trials WHERE number = (SELECT max(number) FROM trials WHERE study_id = 1) AND study_id = 1",
+        "counts",
+    ),
+    ("UPDATE trial_values SET value = value * 2 WHERE trial_id = 1", "undisturbed"),
+    ("DELETE FROM trial_user_attributes WHERE trial_id = 1 AND key = 'candidate'", "who proposed it"),
     ("UPDATE alphasmith_attempt SET state = 'running' WHERE id = 1", "are running"),
     ("UPDATE alphasmith_ticket SET attempts = attempts + 1 WHERE position = 0", "attempts counted"),
     ("UPDATE alphasmith_ticket SET blocked = 1 WHERE position = 0", "blocked by"),
     ("UPDATE alphasmith_run SET driver = 'someone'", "driver someone"),
-    ("UPDATE alphasmith_artifact SET sha256 = 'x' WHERE path LIKE 'scales%'", "as it was written"),
     ("UPDATE alphasmith_result SET sha256 = 'x'", "damaged"),
-    ("UPDATE alphasmith_site SET held_out_ours = 0", "undisturbed"),
+    ('UPDATE alphasmith_site SET entry = replace(entry, \'"shift":\', \'"shift":1,"was":\')', "undisturbed"),
 )
 
 #: Seeds that are tried until a fault strikes.
@@ -48,6 +51,12 @@ def test_the_checks_see_what_is_broken(world: World) -> None:
             found = invariants.when_finished(scene.url, expected=world.expected("site"))
             assert any(word in sentence for sentence in found), (statement, found)
             _put_back(scene.folder / "runs.db", whole)
+        scales = scene.folder / "out" / "scales.safetensors"
+        kept = scales.read_bytes()
+        scales.write_bytes(kept[:-1])
+        found = invariants.when_finished(scene.url, expected=None)
+        assert "scales.safetensors is not as it was written" in found
+        scales.write_bytes(kept)
         (scene.folder / "out.partial-1234").mkdir()
         assert any("partial" in sentence for sentence in invariants.when_finished(scene.url, expected=None))
 

@@ -62,7 +62,7 @@ def _warm() -> None:
     """One whole run: much is imported only when it is needed, and would be by every child."""
     import psycopg  # noqa: F401
 
-    from alphasmith.search.cli import main as alphasmith
+    from alphasmith.search.cli.main import main as alphasmith
     from tests.chaos.subject import options
 
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +119,7 @@ def _child(order: dict[str, Any]) -> NoReturn:
     if call := order.get("call"):
         pkgutil.resolve_name(call)(*order["argv"])
         sys.exit(0)
-    from alphasmith.search.cli import main as alphasmith
+    from alphasmith.search.cli.main import main as alphasmith
 
     alphasmith(order["argv"])
 

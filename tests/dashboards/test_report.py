@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphasmith.dashboards.facts import duration, facts_of, size_text
-from alphasmith.dashboards.numbers import number
-from alphasmith.dashboards.report import render_report
+from alphasmith.dashboards.report import render_page, render_report
+from alphasmith.dashboards.text import facts_of
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from alphasmith.storage.manifest import Manifest
-from tests.dashboards.dashboard_frames import group_frame, manifest, site_frame, study_frames, trial_frame
+from alphasmith.objectives.text import number
+from alphasmith.storage.output.manifest import Manifest
+from alphasmith.storage.runs.data_frames import groups_frame, sites_frame, trials_frame
+from alphasmith.storage.runs.records import TrialRecord
+from tests.support.dashboard_frames import group_frame, manifest, site_frame, study_frames, trial_frame
 
 
 def _without_scripts(page: str) -> str:
@@ -26,17 +28,31 @@ def _without_scripts(page: str) -> str:
 @pytest.fixture(scope="module")
 def page() -> str:
     sites = site_frame(12)
-    return render_report(manifest(sites), sites, group_frame(12), trial_frame(40))
+    return render_page(manifest(sites), sites, group_frame(12), trial_frame(40))
 
 
 def test_the_manifest_of_these_tests_is_a_real_one() -> None:
-    Manifest.model_validate_json(json.dumps(manifest(site_frame(12))))
+    assert len(Manifest.model_validate_json(json.dumps(manifest(site_frame(12)))).sites) == 12
 
 
-def test_the_dumped_form_of_a_manifest_renders_like_the_written_one(page: str) -> None:
-    sites = site_frame(12)
-    parsed = Manifest.model_validate_json(json.dumps(manifest(sites)))
-    again = render_report(json.loads(parsed.to_json()), sites, group_frame(12), trial_frame(40))
+def test_a_manifest_and_trials_give_the_page_of_their_frames(page: str) -> None:
+    parsed = Manifest.model_validate_json(json.dumps(manifest(site_frame(12))))
+    trials = [
+        TrialRecord(
+            study_name=f"r-1/{site.name}",
+            number=number,
+            kind="sampler",
+            params={"alpha_0": 0.5},
+            state="complete",
+            loss=loss,
+            seconds=0.1,
+        )
+        for site in parsed.sites
+        for number, loss in enumerate((4e-4, 3e-4))
+    ]
+    again = render_report(parsed, trials)
+    frames = sites_frame(parsed.sites), groups_frame(parsed.sites), trials_frame(trials)
+    assert again == render_page(parsed.model_dump(mode="json"), *frames)
     for section in re.findall(r'<(?:section|details) id="(\w+)"', page):
         assert f'id="{section}"' in again
 
@@ -71,24 +87,24 @@ def test_the_refinement_is_told_either_way() -> None:
     sites = site_frame(2)
     facts = manifest(sites)
     accepted = "Accepted: output loss 1.23e-3 -&gt; 1.10e-3 (difference 1.30e-4 +- 2.00e-5)."
-    assert accepted in _without_scripts(render_report(facts, sites, group_frame(2)))
-    assert "<dt>alphas of q_proj</dt><dd>-0.100</dd>" in _without_scripts(render_report(facts, sites, group_frame(2)))
+    assert accepted in _without_scripts(render_page(facts, sites, group_frame(2)))
+    assert "<dt>alphas of q_proj</dt><dd>-0.100</dd>" in _without_scripts(render_page(facts, sites, group_frame(2)))
     many = {"accepted": True, "changed": {f"layer.{i}": "identity" for i in range(11)} | {"head": "alphas +0.100"}}
-    body = _without_scripts(render_report(facts | {"refinement": many}, sites, group_frame(2)))
+    body = _without_scripts(render_page(facts | {"refinement": many}, sites, group_frame(2)))
     assert "layer.6, layer.7 and 3 more" in body
     assert "<dt>now alphas +0.100</dt><dd>head</dd>" in body
     nothing = {"accepted": False, "before": 1.23e-3, "after": 1.23e-3, "reason": "every trial failed"}
-    body = _without_scripts(render_report(facts | {"refinement": nothing}, sites, group_frame(2)))
+    body = _without_scripts(render_page(facts | {"refinement": nothing}, sites, group_frame(2)))
     assert "Not accepted: every trial failed; the output loss stays 1.23e-3." in body
-    assert 'id="refinement"' not in render_report(facts | {"refinement": None}, sites, group_frame(2))
+    assert 'id="refinement"' not in render_page(facts | {"refinement": None}, sites, group_frame(2))
 
 
 def test_trials_of_the_refinement_are_not_drawn_with_those_of_the_sites() -> None:
     sites, groups = site_frame(2), group_frame(2)
     trials = study_frames(2)
     extra = trial_frame(16).assign(site="refinement")
-    with_extra = render_report({}, sites, groups, pd.concat([trials, extra], ignore_index=True))
-    assert with_extra == render_report({}, sites, groups, trials)
+    with_extra = render_page({}, sites, groups, pd.concat([trials, extra], ignore_index=True))
+    assert with_extra == render_page({}, sites, groups, trials)
 
 
 def test_a_model_wide_search_is_judged_at_the_output() -> None:
@@ -97,7 +113,7 @@ def test_a_model_wide_search_is_judged_at_the_output() -> None:
     facts = manifest(sites) | {
         "output": {"held_out": {"identity": 4e-3, "alpha_0.5": None, "best_single": 2e-3, "ours": 1e-3}}
     }
-    body = _without_scripts(render_report(facts, sites, group_frame(1).assign(site="")))
+    body = _without_scripts(render_page(facts, sites, group_frame(1).assign(site="")))
     sentence = "The model has a held-out quantization loss of 1.00e-3 at its output"
     assert f"{sentence}: 25 % of the loss without smoothing and 50 % of that at the best single alpha." in body
     assert "no loss was measured at single sites" in body
@@ -105,13 +121,13 @@ def test_a_model_wide_search_is_judged_at_the_output() -> None:
 
 def test_a_baseline_kept_at_the_output_is_admitted() -> None:
     facts = {"output": {"naive": 1e-2, "ours": 3e-3, "best_single": 2e-3, "kept": "best_single"}}
-    body = _without_scripts(render_report(facts, site_frame(2), group_frame(2)))
+    body = _without_scripts(render_page(facts, site_frame(2), group_frame(2)))
     assert "chose a baseline over the searched alphas (kept: best single alpha)" in body
 
 
 def test_the_sentence_has_the_true_numbers() -> None:
     sites = site_frame(2).assign(mode="fold", identity=8e-3, alpha_half=4e-3, best_single=2e-3, ours=1e-3, limit=5e-4)
-    body = _without_scripts(render_report({}, sites, group_frame(2)))
+    body = _without_scripts(render_page({}, sites, group_frame(2)))
     assert "Its 2 searched sites have a held-out quantization loss of 1.00e-3 (geometric mean)" in body
     assert "12.5 % of the loss without smoothing, 25 % of that at alpha 0.5 and 50 % of that at the best single" in body
     assert "kept a baseline" not in body
@@ -122,18 +138,18 @@ def test_the_sentence_has_the_true_numbers() -> None:
 def test_kept_baselines_are_admitted() -> None:
     sites = site_frame(3).assign(mode="fold", winner=["best_single", "sampler", "sampler"])
     sites["ours"] = sites["best_single"] * [1.0, 0.9, 0.8]
-    body = _without_scripts(render_report({}, sites, group_frame(3)))
+    body = _without_scripts(render_page({}, sites, group_frame(3)))
     assert "1 of them kept a baseline" in body
     assert body.count("kept: best single alpha") == 1
 
 
 def test_nothing_searched_is_said() -> None:
     sites = site_frame(2).assign(mode="left")
-    assert "No site has been searched" in render_report({}, sites, group_frame(2).iloc[:0])
+    assert "No site has been searched" in render_page({}, sites, group_frame(2).iloc[:0])
 
 
 def test_an_empty_manifest_and_empty_frames_still_give_a_page() -> None:
-    text = render_report({}, site_frame(1).iloc[:0], group_frame(1).iloc[:0], trial_frame(1).iloc[:0])
+    text = render_page({}, site_frame(1).iloc[:0], group_frame(1).iloc[:0], trial_frame(1).iloc[:0])
     assert "<title>Alphasmith run</title>" in text
 
 
@@ -145,7 +161,7 @@ def test_hostile_names_stay_text() -> None:
     groups = group_frame(3).assign(site=evil)
     facts = manifest(sites) | {"run": {"name": evil}, "config": {breaker: evil}, "versions": {"x": breaker}}
     trials = study_frames(3).replace({"site": dict.fromkeys(site_frame(1)["site"], evil)})
-    text = _without_scripts(render_report(facts, sites, groups, trials))
+    text = _without_scripts(render_page(facts, sites, groups, trials))
     assert "<script>alert" not in text
     assert "<img" not in text
     assert not re.search(r'<[^>]*\sonmouseover="', text)
@@ -196,16 +212,16 @@ def test_the_table_has_a_row_per_site_with_sort_keys(page: str) -> None:
 
 def test_same_input_same_page(page: str) -> None:
     sites = site_frame(12)
-    assert render_report(manifest(sites), sites, group_frame(12), trial_frame(40)) == page
+    assert render_page(manifest(sites), sites, group_frame(12), trial_frame(40)) == page
 
 
 def test_bad_frames_are_refused() -> None:
     with pytest.raises(InputError, match="sites: has no column"):
-        render_report({}, pd.DataFrame(), group_frame(1))
+        render_page({}, pd.DataFrame(), group_frame(1))
     with pytest.raises(InputError, match="groups: has no column"):
-        render_report({}, site_frame(1), pd.DataFrame())
+        render_page({}, site_frame(1), pd.DataFrame())
     with pytest.raises(NonFiniteError):
-        render_report({}, site_frame(1).assign(ours=float("inf")), group_frame(1))
+        render_page({}, site_frame(1).assign(ours=float("inf")), group_frame(1))
 
 
 def test_facts_carry_units_and_mask_addresses() -> None:
@@ -225,8 +241,3 @@ def test_facts_carry_units_and_mask_addresses() -> None:
 )
 def test_any_json_becomes_lines(value: object) -> None:
     assert all(isinstance(label, str) and isinstance(text, str) for label, text in facts_of(value, "x"))
-
-
-def test_sizes_and_times_read_well() -> None:
-    assert [size_text(n) for n in (0, 1023, 1024, 1536, 3 * 2**40)] == ["0 B", "1023 B", "1 KiB", "1.5 KiB", "3 TiB"]
-    assert [duration(s) for s in (0.25, 119, 600, 7200)] == ["0.25 s", "119 s", "10 min", "2.0 h"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from alphasmith.dashboards.report import render_report
-from tests.dashboards.dashboard_frames import group_frame, manifest, site_frame, study_frames, trial_frame
+from alphasmith.dashboards.report import render_page
+from tests.support.dashboard_frames import group_frame, manifest, site_frame, study_frames, trial_frame
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -40,7 +40,7 @@ def test_all_figures_are_drawn_without_a_word_on_the_console(count: int, tmp_pat
     sites.loc[0, "site"] = "<script>console.log('ran')</script>"
     trials = trial_frame(40) if count == 5 else study_frames(20)
     page = tmp_path / "report.html"
-    page.write_text(render_report(manifest(sites), sites, group_frame(count), trials), encoding="utf-8")
+    page.write_text(render_page(manifest(sites), sites, group_frame(count), trials), encoding="utf-8")
     document, console = browse(page, tmp_path / "profile")
     assert console == []
     for key in ("losses", "gain", "alphas", "heatmap", "history"):
@@ -52,7 +52,7 @@ def test_all_figures_are_drawn_without_a_word_on_the_console(count: int, tmp_pat
 
 def test_the_table_sorts_both_ways_and_missing_values_stay_last(tmp_path: Path) -> None:
     sites = site_frame(12)
-    text = render_report({}, sites, group_frame(12))
+    text = render_page({}, sites, group_frame(12))
     # Without the policy a script may be added that does what a reader does: click on "limit", once or twice.
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     limits = sites["limit"].dropna().sort_values()
@@ -71,7 +71,7 @@ def test_the_table_sorts_both_ways_and_missing_values_stay_last(tmp_path: Path) 
 def test_the_policy_stops_foreign_scripts_and_the_console_is_watched(tmp_path: Path) -> None:
     """Without this the test above could pass because nothing is ever logged."""
     sites = site_frame(2)
-    text = render_report({}, sites, group_frame(2))
+    text = render_page({}, sites, group_frame(2))
     page = tmp_path / "report.html"
     page.write_text(text.replace("</body>", "<script>document.title = 'taken'</script></body>"), encoding="utf-8")
     document, console = browse(page, tmp_path / "profile")

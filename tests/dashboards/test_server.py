@@ -7,9 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -18,18 +15,7 @@ from optuna.storages import InMemoryStorage
 
 from alphasmith.dashboards.server import DashboardServer, application, serve
 from alphasmith.objectives.errors import InputError
-
-
-@contextmanager
-def running(server: DashboardServer) -> Iterator[int]:
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield int(re.findall(r":(\d+)/", server.url)[0])
-    finally:
-        server.close()
-        thread.join(10)
-        assert not thread.is_alive()
+from tests.support.dashboards import running
 
 
 def get(port: int, path: str, **headers: str) -> tuple[int, bytes]:
@@ -131,3 +117,74 @@ def test_serve_opens_a_database_and_ends_on_interrupt(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert (process.returncode, "Traceback" in errors) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("host", "demanded"),
+    [
+        ("127.0.0.1", False),
+        ("localhost", False),
+        ("127.8.8.8", False),
+        ("0.0.0.0", True),
+        ("", True),
+        ("::", True),
+        ("::1", False),
+    ],
+)
+def test_any_address_but_loopback_demands_a_token(host: str, demanded: bool, tmp_path: Path) -> None:
+    class Ready(Exception):
+        pass
+
+    told: list[str] = []
+
+    def ready(url: str) -> None:
+        told.append(url)
+        raise Ready
+
+    for given in (None, "a-token-of-mine-1234"):
+        with pytest.raises(Ready):
+            serve(f"sqlite:///{tmp_path}/runs.db", host, port=0, token=given, ready=ready)
+        (carried,) = re.findall(r"\?token=([\w-]+)$", told[-1]) or [None]
+        assert (carried is not None) == (demanded or given is not None)
+        assert given in (None, carried)
+        assert carried is None or len(carried) >= 16
+
+
+def test_a_name_that_leads_elsewhere_demands_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: lookup("0.0.0.0", *rest, **more))
+
+    def ready(url: str) -> None:
+        assert "?token=" in url
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(f"sqlite:///{tmp_path}/runs.db", "localhost", port=0, ready=ready)
+
+
+def test_a_token_opens_by_address_cookie_and_header() -> None:
+    token = "t" * 20
+    with running(DashboardServer(application(InMemoryStorage(), token=token), port=0)) as port:
+        assert get(port, "/api/studies")[0] == 401
+        assert get(port, "/api/studies?token=wrong")[0] == 401
+        assert get(port, "/api/studies", Authorization=f"Bearer {token}x")[0] == 401
+        assert get(port, "/api/studies", Authorization=f"Bearer {token}")[0] == 200
+        assert get(port, "/api/studies", Cookie=f"a=b; alphasmith-token={token}")[0] == 200
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", f"/dashboard/?a=b&token={token}")
+        response = connection.getresponse()
+        assert (response.status, response.getheader("Location")) == (303, "/dashboard/?a=b")
+        cookie = str(response.getheader("Set-Cookie"))
+        assert cookie.startswith(f"alphasmith-token={token};")
+        assert "HttpOnly" in cookie
+        assert "SameSite=Strict" in cookie
+        connection.close()
+        assert get(port, f"/api/studies?token={token}", Host="evil.example")[0] == 403
+
+
+@pytest.mark.parametrize("token", ["", "short", "x" * 15, "with blanks in it 12345", "x" * 20 + "\r\nSet-Cookie: a"])
+def test_a_token_that_is_none_is_refused(token: str) -> None:
+    with pytest.raises(InputError, match=r"^token: "):
+        application(InMemoryStorage(), token=token)

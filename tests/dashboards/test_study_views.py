@@ -8,10 +8,10 @@ import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from alphasmith.dashboards.numbers import number
 from alphasmith.dashboards.study_views import HISTORY_ID, LOSSES_ID, annotate_study, study_note
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from tests.dashboards.dashboard_frames import group_frame, site_frame, trial_frame
+from alphasmith.objectives.text import number
+from tests.support.dashboard_frames import group_frame, site_frame, trial_frame
 
 
 @pytest.fixture

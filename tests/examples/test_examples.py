@@ -13,16 +13,17 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
 
-from alphasmith.storage.board import Board
-from alphasmith.storage.database import open_existing
-from alphasmith.storage.maintenance import violations
-from alphasmith.storage.records import RunStore
-from tests.servers import empty_database
+from alphasmith.storage.database.connection import open_existing
+from alphasmith.storage.queue.board import Board
+from alphasmith.storage.runs.run_store import RunStore
+from alphasmith.storage.upkeep.check import violations
+from tests.support.servers import empty_database
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 #: What the examples leave to the defaults, so that the demo is a matter of seconds.
@@ -47,7 +48,7 @@ def with_command(folder: Path) -> dict[str, str]:
     """An environment in which ``alphasmith`` is the one under test."""
     command = folder / "bin" / "alphasmith"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m alphasmith.search.cli "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m alphasmith.search.cli.main "$@"\n')
     command.chmod(0o755)
     return {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
@@ -164,11 +165,16 @@ def test_the_dashboard_of_the_compose_file_answers(storage: str, tmp_path: Path)
         told, found = "", None
         for line in process.stderr or ():
             told += line
-            found = re.fullmatch(r"dashboard at (http://localhost:\d+/dashboard/), Ctrl-C stops it\n", line)
+            found = re.fullmatch(
+                r"dashboard at (http://localhost:\d+/dashboard/)\?token=(\S+), Ctrl-C stops it\n", line
+            )
             if found:
                 break
         assert found, told
-        with urlopen(found[1], timeout=30) as page:
+        # Nobody outside the container may come in without the token that is printed.
+        with pytest.raises(HTTPError, match=r"401|403"):
+            urlopen(found[1], timeout=30)
+        with urlopen(Request(found[1], headers={"Authorization": f"Bearer {found[2]}"}), timeout=30) as page:
             assert page.status == 200
             assert "Optuna Dashboard" in page.read().decode()
         process.send_signal(signal.SIGINT)
@@ -204,8 +210,9 @@ def test_the_image_of_the_compose_file_is_built_from_the_checkout(tmp_path: Path
     project = tomllib.loads((tmp_path / "pyproject.toml").read_text())
     folders = project["tool"]["setuptools"]["package-dir"]
     for package in project["tool"]["setuptools"]["packages"]:
-        room, *inner = package.split(".")[1:]
-        assert (tmp_path / folders[f"alphasmith.{room}"]).joinpath(*inner, "__init__.py").is_file()
+        top, *inner = package.split(".")
+        assert (tmp_path / folders[top]).joinpath(*inner, "__init__.py").is_file()
+    assert (tmp_path / "py.typed").is_file()
     assert all((tmp_path / name).is_file() for name in (project["project"]["readme"], "LICENSE"))
 
 

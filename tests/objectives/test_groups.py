@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.groups import Grouping, GroupMethod, group_channels
-from tests.objectives.site_cases import relaxed
+from alphasmith.objectives.groups import Grouping, group_channels
+from alphasmith.objectives.literals import GroupMethod
+from tests.support.site_cases import relaxed
 
 METHODS: tuple[GroupMethod, ...] = ("range", "kmeans", "outlier", "multi_outlier", "mean_difference")
 methods = st.sampled_from(METHODS)
@@ -32,7 +33,7 @@ def nested(*shares: tuple[int, float, float]) -> torch.Tensor:
     return values
 
 
-# Examples of claims.md section 2.4
+# Examples of claims
 
 
 def test_ten_sub_ranges_of_one_to_hundred() -> None:

@@ -14,10 +14,10 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from alphasmith.search.cli import app
+from alphasmith.search.cli.main import app
 from alphasmith.search.config import RunConfig
-from alphasmith.storage.manifest import Manifest
-from alphasmith.storage.manifest_parts import SiteEntry
+from alphasmith.storage.output.entries import SiteEntry
+from alphasmith.storage.output.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -79,10 +79,15 @@ def test_no_command_is_documented_that_does_not_exist() -> None:
     assert set(re.findall(r"^## alphasmith (\S+)$", text("docs/cli.md"), flags=re.MULTILINE)) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_shown_commands_can_be_parsed(page: Path) -> None:
-    for name, *arguments in shown_commands(page.read_text(encoding="utf-8")):
-        COMMANDS[name].make_context(name, list(arguments))
+@pytest.mark.parametrize(
+    "line", [line for page in PAGES for line in shown_commands(page.read_text("utf-8"))], ids=" ".join
+)
+def test_shown_commands_can_be_parsed(line: list[str]) -> None:
+    command: click.Command = click.Group(commands=COMMANDS)
+    while isinstance(command, click.Group):
+        name, *line = line
+        command = command.commands[name]
+    assert command.make_context(command.name, line).args == [], "nothing is left over"
 
 
 def test_the_readme_shows_a_run() -> None:
@@ -159,7 +164,7 @@ def test_readme_snippets_run_in_order(tmp_path: Path) -> None:
             steps.append(content)
         for arguments in shown_commands(f"```{language}\n{content}```"):
             if arguments[0] == "run" and "--model" in arguments:
-                command = ["-m", "alphasmith.search.cli", *arguments, *QUICK]
+                command = ["-m", "alphasmith.search.cli.main", *arguments, *QUICK]
                 steps.append(f"import subprocess, sys\nsubprocess.run([sys.executable, *{command!r}], check=True)\n")
     assert len(steps) >= 4
     (tmp_path / "readme.py").write_text("\n".join(steps), encoding="utf-8")

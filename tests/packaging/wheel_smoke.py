@@ -14,6 +14,9 @@ ROOMS = ("search", "objectives", "storage", "dashboards")
 
 
 def main() -> None:
+    door = importlib.import_module("alphasmith")
+    for name in door.__all__:
+        getattr(door, name)
     count = 0
     for room in ROOMS:
         package = importlib.import_module(f"alphasmith.{room}")
@@ -25,7 +28,7 @@ def main() -> None:
                 importlib.import_module(module.name)
             count += 1
     answer = subprocess.run(
-        [sys.executable, "-m", "alphasmith.search.cli", "hardware", "--json"],
+        [sys.executable, "-m", "alphasmith.search.cli.main", "hardware", "--json"],
         capture_output=True,
         text=True,
         check=True,

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from alphasmith.objectives.candidate_batch import CandidateBatch
-from alphasmith.objectives.site_objective import SiteObjective
+from alphasmith.objectives.judge.candidate_batch import CandidateBatch
+from alphasmith.objectives.judge.site_objective import SiteObjective
 from alphasmith.objectives.smoothing import Smoothing
 from tests.chaos import subject
-from tests.search.run_cases import alphasmith, rows
+from tests.support.run_cases import alphasmith, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A file in the working folder: while it is there, scoring a batch of candidates takes an hour.
@@ -27,7 +27,7 @@ BEGAN = "began"
 COMMAND = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from alphasmith.search.cli import main
+from alphasmith.search.cli.main import main
 main()
 """
 
@@ -87,7 +87,8 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_run_is_resumed(tmp_path: Path, m
     assert "Traceback" not in said.read_text()
 
     (tmp_path / ENDLESS).unlink()
-    answer = alphasmith("resume", run_id, "--storage", storage, cwd=tmp_path)
+    allowed = ("--allow-code", "tests.search.test_interruption:model", *subject.allowed())
+    answer = alphasmith("resume", run_id, "--storage", storage, *allowed, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert rows(tmp_path / "runs.db", "SELECT status, id FROM alphasmith_run") == [("finished", run_id)]
     done = rows(tmp_path / "runs.db", "SELECT count(*) FROM alphasmith_ticket WHERE state = 'done'")

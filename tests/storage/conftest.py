@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from alphasmith.storage.database import Database, initialise, open_database
-from tests.servers import empty_database
+from alphasmith.storage.database.connection import Database, initialise, open_database
+from tests.support.servers import empty_database
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])

@@ -1,0 +1,10 @@
+"""Plotly figures of sites, alphas and histories.
+
+- ``_alphas``: figures of the chosen alphas: against the magnitude of their groups, and over sites and groups
+- ``_history``: search history: losses by trial number, of one study or of many
+- ``_parts``: parts that several figures share: named rows, line segments, and figures that have nothing to show yet
+- ``_theme``: one look for every figure: palette, fonts, axes, and the words for the series
+- ``sites``: figures of a run, from data frames: where each site stands, which alphas were chosen
+"""
+
+__all__ = ["sites"]

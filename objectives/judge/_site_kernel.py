@@ -1,0 +1,389 @@
+"""Squared output errors of quantized rows: the arithmetic behind the exact judge of one site.
+
+Symbols and shapes, of one part of a site: n candidates at a time, g convolution groups, T rows, D columns of X, O outputs.
+
+    codes of X    round((X - z) / (s dx))     one static step dx per candidate, or one per row (per sample for convolutions)
+    codes of W    round(W s / dw)
+    error         X W^T - (dx dw codes(X) codes(W)^T + W z)
+
+Static steps are folded into the weights, so a candidate costs one product and a handful of element-wise passes over
+cache-sized chunks. Where the formats allow it, the product of codes is an exact integer product. Source: formulas fA2 to fA5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphasmith.objectives.calibration.site_data import SiteData, SitePart
+from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, subset_rows
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.judge.producer_noise import ProducerNoise
+from alphasmith.objectives.quantization.integer_product import (
+    ExactProducts,
+    integer_gemm_pays,
+)
+from alphasmith.objectives.quantization.quantizers import code_scale, round_codes_
+from alphasmith.objectives.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from alphasmith.objectives.smoothing import Smoothing
+
+_DEFAULT_BUDGET = 2**29  # bytes
+_CACHE = 2**23  # bytes of rows in flight on a CPU: the passes over a chunk find it in the cache
+_STACK_ROWS = 1024  # rows that a GPU should see of every stacked candidate before more candidates are stacked
+_LEAST_ROWS = 64  # rows in flight below which a product is too thin to be worth a budget
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPart:
+    """What one part needs to know of n candidates.
+
+    Attributes:
+        inverse: (n, g, 1, D/g) factor of X - z: 1 / (s dx) under a static step, else 1 / s.
+        shift: (n, g, 1, D/g) z, or None if no candidate shifts.
+        weight: an operand of exact products of codes, or (n g, D/g, O/g) float32 dequantized, a static dx included.
+        factor: (n, 1, 1, O) dw, a static dx included, for codes; None for dequantized weights.
+        bias: (n, g, 1, O/g) W z, or None if no candidate shifts.
+        sample_step: (n, S) step dx of every sample; None unless a convolution takes ranges per sample.
+    """
+
+    inverse: Tensor
+    shift: Tensor | None
+    weight: Tensor
+    factor: Tensor | None
+    bias: Tensor | None
+    sample_step: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStack:
+    """Candidates that are scored together, ready for every part of the site.
+
+    Attributes:
+        parts: What every part needs to know of them.
+        producers: (n,) float64 squared error of the producers' rounding in every row.
+    """
+
+    parts: tuple[PreparedPart, ...]
+    producers: Tensor
+
+
+class SiteKernel:
+    """All parts of a site with their float outputs and scratch buffers. Data is unchecked: see ``check_site_data``.
+
+    Attributes:
+        rows: T of the largest part.
+        candidates_scored: Candidates whose scoring has begun; kept by who scores them.
+        capacity: Candidates whose quantized weights fit the budget.
+        stack: Candidates scored in one step; 1 on a CPU, whose caches one candidate fills.
+
+    Args:
+        data: Rows, weights and ranges of the site.
+        scheme: Number formats and granularities.
+        budget: Bytes of scratch buffers and quantized weights, beside the data and its float output. None: 512 MiB, or what a
+            single candidate of a large site needs.
+
+    Raises:
+        InputError: ``budget`` does not hold a single candidate.
+    """
+
+    def __init__(self, data: SiteData, scheme: Scheme, budget: int | None) -> None:
+        self._data = data
+        self._scheme = scheme
+        self.rows = max(part.x.shape[0] for part in data.parts)
+        self.candidates_scored = 0
+        with torch.no_grad():
+            self._parts = [_PartScorer(part, scheme) for part in data.parts]
+        self._producers = ProducerNoise(data, scheme)
+        self._positions = self._global_positions()
+        weights = sum(part.weight_bytes for part in self._parts)
+        scratch = sum(part.scratch_bytes for part in self._parts)
+        per_row = sum(part.row_bytes for part in self._parts)
+        # One half for the quantized weights of candidates, the other for the buffers.
+        needed = 2 * max(weights, scratch + per_row * min(self.rows, _LEAST_ROWS))
+        budget = max(_DEFAULT_BUDGET, needed) if budget is None else budget
+        if budget < needed:
+            raise InputError(
+                "budget", f"{budget} bytes hold no candidate of site {data.name}", f"give {needed} bytes or more"
+            )
+        half = budget // 2
+        self.capacity = half // weights
+        on_cpu = data.device.type == "cpu"
+        self.stack = 1 if on_cpu else max(1, min(self.capacity, half // (scratch + per_row * _STACK_ROWS)))
+        room = half - self.stack * scratch
+        # Every thread has its own cache.
+        in_flight = min(room, _CACHE * torch.get_num_threads()) if on_cpu else room
+        self._chunk = max(1, in_flight // (self.stack * per_row))
+        for part in self._parts:
+            part.reserve(1, self._chunk)
+
+    def energy(self, rows: int) -> float:
+        """Squared norm of the float output on a subset of ``rows`` rows."""
+        counts = self._part_rows(rows)
+        return sum(part.energies[count - 1] for part, count in zip(self._parts, counts, strict=True) if count)
+
+    @torch.no_grad()
+    def prepare(self, smoothings: Sequence[Smoothing]) -> PreparedStack:
+        """Quantize the weights under at most ``stack`` candidates; their tensors are on the site's device, float32 and checked."""
+        for part in self._parts:
+            part.reserve(len(smoothings), self._chunk)
+        scales = torch.stack([s.scales for s in smoothings])
+        shift = None
+        if any(s.shift is not None for s in smoothings):
+            shift = torch.stack([torch.zeros_like(s.scales) if s.shift is None else s.shift for s in smoothings])
+        step = None
+        if self._scheme.static:
+            peaks = [_peak(self._data, s) * s.range_factor for s in smoothings]
+            step = _step(torch.stack(peaks), self._scheme.activations)
+        parts = tuple(part.prepare(scales, shift, step) for part in self._parts)
+        spread = sum(part.rows for part in self._parts)
+        return PreparedStack(parts, self._producers.error(scales.double().log()) / spread)
+
+    @torch.no_grad()
+    def row_errors(self, stacks: Sequence[PreparedStack], start: int, stop: int) -> list[Tensor]:
+        """Squared output error of every row that a subset of ``stop`` rows has and one of ``start`` has not.
+
+        Rounding of the producers counts equally in every row.
+
+        Rows are in the order in which growing subsets take them, so errors of consecutive ranges join up to those of one.
+
+        Returns:
+            (n, rows) float64 for every stack.
+        """
+        ranges = list(zip(self._part_rows(start), self._part_rows(stop), strict=True))
+        by_part = [
+            part.row_errors([stack.parts[i] for stack in stacks], *rows)
+            for i, (part, rows) in enumerate(zip(self._parts, ranges, strict=True))
+        ]
+        by_part = [
+            [errors + stack.producers.unsqueeze(1) for errors, stack in zip(found, stacks, strict=True)]
+            for found in by_part
+        ]
+        if len(self._parts) == 1:
+            return by_part[0]
+        places = [place[first:last] for place, (first, last) in zip(self._positions, ranges, strict=True)]
+        order = torch.argsort(torch.cat(places))
+        return [torch.cat(errors, dim=1)[:, order] for errors in zip(*by_part, strict=True)]
+
+    @torch.no_grad()
+    def range_percentile(self, smoothing: Smoothing, percentile: float) -> tuple[float, float]:
+        """``percentile`` of max_j |x_tj - z_j| / s_j over the rows of all parts, and the same of the calibrated range."""
+        rows = torch.cat([part.row_peaks(smoothing) for part in self._parts]).double()
+        # The smallest range that holds that many whole rows; nothing between two rows.
+        inside = rows.kthvalue(max(1, math.ceil(rows.shape[0] * percentile / 100.0 - 1e-9))).values
+        both: list[float] = torch.stack([inside, _peak(self._data, smoothing).double()]).tolist()
+        return both[0], both[1]
+
+    def _part_rows(self, rows: int) -> list[int]:
+        return [subset_rows(rows, self.rows, part.rows) for part in self._parts]
+
+    def _global_positions(self) -> list[Tensor]:
+        """For every part, the place of its rows in the order in which growing subsets take them."""
+        entered = [torch.arange(part.rows) * self.rows // part.rows for part in self._parts]
+        order = torch.argsort(torch.cat(entered), stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(order.shape[0])
+        return list(torch.split(places.to(self._data.device), [part.rows for part in self._parts]))
+
+
+class _PartScorer:
+    """One part with its float output and scratch buffers.
+
+    Attributes:
+        rows: T.
+        energies: Squared norm of the float output of the first 1, 2, ... T rows.
+        weight_bytes: Size of one candidate's quantized weights.
+        scratch_bytes: Further bytes one candidate needs while they are quantized.
+        row_bytes: Bytes in flight per row and candidate.
+    """
+
+    def __init__(self, part: SitePart, scheme: Scheme) -> None:
+        self._part = part
+        self._scheme = scheme
+        self.rows = int(part.x.shape[0])
+        self._groups = part.groups
+        device = part.x.device
+        self._x = columns_by_block(part.x, part.groups)
+        # Columns last: the abs-max over inputs is then a vectorised pass, and the product reads its right operand in order.
+        self._weight = by_block(part.weight, part).mT.contiguous()
+        self._channel = part.channel.view(part.groups, 1, -1)
+        _, self._inputs, self._outputs = self._weight.shape
+        self._exact = (
+            scheme.activations == "int8"
+            and scheme.weights != "fp8"
+            and scheme.weight_granularity != "group"
+            and part.groups == 1
+        )
+        sizes = self._inputs, self._outputs
+        self._integer = self._exact and integer_gemm_pays(device.type, self.rows, *sizes)
+        self._reference = torch.bmm(self._x, self._weight)
+        norms = torch.linalg.vector_norm(self._reference, dim=(0, 2), dtype=torch.float64)
+        self.energies: list[float] = torch.cumsum(norms.square(), 0).tolist()
+        self._size = scheme.group_size or self._inputs
+        self._blocks = -(-self._inputs // self._size)
+        padded = self._groups * self._blocks * self._size * self._outputs
+        row = 4 * self._groups * (self._inputs + self._outputs)
+        if self._exact:
+            self.weight_bytes, per_row = ExactProducts.sizes(*sizes, device, integer=self._integer)
+            self.row_bytes = row + per_row
+        else:
+            self.weight_bytes, self.row_bytes = 4 * self._groups * self._inputs * self._outputs, row
+        self.scratch_bytes = 4 * padded
+        self._reserved = (0, 0)
+
+    def reserve(self, stack: int, rows: int) -> None:
+        """Make the buffers for ``stack`` candidates and ``rows`` rows at a time, unless they are there."""
+        rows = min(rows, self.rows)
+        if self._reserved[0] >= stack and self._reserved[1] == rows:
+            return
+        self._reserved, self._chunk = (stack, rows), rows
+        groups, x = self._groups, self._part.x
+        self._scaled = x.new_empty(stack * rows * groups * self._inputs)
+        self._output = x.new_empty(stack * rows * groups * self._outputs)
+        self._scratch = x.new_empty(stack, groups, self._blocks * self._size, self._outputs)
+        if self._exact:
+            sizes = self._inputs, self._outputs
+            self._products = ExactProducts(stack, rows, *sizes, x.device, integer=self._integer)
+
+    def prepare(self, scales: Tensor, shift: Tensor | None, step: Tensor | None) -> PreparedPart:
+        """Quantize the weight under ``scales`` and ``shift`` (n, C); ``step`` (n,) is the static step of X."""
+        stack = scales.shape[0]
+        columns = scales[:, self._channel]
+        inverse = columns.reciprocal() if step is None else (columns * step.view(-1, 1, 1, 1)).reciprocal()
+        dw, padded = self._quantized_weight(stack, columns)
+        weight = padded[:, :, : self._inputs]
+        # Integer codes cannot be NaN, so a step or factor beyond float32 would go unseen: it makes the outputs NaN instead.
+        sound = torch.isfinite(inverse).flatten(1).all(1) & torch.isfinite(dw).flatten(1).all(1)
+        factor = torch.where(sound, 1.0 if step is None else step, math.nan).view(-1, 1, 1, 1)
+        z = None if shift is None else shift[:, self._channel]
+        if self._exact:
+            weight, spread = self._products.operand(weight[:, 0]), dw[:, :, 0] * factor
+        else:
+            padded.unflatten(2, (self._blocks, self._size)).mul_(dw * factor.unsqueeze(-1))
+            weight, spread = weight.reshape(-1, self._inputs, self._outputs).clone(), None
+        return PreparedPart(
+            inverse=inverse,
+            shift=z,
+            weight=weight,
+            factor=spread,
+            bias=None
+            if z is None
+            else torch.bmm(z.squeeze(2).transpose(0, 1), self._weight).transpose(0, 1).unsqueeze(2),
+            sample_step=self._sample_step(scales, shift),
+        )
+
+    def row_errors(self, prepared: Sequence[PreparedPart], start: int, stop: int) -> list[Tensor]:
+        """(n, stop - start) float64 squared output error of rows start..stop-1, for every stack of candidates."""
+        norms: list[list[Tensor]] = [[] for _ in prepared]
+        for first in range(start, stop, self._chunk):
+            last = min(first + self._chunk, stop)
+            for stack, found in zip(prepared, norms, strict=True):
+                found.append(self._row_norms(stack, first, last))
+        # The norm of one row in float32 is right to 1e-7 of itself, as the outputs it is taken from are; what grows with the
+        # number of rows is the sum over them, which is float64.
+        empty = self._part.x.new_empty(0)
+        return [
+            (torch.cat(found, dim=1) if found else empty.expand(stack.inverse.shape[0], 0)).double().square()
+            for stack, found in zip(prepared, norms, strict=True)
+        ]
+
+    def row_peaks(self, smoothing: Smoothing) -> Tensor:
+        """max_j |x_tj - z_j| / s_j, (T,)."""
+        peaks = []
+        inverse = smoothing.scales[self._channel].reciprocal()
+        for first in range(0, self.rows, self._chunk):
+            rows = self._x[:, first : first + self._chunk]
+            if smoothing.shift is not None:
+                rows = rows - smoothing.shift[self._channel]
+            peaks.append((rows * inverse).abs().amax(dim=(0, 2)))
+        return torch.cat(peaks)
+
+    def _quantized_weight(self, stack: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps dw (n, g, blocks, 1, O/g) or broadcastable, and float32 codes (n, g, D' >= D/g, O/g) of the weight times s."""
+        padded = self._scratch[:stack]
+        padded[:, :, self._inputs :] = 0.0
+        torch.mul(self._weight, columns.mT, out=padded[:, :, : self._inputs])
+        blocks = padded.unflatten(2, (self._blocks, self._size))
+        if self._scheme.weight_granularity == "tensor":
+            absmax = self._operator_absmax(_absmax(padded, (1, 2)))
+        else:
+            absmax = _absmax(blocks, (3,))
+        dw = _step(absmax, self._scheme.weights)
+        round_codes_(blocks.div_(dw), self._scheme.weights)
+        return dw, padded
+
+    def _operator_absmax(self, absmax: Tensor) -> Tensor:
+        """The largest of (n, 1, 1, O/g) over the outputs of each operator, spread over them again: (n, 1, 1, 1, O/g)."""
+        features = [f // self._groups for f in self._part.out_features]
+        each = [o.amax(dim=-1, keepdim=True).expand_as(o) for o in torch.split(absmax, features, dim=-1)]
+        return torch.cat(each, dim=-1).unsqueeze(1)
+
+    def _sample_step(self, scales: Tensor, shift: Tensor | None) -> Tensor | None:
+        low, high = self._part.sample_low, self._part.sample_high
+        if low is None or high is None or self._scheme.activation_granularity == "static":
+            return None
+        if self._scheme.activations == "none":
+            return None
+        if shift is not None:
+            low, high = low - shift.unsqueeze(1), high - shift.unsqueeze(1)
+        peaks = torch.maximum(high, -low).clamp_min(0)
+        return _step((peaks / scales.unsqueeze(1)).amax(dim=2), self._scheme.activations)
+
+    def _row_norms(self, prepared: PreparedPart, first: int, last: int) -> Tensor:
+        """(n, rows) float32 norm of the output error of every row."""
+        scheme, groups, rows = self._scheme, self._groups, last - first
+        stack = prepared.inverse.shape[0]
+        shape = (stack, groups, rows, -1)
+        x = self._scaled[: stack * groups * rows * self._inputs].view(shape)
+        if prepared.shift is None:
+            torch.mul(self._x[:, first:last], prepared.inverse, out=x)
+        else:
+            torch.sub(self._x[:, first:last], prepared.shift, out=x).mul_(prepared.inverse)
+        row_step = None
+        if scheme.activations != "none":
+            if scheme.activation_granularity == "token":
+                row_step = self._row_step(prepared, x, first, last)
+                x.div_(row_step)
+            round_codes_(x, scheme.activations)
+        out = self._output[: stack * groups * rows * self._outputs].view(shape)
+        if prepared.factor is None:
+            torch.bmm(x.flatten(0, 1), prepared.weight, out=out.flatten(0, 1))
+        else:
+            self._products.product(x[:, 0], prepared.weight, out[:, 0])
+        if row_step is not None:
+            out.mul_(row_step)
+        reference = self._reference[:, first:last]
+        if prepared.factor is None:
+            torch.sub(reference, out, out=out)
+        else:
+            torch.addcmul(reference, out, prepared.factor, value=-1, out=out)
+        if prepared.bias is not None:
+            out.sub_(prepared.bias)
+        norms: Tensor = torch.linalg.vector_norm(out, dim=(1, 3))
+        return norms
+
+    def _row_step(self, prepared: PreparedPart, x: Tensor, first: int, last: int) -> Tensor:
+        """(n, 1, rows, 1) step of every row: its own, or its sample's."""
+        if prepared.sample_step is not None and self._part.sample is not None:
+            step = prepared.sample_step[:, self._part.sample[first:last]]
+        else:
+            step = _step(_absmax(x, (1, 3)).flatten(1), self._scheme.activations)
+        return step.unsqueeze(1).unsqueeze(-1)
+
+
+def _peak(data: SiteData, smoothing: Smoothing) -> Tensor:
+    """() largest calibrated magnitude after shift and scaling."""
+    return (data.input_range.peaks(smoothing.shift) / smoothing.scales).amax()
+
+
+def _absmax(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    # On CPU, amax and amin are vectorised and the infinity norm is not: 15 times faster.
+    return torch.maximum(values.amax(dim=dims, keepdim=True), values.amin(dim=dims, keepdim=True).neg_())
+
+
+def _step(absmax: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
+    """Step that maps ``absmax`` onto the largest code; NaN where it is not finite, so that the error is."""
+    return torch.where(torch.isfinite(absmax), code_scale(absmax, fmt), math.nan)

@@ -1,0 +1,426 @@
+"""Peak memory of a run: predicted before it starts, fitted to a budget, measured afterwards. All sizes are bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from alphasmith.objectives.calibration.capture import PartLayout, evaluating, part_layouts, unwatchable
+from alphasmith.objectives.calibration.statistics import CHUNK_BYTES, CHUNK_ELEMENTS, PERCENTILE_BINS
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.media.batch import Batch, call
+from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.text import size_text
+
+#: Fewest rows per part that ``fit_rows`` goes down to: below, a reservoir says little about a layer.
+MINIMUM_ROWS = 64
+
+_FLOAT = 4
+#: glibc's number for the setting (malloc.h), and the size [bytes].
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK = 8 * 2**20
+#: Rows the exact judge works on at a time, and rows the noise model looks at.
+_JUDGE_ROWS = 1024
+_NOISE_ROWS = 512
+#: Candidates of one call of the exact judge, whose quantized weights exist together, and the most these may take [bytes].
+_JUDGE_CANDIDATES = 24
+_JUDGE_WEIGHTS = 256 * 2**20
+#: Bytes per element of one parameter while it is smoothed in float64 and quantized, and while it is folded.
+_REBUILT = 32
+_FOLDED = 20
+#: Thread pools, packing buffers and lazily loaded code of the numeric libraries; 4 to 27 MiB were measured.
+_LIBRARIES = 32 * 2**20
+#: One part in this many is lost to fragmentation and rounding; up to 12 % were measured.
+_LOSS_DIVISOR = 8
+#: float32 and float64 accumulators (low, high, squares) and the records made of them (abs-max, RMS, percentile), per channel.
+_STATISTICS_PER_CHANNEL = 16 + 12
+#: Priority, tag and sample number of a kept row.
+_ROW_OVERHEAD = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryDemand:
+    """What a run keeps and does, as far as its memory depends on it.
+
+    Attributes:
+        batch: An example, as small as the model accepts.
+        batch_size: Samples per batch of the run; None: that of ``batch``.
+        scheme: Number formats of the quantized model.
+        splits: Calibrations kept at a time: calibration and held-out.
+        model_copies: Models alive at a time; candidates and folding work in place on one.
+        evaluators: Sites scored at a time.
+        percentiles: Whether the percentile histogram is kept.
+        outputs: Model outputs kept for comparison [bytes].
+        float64_limit: Largest float64 copy that may be made for the proof [bytes].
+        stacked: Weights that are quantized beside those of the sites that are watched: several matrices in one tensor.
+
+    Raises:
+        InputError: A number is below 1.
+    """
+
+    batch: Batch
+    batch_size: int | None = None
+    scheme: Scheme = field(default_factory=Scheme)
+    splits: int = 2
+    model_copies: int = 1
+    evaluators: int = 1
+    percentiles: bool = False
+    outputs: int = 0
+    float64_limit: int = 0
+    stacked: int = 0
+
+    def __post_init__(self) -> None:
+        _validate(splits=self.splits, model_copies=self.model_copies, evaluators=self.evaluators)
+        _validate(batch_size=1 if self.batch_size is None else self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Predicted memory of a run beyond the interpreter and its libraries [bytes].
+
+    Attributes:
+        rows: Rows kept per part of a site and split.
+        parameters: Parameters and buffers, all copies of the model together.
+        reservoirs: Sampled rows of all splits.
+        statistics: Running statistics per channel of all splits.
+        activations: Live activations of one forward at their peak, with what calibration copies of them.
+        evaluator: Buffers that score the largest site.
+        candidate: Quantized weights of one candidate of the model, with its forward or with one parameter being rebuilt.
+        proof: The same quantized weights, kept to be written, with the folding of one site or the float64 copy of the proof.
+        outputs: Model outputs kept for comparison.
+        dense: Dequantized weights that candidates keep between calls, part of ``candidate``; 0 where they are not kept.
+        float64: Size of the float64 copy that the proof makes, part of ``proof``; 0 where it uses the model's own type.
+        overhead: What libraries keep for themselves and allocators lose; not covered by the parts.
+        total: Peak. Activations, evaluator, candidate and proof are never live together, so the largest one counts.
+    """
+
+    rows: int
+    parameters: int
+    reservoirs: int
+    statistics: int
+    activations: int
+    evaluator: int
+    candidate: int = 0
+    proof: int = 0
+    outputs: int = 0
+    dense: int = 0
+    float64: int = 0
+
+    @property
+    def total(self) -> int:
+        """Predicted peak [bytes]."""
+        return self._parts + self.overhead
+
+    @property
+    def overhead(self) -> int:
+        """Predicted overhead [bytes]."""
+        return _LIBRARIES + self._parts // _LOSS_DIVISOR
+
+    @property
+    def working_set(self) -> int:
+        """What the largest site and the largest step need beside the model and the rows of other sites [bytes]."""
+        return max(self.activations, self.evaluator, self.candidate, self.proof)
+
+    @property
+    def _parts(self) -> int:
+        return self.parameters + self.reservoirs + self.statistics + self.outputs + self.working_set
+
+    def __str__(self) -> str:
+        parts = ("parameters", "reservoirs", "statistics", "outputs", "activations", "evaluator", "candidate", "proof")
+        listed = ", ".join(f"{part} {size_text(getattr(self, part))}" for part in (*parts, "overhead"))
+        return f"{size_text(self.total)} ({listed})"
+
+
+def fit_rows(model: nn.Module, sites: Sequence[Site], *, rows: int, budget: int, demand: MemoryDemand) -> MemoryPlan:
+    """The plan with the most rows, at most ``rows`` and at least ``MINIMUM_ROWS`` (or ``rows``), that fits the budget.
+
+    Dequantized weights are kept, and the proof is run in float64, where that costs no row. A forward of the example and one
+    of it doubled measure the activations: what grows between them is extrapolated to the batch size, what does not counts once.
+
+    Args:
+        model: The float model.
+        sites: Its sites.
+        rows: Rows kept per part of a site, if they fit.
+        budget: Memory available to the run, its model included, beyond the interpreter and its libraries [bytes].
+        demand: What else the run keeps.
+
+    Returns:
+        The plan; its ``rows`` is the reservoir size to calibrate with.
+
+    Raises:
+        InputError: Not even the fewest rows fit, or ``rows`` is below 1.
+    """
+    predictor = _Predictor(model, sites, demand)
+    for dense, float64 in ((True, True), (False, True), (True, False)):
+        plan = predictor.plan(rows, dense=dense, float64=float64)
+        if plan.total <= budget:
+            return plan
+
+    def lean(count: int) -> MemoryPlan:
+        return predictor.plan(count, dense=False, float64=False)
+
+    low, high = min(MINIMUM_ROWS, rows), rows
+    least = lean(low)
+    if least.total > budget:
+        raise InputError(
+            "hardware.search_memory",
+            f"{size_text(budget)} are too little, the run needs {size_text(least.total)} with {low} rows per site",
+            "raise the budget, lower the batch size, or exclude sites",
+        )
+    # The total grows with the rows, so the largest one that fits is found by bisection.
+    while low < high:
+        middle = (low + high + 1) // 2
+        if lean(middle).total <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return lean(low)
+
+
+class _Predictor:
+    """What does not depend on the rows, measured once."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], demand: MemoryDemand) -> None:
+        self._demand = demand
+        size = demand.batch.size if demand.batch_size is None else demand.batch_size
+        self._forward, self._largest = _forward_bytes(model, demand.batch, size)
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+        self._parameters = demand.model_copies * sum(t.nbytes for t in tensors)
+        self._copy64 = sum(8 * t.numel() if t.is_floating_point() else t.nbytes for t in tensors)
+        watched = [(site, part_layouts(model, site)) for site in sites if not unwatchable(site)]
+        self._channels = sum(site.channels for site, _ in watched)
+        self._layouts = [parts for _, parts in watched]
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        self._weights = [
+            (operator, weights[operator.weight].numel())
+            for site, _ in watched
+            for operator in site.operators
+            if not operator.raw and operator.weight in weights
+        ]
+        self._largest_weight = max((t.numel() for t in tensors), default=0)
+        self._largest_fold = max(
+            (sum(weights[n].nbytes for n in {e.parameter for e in site.edits} if n in weights) for site in sites),
+            default=0,
+        )
+
+    def plan(self, rows: int, *, dense: bool, float64: bool) -> MemoryPlan:
+        """The plan for one reservoir size."""
+        _validate(rows=rows)
+        demand = self._demand
+        kept = [_kept_bytes(part, rows) for parts in self._layouts for part in parts]
+        payload = sum(_payload_bytes(count, demand.scheme) for _, count in self._weights)
+        payload += _payload_bytes(demand.stacked, demand.scheme)
+        kept_dense = self._dense_bytes() if dense else 0
+        copy64 = self._copy64 if float64 and self._copy64 <= demand.float64_limit else 0
+        # Calibration copies one tensor at a time without its padding, and converts it chunk by chunk.
+        copies = self._largest + min(CHUNK_ELEMENTS, self._largest) * CHUNK_BYTES
+        # A quantized operator rounds its input, and turns integers into outputs, in steps of one tensor each.
+        quantized_forward = self._forward + 4 * self._largest
+        return MemoryPlan(
+            rows=rows,
+            parameters=self._parameters,
+            # While calibration sorts out what it saw, one reservoir is alive twice.
+            reservoirs=demand.splits * sum(kept) + max(kept, default=0),
+            # A histogram lives only as long as its calibration, so there is one at a time.
+            statistics=self._channels
+            * (demand.splits * _STATISTICS_PER_CHANNEL + (PERCENTILE_BINS * _FLOAT if demand.percentiles else 0)),
+            activations=self._forward + copies,
+            evaluator=demand.evaluators
+            * max((sum(_evaluator_bytes(p, rows, demand.scheme) for p in parts) for parts in self._layouts), default=0),
+            candidate=payload + max(kept_dense + quantized_forward, kept_dense + _REBUILT * self._largest_weight),
+            proof=payload
+            + max(copy64 + (2 if copy64 else 1) * self._forward, self._largest_fold + _FOLDED * self._largest_weight),
+            outputs=demand.outputs,
+            dense=kept_dense,
+            float64=copy64,
+        )
+
+    def _dense_bytes(self) -> int:
+        """Dequantized weights of the operators that integer products do not serve."""
+        scheme = self._demand.scheme
+        integers = scheme.activations == "int8" and scheme.weight_granularity != "group"
+        return _FLOAT * sum(n for operator, n in self._weights if not (integers and operator.kind == "linear"))
+
+
+def activation_bytes(model: nn.Module, batch: Batch) -> int:
+    """Peak bytes of live tensors during one forward, inputs included, parameters and buffers not.
+
+    Args:
+        model: Run once in eval mode without gradients.
+        batch: Its arguments, on the model's device.
+    """
+    return _measure(model, batch).peak
+
+
+def measured_peak(baseline: int = 0) -> int:
+    """High-water mark of the resident memory of this process beyond a baseline [bytes].
+
+    Args:
+        baseline: What was in use before, e.g. ``resident_bytes()`` before the run; the mark covers the whole life of the process.
+    """
+    return max(0, _high_water() - baseline)
+
+
+def return_large_blocks() -> None:
+    """Let the C library give freed blocks of 8 MiB and more back to the system at once, in this whole process.
+
+    glibc raises that size by itself, up to 32 MiB, whenever a larger block is freed; weights of many candidates then leave
+    holes in its heap that nothing fills: a model of 2 GiB was seen to take 1 GiB more than it needed. Without glibc nothing
+    happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now [bytes]."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def resident_model_bytes(model: nn.Module) -> int:
+    """Parameters and buffers that a model holds in main memory, shared ones once [bytes]."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return sum(t.nbytes for t in tensors if t.device.type == "cpu")
+
+
+def _high_water() -> int:
+    if sys.platform == "linux":
+        # ru_maxrss would survive an exec and so report the parent of a freshly started process.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # absent on Windows
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]  # torch annotates neither of the two
+    """Bytes of the storages that operations make while it is active, until they are freed.
+
+    Args:
+        known: Tensors whose storages count 0 bytes.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.peak = 0
+        self.largest = 0
+        self._now = 0
+        # A storage keeps its Python object as long as it lives, so the object's id stands for it.
+        self._known = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
+        self._live: dict[int, int] = {}
+
+    def add(self, values: Iterable[Any]) -> None:
+        """Count the storages of tensors that are not counted yet."""
+        for value in values:
+            if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+                continue
+            storage = value.untyped_storage()
+            if id(storage) in self._known or id(storage) in self._live:
+                continue
+            size = storage.nbytes()
+            self._live[id(storage)] = size
+            weakref.finalize(storage, self._forget, id(storage)).atexit = False
+            self._now += size
+            self.peak = max(self.peak, self._now)
+            self.largest = max(self.largest, size)
+
+    def _forget(self, key: int) -> None:
+        self._now -= self._live.pop(key)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` unchanged and count what it returns."""
+        result = func(*args, **(kwargs or {}))
+        self.add(tree_leaves(result))
+        return result
+
+
+def _forward_bytes(model: nn.Module, batch: Batch, size: int) -> tuple[int, int]:
+    """Peak of live activations, and the largest of them, in a forward of ``size`` samples [bytes]."""
+    one = _measure(model, batch)
+    if size <= batch.size:
+        return one.peak, one.largest
+    two = _measure(model, _doubled(batch))
+    steps = (size - batch.size) / max(batch.size, 1)
+
+    def extrapolated(first: int, second: int) -> int:
+        return math.ceil(first + max(second - first, 0) * steps)
+
+    return extrapolated(one.peak, two.peak), extrapolated(one.largest, two.largest)
+
+
+def _doubled(batch: Batch) -> Batch:
+    """Every sample twice."""
+
+    def twice(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+
+    return replace(
+        batch,
+        args=tuple(twice(v) for v in batch.args),
+        kwargs={name: twice(v) for name, v in batch.kwargs.items()},
+        mask=twice(batch.mask),
+        labels=twice(batch.labels),
+    )
+
+
+def _measure(model: nn.Module, batch: Batch) -> _StorageMeter:
+    meter = _StorageMeter(known=(*model.parameters(), *model.buffers()))
+    meter.add(tree_leaves((batch.args, dict(batch.kwargs))))
+    with evaluating(model), torch.no_grad(), meter:
+        call(model, batch)
+    return meter
+
+
+def _validate(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise InputError(name, f"{value} is below 1", "give a positive number")
+
+
+def _kept_bytes(part: PartLayout, rows: int) -> int:
+    ranges = part.operators[0].in_channels * _FLOAT if part.is_convolution else 0
+    return rows * (part.columns * _FLOAT + ranges + _ROW_OVERHEAD)
+
+
+def _payload_bytes(count: int, scheme: Scheme) -> int:
+    """Stored weights of an operator with ``count`` of them, with the scales of groups."""
+    values = -(-count // 2) if scheme.weights == "int4" else count
+    return values + (_FLOAT * count // scheme.group_size if scheme.group_size is not None else 0)
+
+
+def _evaluator_bytes(part: PartLayout, rows: int, scheme: Scheme) -> int:
+    """What scoring one part keeps: a judge of the calibration rows, one of the held-out rows, and the noise model.
+
+    T rows, D columns, O outputs. A judge: its weights and its reference (T, O), one chunk of rows and of outputs with its
+    temporaries; both together: quantized weights of the candidates of one call. The noise model: magnitudes of some rows
+    and weights in float64 with their gradients.
+    """
+    outputs = sum(operator.out_channels for operator in part.operators)
+    fan_in = part.columns // part.operators[0].groups
+    weights = outputs * fan_in
+    chunk, sampled = min(rows, _JUDGE_ROWS), min(rows, _NOISE_ROWS)
+    judges = 2 * _FLOAT * (rows * outputs + weights) + 12 * chunk * (part.columns + outputs)
+    stored = weights if scheme.activations == "int8" and scheme.weight_granularity != "group" else _FLOAT * weights
+    candidates = min(_JUDGE_CANDIDATES * stored, max(_JUDGE_WEIGHTS, stored)) + 3 * _FLOAT * weights
+    noise = 4 * 8 * (sampled * part.columns + min(outputs, _NOISE_ROWS * len(part.operators)) * fan_in)
+    return judges + candidates + noise

@@ -1,0 +1,34 @@
+"""The words that configuration, search, records and figures have in common, each written down once; free of torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+#: What is done at a site: its scales are folded into the operators before it, multiplied at run time, or it is left alone.
+SiteMode = Literal["fold", "explicit", "left"]
+#: What becomes of a weight.
+WeightStatus = Literal["quantized", "float"]
+#: Where a candidate comes from; that of the winner is the winner's kind.
+CandidateKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined", "reused"]
+#: What every winner is compared with.
+Baseline = Literal["identity", "alpha_0.5", "best_single"]
+#: What the model's output is scored with: the baselines, and the winners of the search.
+Variant = Literal["identity", "alpha_0.5", "best_single", "ours"]
+#: Whether every site has its own search, or the model has one.
+Scope = Literal["site", "model"]
+#: What a search at the model's output lowers.
+OutputLoss = Literal["mse", "kl", "task"]
+
+#: How channels are divided into groups.
+GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_difference"]
+#: What is taken of the activations of a channel.
+ChannelStatistic = Literal["absmax", "percentile", "rms"]
+#: How the static range of an activation is set.
+RangeStatistic = Literal["absmax", "percentile", "margin"]
+#: What is subtracted from every channel before it is scaled.
+ShiftStatistic = Literal["none", "mean", "middle"]
+
+#: Where a model comes from: a Hugging Face folder, a factory function, an object in memory, an embedded demo.
+ModelKind = Literal["hf", "factory", "module", "demo"]
+#: What a data set holds.
+MediaKind = Literal["text", "image", "audio", "video"]

@@ -1,0 +1,270 @@
+"""Rounding of one tensor of a site: sampled entries, their steps, and the output error their rounding makes.
+
+The parts of :mod:`alphasmith.objectives.noise.model`. Source: formula fA4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alphasmith.objectives.calibration.site_data import SiteData, SitePart
+from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block
+from alphasmith.objectives.quantization.quantizers import round_codes_
+from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Scheme, WeightFormat
+
+# Directions in which the columns of x are correlated that are followed, and the steps that find them.
+_DIRECTIONS = 8
+_SUBSPACE_STEPS = 2
+# Rows of x per pass of the column energies: a temporary that stays in the cache.
+_ENERGY_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedPeaks:
+    """Magnitudes that set the steps of a tensor whose rows do not set their own.
+
+    Attributes:
+        values: (Q, M) magnitudes; the largest of row q, after scaling, is the largest code of step q.
+        channel: (M,) int64 site channel of every magnitude.
+        step: (R,) int64: which of the Q steps each sampled row is rounded with.
+        mass: (Q,) float64 rows of the tensor that share each step.
+        factor: Range relative to that largest magnitude; below 1 clips.
+    """
+
+    values: Tensor
+    channel: Tensor
+    step: Tensor
+    mass: Tensor
+    factor: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rounding:
+    """Rounding of one tensor, in B blocks whose noise meets its own partners, with N columns each.
+
+    Attributes:
+        grows: True for weights, which are multiplied by s; False for activations, which are divided.
+        number_format: What the tensor is rounded to.
+        entries: (B, R, N) float32 sampled rows.
+        mass: Rows of the tensor that each sampled row stands for.
+        channel: (B, N) int64 site channel of every column.
+        energy: (B, N) float64 sum of squares of the tensor's columns, over all of its rows.
+        partner: (B, N) float64 sum of squares of what multiplies each column.
+        peaks: What sets the steps; None: every sampled row sets its own.
+        directions: (B, r, N) float32: rows whose Gram matrix is the part of the partner's that correlated columns share; ``partner``
+            is the diagonal of the whole. None: columns are taken to be uncorrelated.
+        pieces: Consecutive blocks that are pieces of the same rows; their errors add up along a direction.
+    """
+
+    grows: bool
+    number_format: WeightFormat | ActivationFormat
+    entries: Tensor
+    mass: float
+    channel: Tensor
+    energy: Tensor
+    partner: Tensor
+    peaks: FixedPeaks | None
+    directions: Tensor | None = None
+    pieces: int = 1
+
+    def errors(self, scales: Tensor) -> Tensor:
+        """Summed squares of the output errors, (n,) float64, under candidates ``scales`` (n, C) float32.
+
+        Every sampled entry is rounded as the quantizer would, so zeros, entries that set their own step, dead zones, few bits,
+        fp8 and clipping are what they are. Errors of different columns are taken to be independent, except along ``directions``:
+        there the errors of a fixed weight add up over all rows that share them.
+        """
+        codes = QMAX[self.number_format]
+        factors = scales if self.grows else scales.reciprocal()
+        columns = factors[:, self.channel]
+        scaled = self.entries * columns.unsqueeze(2)
+        if self.peaks is None:
+            peak = scaled.abs().amax(dim=-1)
+        else:
+            given = self.peaks
+            largest = (given.values * factors[:, given.channel].unsqueeze(1)).amax(dim=-1) * given.factor
+            peak = largest[:, given.step].unsqueeze(1)
+        step = torch.where(peak == 0, 1.0, peak / codes)
+        scaled.mul_(step.reciprocal().unsqueeze(-1))
+        scaled.sub_(round_codes_(scaled.clone(), self.number_format))
+        # Steps are squared relative to the largest, so that tensors of any size stay within float32.
+        unit = step.amax(dim=(1, 2), keepdim=True)
+        weight = (step / unit).square().expand(-1, *self.entries.shape[:2]).unsqueeze(2)
+        partner, shared = self.partner, torch.zeros_like(unit.flatten(), dtype=torch.float64)
+        if self.directions is not None:
+            partner = (partner - self.directions.square().sum(dim=1)).clamp_min(0)
+            along = torch.matmul(scaled, (self.directions / columns.unsqueeze(2)).mT) * (step / unit).unsqueeze(-1)
+            together = along.unflatten(1, (-1, self.pieces)).sum(dim=2)
+            shared = together.square().sum(dim=(1, 2, 3)).to(torch.float64)
+        noise = torch.matmul(weight, scaled.square_()).squeeze(2).to(torch.float64)
+        alone = (noise * partner / columns.to(torch.float64).square()).sum(dim=(1, 2))
+        return (alone + shared) * unit.flatten().to(torch.float64).square() * self.mass
+
+
+@dataclass(frozen=True, eq=False)
+class PartRounding:
+    """Roundings of one part of a site.
+
+    Attributes:
+        weights: One for each tensor of weights.
+        activations: Of the rows; None where they stay in float.
+    """
+
+    weights: tuple[Rounding, ...]
+    activations: Rounding | None
+
+
+def measure(
+    data: SiteData, part: SitePart, scheme: Scheme, shift: Tensor | None, range_factor: float, rows: int, outputs: int
+) -> PartRounding:
+    """Roundings of one part of a site: a few passes over x and the weights, no product. Unchecked: see ``check_site_data``.
+
+    Args:
+        data: The site.
+        part: One of its parts.
+        scheme: Number formats and granularities.
+        shift: (C,) subtracted from the rows, or None.
+        range_factor: Static range relative to the calibrated peak.
+        rows: Rows of x that are sampled, at most.
+        outputs: Rows of the weights, over all convolution groups, that are sampled, at most.
+    """
+    offset = None if shift is None else shift[part.channel]
+    x_energy = _column_energy(part.x, offset)
+    blocks = by_block(part.weight, part)
+    w_energy = blocks.square().sum(dim=1).to(torch.float64)
+    picked = evenly(part.x.shape[0], rows, part.x.device)
+    entries = part.x[picked] if offset is None else part.x[picked] - offset
+    directions = _directions(columns_by_block(entries, part.groups)) * math.sqrt(part.x.shape[0] / len(picked))
+    weights = _weight_roundings(part, scheme, blocks, w_energy, x_energy.view(part.groups, -1), directions, outputs)
+    if scheme.activations == "none":
+        return PartRounding(weights, None)
+    activations = Rounding(
+        grows=False,
+        number_format=scheme.activations,
+        entries=entries.unsqueeze(0),
+        mass=part.x.shape[0] / len(picked),
+        channel=part.channel.unsqueeze(0),
+        energy=x_energy.unsqueeze(0),
+        partner=w_energy.view(1, -1),
+        peaks=_activation_peaks(data, part, scheme, shift, range_factor, picked),
+    )
+    return PartRounding(weights, activations)
+
+
+def _activation_peaks(
+    data: SiteData, part: SitePart, scheme: Scheme, shift: Tensor | None, range_factor: float, picked: Tensor
+) -> FixedPeaks | None:
+    channels = torch.arange(data.channels, device=part.x.device)
+    rows = part.x.shape[0]
+    if scheme.activation_granularity == "static":
+        return FixedPeaks(
+            values=data.input_range.peaks(shift).unsqueeze(0),
+            channel=channels,
+            step=torch.zeros_like(picked),
+            mass=torch.full((1,), float(rows), dtype=torch.float64, device=part.x.device),
+            factor=range_factor,
+        )
+    if part.sample is None or part.sample_low is None or part.sample_high is None:
+        return None
+    used, step = torch.unique(part.sample[picked], return_inverse=True)
+    low, high = part.sample_low[used], part.sample_high[used]
+    return FixedPeaks(
+        values=torch.maximum(high, -low) if shift is None else torch.maximum(high - shift, shift - low),
+        channel=channels,
+        step=step,
+        mass=torch.bincount(step).to(torch.float64) * (rows / len(picked)),
+        factor=1.0,
+    )
+
+
+def _weight_roundings(
+    part: SitePart,
+    scheme: Scheme,
+    blocks: Tensor,
+    w_energy: Tensor,
+    x_energy: Tensor,
+    directions: Tensor,
+    wanted: int,
+) -> tuple[Rounding, ...]:
+    channel = part.channel.view(part.groups, -1)
+    if scheme.weight_granularity != "tensor":
+        columns = blocks.shape[2]
+        picked = evenly(blocks.shape[1], -(-wanted // part.groups), blocks.device)
+        size = min(scheme.group_size or columns, columns)
+        rounding = Rounding(
+            grows=True,
+            number_format=scheme.weights,
+            entries=_by_step(blocks[:, picked], size),
+            mass=blocks.shape[1] / len(picked),
+            channel=_by_step(channel, size),
+            energy=_by_step(w_energy, size),
+            partner=_by_step(x_energy, size),
+            peaks=None,
+            directions=_by_step(directions, size),
+            pieces=-(-columns // size),
+        )
+        return (rounding,)
+    # One step per operator over all of its convolution groups, each of which sees its own columns.
+    sizes = [features // part.groups for features in part.out_features]
+    found = []
+    for operator in torch.split(blocks, sizes, dim=1):
+        outputs = operator.shape[1]
+        picked = evenly(outputs, -(-wanted // (part.groups * len(sizes))), blocks.device)
+        found.append(
+            Rounding(
+                grows=True,
+                number_format=scheme.weights,
+                entries=operator[:, picked],
+                mass=outputs / len(picked),
+                channel=channel,
+                energy=operator.square().sum(dim=1).to(torch.float64),
+                partner=x_energy,
+                peaks=FixedPeaks(
+                    values=operator.abs().amax(dim=1).view(1, -1),
+                    channel=part.channel,
+                    step=torch.zeros_like(picked),
+                    mass=torch.full((1,), float(outputs), dtype=torch.float64, device=blocks.device),
+                    factor=1.0,
+                ),
+                directions=directions,
+            )
+        )
+    return tuple(found)
+
+
+def _directions(rows: Tensor) -> Tensor:
+    """Leading right singular vectors times singular values, (B, r, N), of ``rows`` (B, R, N), by subspace iteration."""
+    count = min(_DIRECTIONS, *rows.shape[1:])
+    # Rows of the matrix start the iteration: no random numbers, and they lie in the space that is looked for.
+    basis = torch.linalg.qr(rows[:, evenly(rows.shape[1], count, rows.device)].mT)[0]
+    for _ in range(_SUBSPACE_STEPS):
+        basis = torch.linalg.qr(torch.bmm(rows.mT, torch.bmm(rows, basis)))[0]
+    # The Gram matrix of a projection is that of its leading singular vectors, in whatever basis it is written.
+    factor = torch.linalg.qr(torch.bmm(rows, basis), mode="r")[1]
+    return torch.bmm(factor, basis.mT)
+
+
+def _by_step(values: Tensor, size: int) -> Tensor:
+    """(groups, ..., N) as (groups * steps per row, ..., size), the ragged last step padded with zeros."""
+    padded = functional.pad(values, (0, -values.shape[-1] % size))
+    return padded.view(*values.shape[:-1], -1, size).movedim(-2, 1).flatten(0, 1)
+
+
+def evenly(count: int, most: int, device: torch.device) -> Tensor:
+    """Indices of at most ``most`` of ``count`` rows, evenly spaced."""
+    taken = min(count, most)
+    return torch.arange(taken, device=device) * count // taken
+
+
+def _column_energy(x: Tensor, offset: Tensor | None) -> Tensor:
+    """(D,) float64 sums over rows of the squares of ``x - offset``."""
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    for rows in torch.split(x, _ENERGY_ROWS):
+        centred = rows if offset is None else rows - offset
+        total += (centred * centred).sum(dim=0)
+    return total

@@ -1,0 +1,13 @@
+"""What is deployed: schemes, quantizers, integer operators, their files.
+
+- ``_operator``: one linear or convolution that computes in the deployed number format
+- ``candidate_model``: one model that becomes candidate after candidate, in place, and the float model again
+- ``integer_product``: exact products of 8-bit integer matrices: on integer units where they pay, else in float32, the same to the bit
+- ``payload``: a quantized model as plain tensors and a JSON-able description, and back, bit for bit
+- ``plan``: the plan of a quantization: which tensors it changes, from which sites' smoothings
+- ``quantizers``: symmetric abs-max quantization of weights and activations: formula fA4, its one home
+- ``scheme``: quantization schemes: bits and granularity of weights and activations (claim A-12)
+- ``stack``: several matrices in one tensor, such as the experts of a mixture, kept quantized
+"""
+
+__all__ = ["candidate_model", "integer_product", "payload", "plan", "quantizers", "scheme", "stack"]

@@ -1,0 +1,448 @@
+"""One linear or convolution that computes in the deployed number format.
+
+The module it replaces is kept inside, without its weight: the weight lives here as integers (or fp8) and scales. Operators
+the integer product cannot serve run the inner module's own forward on dequantized tensors, so a subclass that pads or
+reshapes before it multiplies keeps its behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from alphasmith.objectives.calibration.patches import conv_window, pads
+from alphasmith.objectives.calibration.weight_matrix import as_matrix, from_matrix, matrix_shape
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.quantization.integer_product import integer_product
+from alphasmith.objectives.quantization.quantizers import (
+    QuantizedTensor,
+    activation_scale,
+    dequantize_weight,
+    fake_quantize_activation,
+    pack_int4,
+    quantize_activation,
+    quantize_weight,
+    unpack_int4,
+)
+from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.sites.types import OperatorKind
+
+Execution = Literal["integer", "simulated"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OperatorPayload:
+    """Tensors a quantized operator holds beside those of the module it replaced.
+
+    Attributes:
+        weight_values: (O, D) integers or fp8, D = inputs of one output, flattened; int4: (O, ceil(D / 2)) uint8, packed.
+        weight_scale: float32, shaped as ``quantize_weight`` returns it.
+        input_scale: () float32 for static activations, else None.
+        smooth: (C,) float32 the input is divided by (explicit sites), or None.
+        shift: (C,) subtracted from the input before that, or None. Zeros that a convolution pads with are shifted too.
+        correction: (O,) what the float weight makes of the shift, added to the output; or None.
+    """
+
+    weight_values: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None = None
+    smooth: Tensor | None = None
+    shift: Tensor | None = None
+    correction: Tensor | None = None
+
+
+#: Their names.
+TENSORS = tuple(field.name for field in fields(OperatorPayload))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OperatorTensors:
+    """What a quantized operator is made from, in float.
+
+    Attributes:
+        weight: The (smoothed) weight to quantize, shaped like the float operator's.
+        absmax: () largest magnitude of the input after shift and division, over calibration and times the range factor; None
+            where activations are not static.
+        smooth: (C,) the input is divided by (explicit sites), or None.
+        shift: (C,) subtracted from the input before that, or None.
+        correction: (O,) what the weight makes of the shift, added to the output beside the bias; None without a shift.
+    """
+
+    weight: Tensor
+    absmax: Tensor | None = None
+    smooth: Tensor | None = None
+    shift: Tensor | None = None
+    correction: Tensor | None = None
+
+
+class DequantizedWeight(Tensor):
+    """A plain tensor that fused kernels refuse.
+
+    Some modules (``nn.TransformerEncoderLayer``) hand the weights of their children to one fused kernel when every weight is
+    an ordinary tensor; that would bypass the quantizer and, at explicit sites, the division by s.
+    """
+
+
+class QuantizedOperator(nn.Module):
+    """A quantized ``nn.Linear``, transformers ``Conv1D`` or ``nn.Conv1d/2d/3d``, transposed ones among them (or subclass), that replaces the float one.
+
+    Computes ``op(dequantize(quantize((x - shift) / smooth)), dequantize(weight)) + bias + correction``. Where integer
+    execution applies (linear forward not overridden, int8 activations, integer weights per tensor or channel) the product is
+    taken between the integers and scaled afterwards, which differs by float rounding only. Source: claim A-12, formula fA4.
+
+    The product runs in float32 (float64 for float64 models) whatever the input's dtype, as integer kernels accumulate,
+    and returns the input's dtype. Attributes of the replaced module (``bias``, ``in_features``, ``stride`` ...) are
+    still found here; ``weight`` is the dequantized weight. Moving the model moves the payload and never casts it.
+
+    Args:
+        inner: The float operator; its ``weight`` parameter is taken away from it.
+        payload: The quantized weight, its scales, and what happens to the input.
+        scheme: Number formats and granularity.
+        kind: ``linear`` or ``conv``.
+        transposed: True when ``inner.weight`` is stored (in, out).
+        execution: ``integer`` uses integer products where they apply; ``simulated`` never does.
+        keep_dense: Keep the dequantized weight between calls (4 more bytes per weight, faster small calls).
+        dtype: What to compute in; None: :func:`compute_dtype` of the inner weight.
+
+    Raises:
+        InputError: ``inner`` owns no weight parameter, or the tensors do not fit it or the scheme.
+    """
+
+    inner: nn.Module
+    weight_values: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    smooth: Tensor | None
+    shift: Tensor | None
+    correction: Tensor | None
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        payload: OperatorPayload,
+        *,
+        scheme: Scheme,
+        kind: OperatorKind,
+        transposed: bool,
+        execution: Execution = "integer",
+        keep_dense: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        weight = weight_parameter(inner)
+        super().__init__()
+        self.scheme = scheme
+        self.kind: OperatorKind = kind
+        self.transposed = transposed
+        self.execution: Execution = execution
+        self.keep_dense = keep_dense
+        self._shape = tuple(weight.shape)
+        self.weight_numel = weight.numel()
+        self._dtype = dtype or compute_dtype(weight.dtype)
+        self._dense: Tensor | None = None
+        self._groups = int(getattr(inner, "groups", 1))
+        outputs, inputs = matrix_shape(self._shape, kind, transposed, self._groups)
+        self._inputs = inputs
+        self._channels = int(inputs) if kind == "linear" else int(getattr(inner, "in_channels", weight.shape[1]))
+        stored = (outputs, -(-inputs // 2) if scheme.weights == "int4" else inputs)
+        found = tuple(payload.weight_values.shape)
+        if found != stored:
+            raise InputError("weight_values", f"shape {found} is not {stored}", "give the payload of this operator")
+        if (payload.input_scale is not None) != scheme.static:
+            raise InputError("input_scale", "contradicts the scheme", "give one scale for static activations only")
+        for name, size in (("smooth", self._channels), ("shift", self._channels), ("correction", outputs)):
+            vector: Tensor | None = getattr(payload, name)
+            if vector is not None and vector.shape != (size,):
+                raise InputError(name, f"shape {tuple(vector.shape)} is not ({size},)", "give one per channel")
+        device = weight.device if weight.device.type != "meta" else payload.weight_values.device
+        del inner.weight
+        self.inner = inner.to(self._dtype)
+        for name in TENSORS:
+            tensor: Tensor | None = getattr(payload, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach().to(device))
+        self.train(inner.training)
+
+    @classmethod
+    def quantize(
+        cls,
+        inner: nn.Module,
+        tensors: OperatorTensors,
+        *,
+        scheme: Scheme,
+        kind: OperatorKind,
+        transposed: bool,
+        execution: Execution = "integer",
+        keep_dense: bool = False,
+    ) -> Self:
+        """Quantize a weight and take the place of ``inner``.
+
+        Args:
+            inner: The float operator; its own weight is dropped.
+            tensors: The weight and what happens to the input.
+            scheme: See the class.
+            kind: See the class.
+            transposed: See the class.
+            execution: See the class.
+            keep_dense: See the class.
+
+        Raises:
+            InputError: As the class; or static activations without ``absmax``.
+            NonFiniteError: The weight or ``absmax`` is NaN or infinite.
+        """
+        return cls(
+            inner,
+            _payload(tensors, scheme, kind, transposed, int(getattr(inner, "groups", 1))),
+            scheme=scheme,
+            kind=kind,
+            transposed=transposed,
+            execution=execution,
+            keep_dense=keep_dense,
+        )
+
+    def requantize(self, tensors: OperatorTensors) -> None:
+        """Take another weight, input range, division and shift in place, as ``quantize`` would.
+
+        Raises:
+            InputError: The weight's shape is another one.
+            NonFiniteError: See ``quantize``.
+        """
+        weight = tensors.weight
+        if tuple(weight.shape) != self._shape:
+            raise InputError(
+                "weight", f"shape {tuple(weight.shape)} is not {self._shape}", "give this operator's weight"
+            )
+        payload = _payload(tensors, self.scheme, self.kind, self.transposed, self._groups)
+        for name in TENSORS:
+            value: Tensor | None = getattr(payload, name)
+            setattr(self, name, None if value is None else value.detach().to(weight.device))
+        self._dense = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the operator computes in: float32 or float64."""
+        return self._dtype
+
+    @property
+    def weight(self) -> DequantizedWeight:
+        """Dequantized weight, shaped like the float operator's (float32, or float64 in float64 models)."""
+        return self._dequantized().as_subclass(DequantizedWeight)
+
+    def integer_weight(self) -> Tensor:
+        """(O, D) int8 (int4 values unpacked) or float8_e4m3fn: the stored weight before its scale."""
+        if self.scheme.weights == "int4":
+            return unpack_int4(self.weight_values, self._inputs)
+        return self.weight_values
+
+    @property
+    def uses_integers(self) -> bool:
+        """Whether the product is taken between integers; otherwise it runs on dequantized tensors."""
+        return (
+            self.execution == "integer"
+            and self.scheme.activations == "int8"
+            and self.scheme.weight_granularity != "group"
+            and type(self.inner).forward in (nn.Linear.forward, Conv1D.forward)
+            and not self.inner._forward_hooks  # a hook on the inner module expects to see its input and output
+            and not self.inner._forward_pre_hooks
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the operator; its first argument, by position or name, is the input.
+
+        (..., C) for linear, (B, C, *space) or (C, *space) for conv. Further arguments go to the replaced forward as they are.
+        """
+        if not args:  # models do call operators by keyword; every forward served here names its input first
+            (_, input), *rest = kwargs.items()
+            args, kwargs = (input,), dict(rest)
+        input, *more = args
+        if self.uses_integers and not more and not kwargs:
+            return self._integer_forward(input)
+        padding = self._zero_padding()
+        x = self._smoothed(functional.pad(input.to(self._dtype), padding) if padding else input.to(self._dtype))
+        if self.scheme.activations != "none":
+            x = fake_quantize_activation(x, self._scale_of(x), self.scheme.activations).to(self._dtype)
+        output = self._float_forward(x, more, kwargs, padded=bool(padding))
+        return output.to(input.dtype) if isinstance(output, Tensor) else output
+
+    def extra_repr(self) -> str:
+        """Scheme and execution, shown by ``print(model)``."""
+        explicit = ", explicit" if self.smooth is not None else ""
+        shifted = ", shifted" if self.shift is not None else ""
+        return f"{self.scheme.name}, {self.execution}{explicit}{shifted}"
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the replaced module that models read from their children (``bias``, ``in_features`` ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inner" or name in TENSORS:  # these are this module's own, never the inner one's
+                raise
+            return getattr(super().__getattr__("inner"), name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but keep every dtype: casting a payload or a scale would change the quantized weight."""
+        before = dict(self._buffers)
+        apply: Callable[..., nn.Module] = super()._apply
+        apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        self.inner.to(dtype=self._dtype)
+        self._dense = None
+        return self
+
+    def _integer_forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self._channels:  # the reshape below would accept some wrong inputs in silence
+            raise InputError("input", f"has {x.shape[-1]} channels", f"give (..., {self._channels})")
+        rows = self._smoothed(x.reshape(-1, self._channels).to(self._dtype))
+        scale = self._scale_of(rows)
+        product = integer_product(quantize_activation(rows, scale, "int8").values, self.integer_weight())
+        output = product.to(self._dtype) * scale * self.weight_scale.reshape(-1)
+        bias = self._corrected(self.inner.bias)
+        if bias is not None:
+            output = output + bias
+        return output.reshape(*x.shape[:-1], output.shape[-1]).to(x.dtype)
+
+    def _corrected(self, bias: object) -> Tensor | None:
+        """(O,) what is added to the product: the bias, the correction, or both."""
+        if not isinstance(bias, Tensor):
+            return self.correction
+        return bias if self.correction is None else bias + self.correction
+
+    def _float_forward(self, x: Tensor, more: list[Any], kwargs: dict[str, Any], *, padded: bool) -> Any:
+        """The inner module's own forward, lent the dequantized weight, the corrected bias and, if x is padded, no padding."""
+        inner, parameters = self.inner, self.inner._parameters
+        bias, padding = parameters.get("bias"), getattr(inner, "padding", None)
+        inner.weight = self._dequantized()  # a plain attribute: the forward of any subclass finds it there
+        try:
+            if self.correction is not None:
+                total = self._corrected(bias)
+                parameters["bias"] = None if total is None else nn.Parameter(total, requires_grad=False)
+            if padded:
+                vars(inner)["padding"] = (0,) * (len(self._shape) - 2)
+            return inner(x, *more, **kwargs)
+        finally:
+            del inner.weight
+            if self.correction is not None:
+                parameters["bias"] = bias
+            if padded:
+                vars(inner)["padding"] = padding
+
+    def _zero_padding(self) -> list[int]:
+        """Zeros to put around the input before it is shifted, as ``functional.pad`` takes them; [] when there are none.
+
+        A padded zero is an input value like any other: the exact correction ``W z`` counts on every one being shifted.
+        """
+        inner = self.inner
+        if self.shift is None or not isinstance(inner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return []
+        if inner.padding_mode != "zeros":  # the inner module then pads with values of the input, which are shifted
+            return []
+        window = conv_window(self._shape[2:], inner.stride, inner.padding, inner.dilation)
+        return [count for pair in reversed(window.padding) for count in pair] if pads(window) else []
+
+    def _dequantized(self) -> Tensor:
+        if self._dense is not None:
+            return self._dense
+        quantized = QuantizedTensor(self.integer_weight(), self.weight_scale)
+        flat = dequantize_weight(quantized, self.scheme).to(self._dtype)
+        dense = from_matrix(flat, self._shape, self.kind, self.transposed, self._groups)
+        if self.keep_dense:
+            self._dense = dense
+        return dense
+
+    def _smoothed(self, x: Tensor) -> Tensor:
+        trailing = [1] * (0 if self.kind == "linear" else len(self._shape) - 2)
+        if self.shift is not None:
+            x = x - self.shift.reshape(-1, *trailing)
+        return x if self.smooth is None else x / self.smooth.reshape(-1, *trailing)
+
+    def _scale_of(self, x: Tensor) -> Tensor:
+        """Activation scale: the calibrated one, or that of every row (linear) or sample (conv) of a smoothed input."""
+        if self.input_scale is not None:
+            return self.input_scale
+        if self.kind == "linear":
+            return activation_scale(x.abs().amax(-1, keepdim=True), self.scheme.activations)
+        unbatched = x.dim() == len(self._shape) - 1
+        dims = tuple(range(x.dim()))[0 if unbatched else 1 :]
+        return activation_scale(x.abs().amax(dims, keepdim=True), self.scheme.activations)
+
+
+def weight_parameter(module: nn.Module, name: str | None = None) -> nn.Parameter:
+    """The weight a module owns.
+
+    Args:
+        module: An operator's module.
+        name: What to call it in the error; None: its class.
+
+    Raises:
+        InputError: It owns none, e.g. because a parametrization computes it.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise InputError(
+            name or type(module).__name__,
+            "owns no weight parameter",
+            "skip this operator, or remove its parametrization first",
+        )
+    return weight
+
+
+def operator_module(model: nn.Module, name: str) -> nn.Module:
+    """The module an operator was found in.
+
+    Raises:
+        InputError: The model has no module of this name.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(
+            name, "the model has no such operator", "use the model its sites were discovered in"
+        ) from error
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace ``old`` by ``new`` wherever ``model`` registers it (one module may stand under several names)."""
+    for parent in list(model.modules()):
+        if parent is new:
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a quantized operator of a model in ``dtype`` computes in: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _payload(
+    tensors: OperatorTensors, scheme: Scheme, kind: OperatorKind, transposed: bool, groups: int
+) -> OperatorPayload:
+    """The quantized weight, with a static activation scale if the scheme has one."""
+    weight = tensors.weight.detach()
+    # Contiguous, as it comes back from a file: memory order decides the order of additions, hence the last bits.
+    flat = as_matrix(weight, kind, transposed, groups).contiguous()
+    quantized = quantize_weight(flat, scheme)
+    values = pack_int4(quantized.values) if scheme.weights == "int4" else quantized.values
+    input_scale = None
+    if scheme.static:
+        if tensors.absmax is None:
+            raise InputError(
+                "absmax", "is missing for static activations", "calibrate this site, or use granularity 'token'"
+            )
+        input_scale = activation_scale(tensors.absmax.detach().to(weight.device), scheme.activations)
+    return OperatorPayload(
+        weight_values=values,
+        weight_scale=quantized.scale,
+        input_scale=input_scale,
+        smooth=tensors.smooth,
+        shift=tensors.shift,
+        correction=tensors.correction,
+    )

@@ -1,0 +1,261 @@
+"""Symmetric abs-max quantization of weights and activations: formula fA4, its one home.
+
+A scale maps the largest magnitude onto the largest code (``QMAX``): ``scale = absmax / qmax``, ``q = clip(round(v / scale))``.
+Integer codes are clipped to ``[-qmax - 1, qmax]``, fp8 (e4m3) values to ``[-448, 448]``. Rounding is half to even everywhere
+(``torch.round`` and torch's own float8 conversion). A block of zeros gets scale 1 and codes 0. All arithmetic is float32.
+
+Source: claim A-12, formula fA4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Scheme, WeightFormat
+
+# Scales stay normal numbers: below the smallest normal float32 the quotient v / scale loses its bits, and above max / qmax
+# the product qmax * scale would overflow.
+_TINY = torch.finfo(torch.float32).tiny
+_HUGE = torch.finfo(torch.float32).max * (1 - 2**-20)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes and the scales that turn them back into values: ``value = code * scale``.
+
+    Attributes:
+        values: (O, D) codes: int8 for int8 and int4 (int4 codes lie in -8..7, one per element), float8_e4m3fn for fp8.
+        scale: float32. Granularity ``tensor``: (); ``channel``: (O, 1); ``group``: (O, ceil(D / group_size)), the last group
+            of a row being shorter when group_size does not divide D. For activations: whatever scale was given.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+def quantize_weight(w: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Quantize one operator's weight. Source: claim A-12, formula fA4.
+
+    Args:
+        w: (O, D) weight, any floating dtype; computed in float32.
+        scheme: Number format and granularity.
+
+    Returns:
+        Codes (O, D) and scales, shaped as :class:`QuantizedTensor` says.
+
+    Raises:
+        InputError: ``w`` is not a non-empty matrix.
+        NonFiniteError: ``w`` holds NaN or infinity.
+    """
+    w = _checked_matrix(w)
+    absmax = _block_absmax(w, scheme)
+    scale = code_scale(absmax, scheme.weights)
+    codes = round_codes_(w / _spread(scale, scheme, w.shape[1]), scheme.weights)
+    return QuantizedTensor(codes.to(_storage_dtype(scheme.weights)), scale)
+
+
+def dequantize_weight(q: QuantizedTensor, scheme: Scheme) -> Tensor:
+    """Turn codes back into float32 values (O, D).
+
+    Args:
+        q: What :func:`quantize_weight` returned for the same scheme.
+        scheme: The scheme it was quantized with.
+
+    Raises:
+        InputError: The scales do not fit the codes under this scheme.
+    """
+    rows, columns = q.values.shape
+    expected = _scale_shape(rows, columns, scheme)
+    if tuple(q.scale.shape) != expected:
+        raise InputError(
+            "q.scale",
+            f"has shape {tuple(q.scale.shape)}, {scheme.name} needs {expected}",
+            "dequantize with the scheme the weight was quantized with",
+        )
+    return q.values.to(torch.float32) * _spread(q.scale, scheme, columns)
+
+
+def activation_scale(absmax: Tensor, fmt: ActivationFormat) -> Tensor:
+    """Scale that maps ``absmax`` onto the largest code; 1 where ``absmax`` is 0. Source: formula fA4.
+
+    Args:
+        absmax: Largest magnitudes, any shape: () for a static scale, (T, 1) for one per token.
+        fmt: Number format of the activation, not ``none``.
+
+    Returns:
+        float32, the shape of ``absmax``.
+
+    Raises:
+        InputError: ``fmt`` is ``none``, which has no scale, or ``absmax`` is negative.
+        NonFiniteError: ``absmax`` holds NaN or infinity.
+    """
+    _require_codes(fmt)
+    if not bool(torch.isfinite(absmax).all()):
+        raise NonFiniteError("the activation range holds NaN or infinity")
+    if bool((absmax < 0).any()):
+        raise InputError("absmax", "is negative", "give the largest magnitude, not the largest value")
+    return code_scale(absmax.to(torch.float32), fmt)
+
+
+def quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> QuantizedTensor:
+    """Quantize activations with a given scale; values beyond its range are clipped.
+
+    Args:
+        x: (T, D) or any shape.
+        scale: Positive, broadcastable to ``x``: () or (T, 1).
+        fmt: Number format, not ``none``.
+
+    Returns:
+        Codes shaped like ``x``, and ``scale``.
+
+    Raises:
+        InputError: ``fmt`` is ``none``.
+        NonFiniteError: ``x`` or the scale holds NaN or infinity.
+    """
+    _require_codes(fmt)
+    codes = round_codes_(_checked_activation(x, scale) / scale, fmt)
+    return QuantizedTensor(codes.to(_storage_dtype(fmt)), scale)
+
+
+def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> Tensor:
+    """Quantize and dequantize activations: exactly code times scale, float32; ``none`` returns ``x`` as float32.
+
+    Args:
+        x: (T, D) or any shape.
+        scale: Positive, broadcastable to ``x``: () or (T, 1); not used for ``none``.
+        fmt: Number format.
+
+    Raises:
+        NonFiniteError: ``x`` or the scale holds NaN or infinity.
+    """
+    if fmt == "none":
+        return x.to(torch.float32)
+    return fake_quantize_activation_(_checked_activation(x, scale).clone(), scale, fmt)
+
+
+def fake_quantize_activation_(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> Tensor:
+    """:func:`fake_quantize_activation` in place and unchecked: for callers who own ``x``, float32 and finite; not ``none``."""
+    return round_codes_(x.div_(scale), fmt).mul_(scale)
+
+
+def code_scale(absmax: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
+    """Scale that maps float32 ``absmax`` of any shape onto the largest code of ``fmt``; 1 where it is 0. Unchecked; NaN stays."""
+    qmax = QMAX[fmt]
+    return torch.where(absmax == 0, 1.0, (absmax / qmax).clamp(_TINY, _HUGE / qmax))
+
+
+def round_codes_(codes: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
+    """Round float32 ``codes`` (value / scale) in place to what ``fmt`` can hold, half to even, clipped. Returns ``codes``."""
+    qmax = QMAX[fmt]
+    if fmt == "fp8":
+        return codes.copy_(codes.clamp_(-qmax, qmax).to(torch.float8_e4m3fn))
+    return codes.round_().clamp_(-qmax - 1, qmax)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Pack pairs of int4 codes into bytes, the even column in the low half; an odd last column is padded with 0.
+
+    Args:
+        values: (..., D) int8 codes in -8..7.
+
+    Returns:
+        (..., ceil(D / 2)) uint8.
+
+    Raises:
+        InputError: The codes are not int8 or leave -8..7.
+    """
+    if values.dtype != torch.int8 or values.dim() < 1:
+        raise InputError(
+            "values", f"has dtype {values.dtype} and {values.dim()} dimensions", "give int8 codes (..., D)"
+        )
+    if values.numel() and (int(values.min()) < -8 or int(values.max()) > 7):
+        raise InputError("values", "holds codes outside -8..7", "quantize with an int4 scheme before packing")
+    padded = functional.pad(values, (0, values.shape[-1] % 2))
+    halves = padded.view(torch.uint8) & 0x0F
+    return halves[..., 0::2] | (halves[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, last_dim: int) -> Tensor:
+    """Undo :func:`pack_int4`.
+
+    Args:
+        packed: (..., ceil(last_dim / 2)) uint8.
+        last_dim: D, the number of codes per row.
+
+    Returns:
+        (..., last_dim) int8 in -8..7.
+
+    Raises:
+        InputError: ``packed`` is not uint8 or does not hold ``last_dim`` codes per row.
+    """
+    if packed.dtype != torch.uint8 or packed.dim() < 1:
+        raise InputError(
+            "packed", f"has dtype {packed.dtype} and {packed.dim()} dimensions", "give the packed uint8 bytes"
+        )
+    if packed.shape[-1] != (last_dim + 1) // 2:
+        raise InputError(
+            "last_dim", f"{last_dim} codes do not fill {packed.shape[-1]} bytes", "give the row length before packing"
+        )
+    halves = torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)[..., :last_dim].to(torch.int8)
+    return torch.where(halves > 7, halves - 16, halves)
+
+
+def _storage_dtype(fmt: WeightFormat | ActivationFormat) -> torch.dtype:
+    return torch.float8_e4m3fn if fmt == "fp8" else torch.int8
+
+
+def _block_absmax(w: Tensor, scheme: Scheme) -> Tensor:
+    """Largest magnitude per block that shares a scale, shaped as the scale is."""
+    if scheme.weight_granularity == "tensor":
+        low, high = torch.aminmax(w)
+        return torch.maximum(-low, high)
+    if scheme.weight_granularity == "channel":
+        # The infinity norm is the abs-max of a row without a temporary as large as w.
+        rows: Tensor = torch.linalg.vector_norm(w, ord=float("inf"), dim=1, keepdim=True)
+        return rows
+    size = scheme.group_size or w.shape[1]
+    groups = -(-w.shape[1] // size)
+    padded = functional.pad(w, (0, groups * size - w.shape[1])) if w.shape[1] % size else w
+    blocks: Tensor = torch.linalg.vector_norm(padded.reshape(-1, groups, size), ord=float("inf"), dim=2)
+    return blocks
+
+
+def _scale_shape(rows: int, columns: int, scheme: Scheme) -> tuple[int, ...]:
+    if scheme.weight_granularity == "tensor":
+        return ()
+    if scheme.weight_granularity == "channel":
+        return (rows, 1)
+    return (rows, -(-columns // (scheme.group_size or columns)))
+
+
+def _spread(scale: Tensor, scheme: Scheme, columns: int) -> Tensor:
+    """Scales broadcastable to (O, columns)."""
+    if scheme.weight_granularity != "group":
+        return scale
+    return scale.repeat_interleave(scheme.group_size or columns, dim=1)[:, :columns]
+
+
+def _checked_matrix(w: Tensor) -> Tensor:
+    if w.dim() != 2 or w.numel() == 0:
+        raise InputError("w", f"has shape {tuple(w.shape)}", "give a non-empty weight (outputs, inputs)")
+    w = w.detach().to(torch.float32)
+    if not bool(torch.isfinite(w).all()):
+        raise NonFiniteError("the weight holds NaN or infinity")
+    return w
+
+
+def _checked_activation(x: Tensor, scale: Tensor) -> Tensor:
+    x = x.to(torch.float32)
+    if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(scale).all()):
+        raise NonFiniteError("the activation or its scale holds NaN or infinity")
+    return x
+
+
+def _require_codes(fmt: ActivationFormat) -> None:
+    if fmt == "none":
+        raise InputError("fmt", "'none' keeps activations in float and has no codes", "use 'int8' or 'fp8'")

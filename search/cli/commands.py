@@ -1,0 +1,191 @@
+"""What each command does, apart from reading its arguments and printing its answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alphasmith.objectives.errors import AlphasmithError, InputError
+from alphasmith.search.cli._status import progress_facts
+from alphasmith.search.config import DEFAULT_STORAGE
+from alphasmith.storage.database.connection import check_exists, opened
+from alphasmith.storage.output.manifest import read_manifest
+from alphasmith.storage.queue.status import lease_of, live_drivers, look_at
+from alphasmith.storage.runs.records import RunRecord, UnreadableRun
+from alphasmith.storage.runs.run_store import RunStore
+
+if TYPE_CHECKING:
+    from alphasmith.search.config import RunConfig
+    from alphasmith.search.inputs.hardware import HardwareBudget
+    from alphasmith.storage.upkeep.garbage import Removal
+
+# What only one command needs is imported there: `list` and `show` must not wait for torch and plotly.
+
+#: Groups whose ranges ``hardware`` shows where every site chooses its own number.
+_SHOWN_GROUPS = 4
+
+
+def list_runs(storage: str | None) -> list[dict[str, Any]]:
+    """One mapping per run, newest first; a row that cannot be read has status ``unreadable`` and a reason."""
+    with opened(storage or DEFAULT_STORAGE) as database:
+        drivers = live_drivers(database)
+        return [
+            (_run_facts(run) if isinstance(run, RunRecord) else _unreadable_facts(run))
+            | {"driver": drivers.get(run.id)}
+            for run in RunStore(database).listing()
+        ]
+
+
+def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
+    """Everything stored about a run: facts, configuration, sites with their groups."""
+    from alphasmith.storage.runs.data_frames import group_rows, site_rows  # pandas takes half a second to import
+
+    with opened(storage or DEFAULT_STORAGE) as database:
+        store = RunStore(database)
+        record = store.get(prefix)
+        sites, groups = store.sites(record.id), store.groups(record.id)
+        # Trials are many: they are counted where they are.
+        counts = store.trial_counts(record.id)
+        look = look_at(database, record, lease=lease_of(record.config))
+    return _run_facts(look.record) | {
+        "config": dict(record.config),
+        "hardware": dict(record.hardware),
+        "refinement": None if record.refinement is None else dict(record.refinement),
+        "progress": progress_facts(look),
+        "trials": sum(counts.values()),
+        "failed_trials": counts.get("failed", 0),
+        "weights": _weights(look.record),
+        "sites": site_rows(sites),
+        "groups": group_rows(sites, groups),
+    }
+
+
+def delete(
+    prefix: str, storage: str | None, *, sure: Callable[[RunRecord, Sequence[Removal]], bool]
+) -> tuple[RunRecord, list[Removal]] | None:
+    """Delete a run after ``sure`` was asked, with the run and what would go.
+
+    Returns:
+        The run as it was, and what was removed; None: it was not to be deleted.
+
+    Raises:
+        InputError: No such run, or a process works on it.
+    """
+    from alphasmith.storage.upkeep.delete import delete_run
+
+    with opened(storage or DEFAULT_STORAGE) as database:
+        record = RunStore(database).get(prefix)
+        if not sure(record, delete_run(database, record.id, dry_run=True)):
+            return None
+        return record, delete_run(database, record.id)
+
+
+def hardware(config: RunConfig) -> dict[str, Any]:
+    """The detected and the given budget, what the model requires, rho, and the ranges that follow.
+
+    Without a model in ``config`` nothing is known of what is required, and the ranges are those of fA6 for rho = 0.
+    """
+    from alphasmith.search.inputs.hardware import detect, scarcity, target_budget
+    from alphasmith.search.inputs.preparation import survey
+    from alphasmith.search.inputs.task import load_task
+    from alphasmith.search.study.alpha_ranges import group_ranges
+
+    answer: dict[str, Any] = {"detected": _budget(detect()), "given": _budget(target_budget(config.hardware))}
+    rho, explanation = 0.0, "no model given, rho = 0"
+    if config.model.path or config.model.factory or config.model.demo:
+        found = survey(config, load_task(config))
+        rho, explanation = found.scarcity.rho, found.scarcity.explanation
+        answer["required"] = _budget(found.scarcity.required)
+        answer["this_machine"] = {"rho": scarcity(detect(), found.scarcity.required).rho}
+    shown = _SHOWN_GROUPS if config.groups.k == "auto" else config.groups.k
+    positions = [k / max(shown - 1, 1) for k in range(shown)]
+    ranges = group_ranges(positions, rho=rho, kind="wide" if config.groups.ranges == "wide" else "magnitude")
+    answer["rho"] = rho
+    answer["explanation"] = explanation
+    answer["ranges"] = [
+        # Positions stand in for magnitudes here, so the magnitude at the head of the explanation is left out.
+        {"position": r.position, "low": r.low, "high": r.high, "explanation": r.explanation.partition(": ")[2]}
+        for r in ranges
+    ]
+    return answer
+
+
+def report(prefix: str, out: Path, storage: str | None) -> None:
+    """Render a run's report from its manifest and the storage.
+
+    Raises:
+        InputError: No such run, it is not finished, or ``out`` cannot be written.
+    """
+    from alphasmith.dashboards.report import render_report
+
+    out = out.absolute()
+    if not out.name or out.is_dir():
+        raise InputError("--out", f"{out} is a folder", "name the file")
+    with opened(storage or DEFAULT_STORAGE) as database:
+        store = RunStore(database)
+        record = store.get(prefix)
+        if record.status != "finished":
+            raise InputError("RUN", f"{record.id} is {record.status}", "give a finished run")
+        manifest = read_manifest(Path(record.folder))
+        text = render_report(manifest, store.trials(record.id))
+    try:
+        partial = out.with_name(f".{out.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, out)
+    except OSError as error:
+        raise InputError("--out", f"{out} cannot be written ({error.strerror})", "choose another file") from error
+
+
+def dashboard(
+    storage: str | None,
+    *,
+    host: str,
+    port: int,
+    hosts: Sequence[str],
+    allow_write: bool,
+    token: str | None,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve the Optuna dashboard until interrupted; ``ready`` is called once with the address it listens on."""
+    from alphasmith.dashboards.server import serve
+
+    url = storage or DEFAULT_STORAGE
+    check_exists(url)
+    serve(url, host=host, port=port, hosts=hosts, allow_write=allow_write, token=token or None, ready=ready)
+
+
+def _run_facts(record: RunRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "name": record.name,
+        "status": record.status,
+        "reason": record.reason,
+        "scheme": record.scheme,
+        "scope": record.scope,
+        "created": record.created.isoformat(timespec="seconds"),
+        "finished": None if record.finished is None else record.finished.isoformat(timespec="seconds"),
+        "folder": record.folder,
+    }
+
+
+def _unreadable_facts(run: UnreadableRun) -> dict[str, Any]:
+    """The same keys for a row that holds no record."""
+    unknown = dict.fromkeys(("name", "scheme", "scope", "created", "finished", "folder"))
+    return {**unknown, "id": run.id, "status": "unreadable", "reason": run.reason}
+
+
+def _weights(record: RunRecord) -> list[dict[str, Any]]:
+    """Every weight of a finished run's model, as its manifest tells, where that is seen from here; else none."""
+    if record.status != "finished":
+        return []
+    try:
+        manifest = read_manifest(Path(record.folder))
+    except AlphasmithError:
+        return []
+    return [weight.model_dump() for weight in manifest.weights]
+
+
+def _budget(budget: HardwareBudget) -> dict[str, int | None]:
+    return {"memory": budget.memory, "gpu_threads": budget.gpu_threads, "bandwidth": budget.bandwidth}

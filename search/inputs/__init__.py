@@ -1,0 +1,11 @@
+"""What a run works on: model and data, sites, hardware, calibration.
+
+- ``_plain_model``: the model that is searched: plain operators in place of what hides its products
+- ``calibration_cache``: calibration rows and statistics in the artifact store
+- ``hardware``: the budget of the machine that will run the model, and how scarce it is
+- ``permission``: code that a record names: it runs only where whoever starts the process names it, too
+- ``preparation``: from a task to searchable sites: discovery, memory plan, calibration, hardware
+- ``task``: the task of a run: a float model, three disjoint splits of data, and a task metric if there is one
+"""
+
+__all__ = ["calibration_cache", "hardware", "permission", "preparation", "task"]

@@ -1,0 +1,480 @@
+"""The main job, end to end: search, guard, prove, quantize, keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+from torch import nn
+
+from alphasmith.objectives.calibration.calibrate import weight_absmax
+from alphasmith.objectives.calibration.producers import Producers
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.judge.memory import return_large_blocks
+from alphasmith.objectives.judge.model_objective import ModelLoss, ModelObjective
+from alphasmith.objectives.literals import Variant
+from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
+from alphasmith.search.config import DEFAULT_STORAGE, RunConfig, merged
+from alphasmith.search.devices import search_device, thread_budget
+from alphasmith.search.engines.choose import make_engine
+from alphasmith.search.engines.types import Engine, ModelWork
+from alphasmith.search.inputs.permission import check_code, named_in
+from alphasmith.search.inputs.preparation import PreparedModel, RunInputs, begin, survey
+from alphasmith.search.inputs.task import Task, load_task
+from alphasmith.search.interruption import leave, never
+from alphasmith.search.launch._lookup import (
+    Place,
+    check_out,
+    check_same,
+    find_run,
+    named,
+    new_run,
+    open_existing_run,
+    open_run,
+    stored_config,
+    writable_store,
+)
+from alphasmith.search.launch._outcome import SearchOutcome, produce
+from alphasmith.search.launch.recorder import RunRecorder, RunResult, conclude, written_before
+from alphasmith.search.model.refinement import RefinementResult
+from alphasmith.search.model.refinement_stage import refine_sites
+from alphasmith.search.model.search import ModelResult, SiteStatistics, search_model
+from alphasmith.search.model.variants import best_variant, kept_variant, score_variants, task_loss, within_noise
+from alphasmith.search.progress import Progress, Silent
+from alphasmith.search.site.result import SiteResult
+from alphasmith.search.site.settings import SiteSettings
+from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
+from alphasmith.search.study.candidates import TrialResult
+from alphasmith.search.study.writer import Writer
+from alphasmith.search.work.plan import plan_sites
+from alphasmith.search.work.session import RunHandle
+from alphasmith.search.work.site_results import SiteResults
+from alphasmith.search.work.site_sources import PreparedSites
+from alphasmith.search.work.site_stage import SiteStage
+from alphasmith.storage.artifacts.run_artifacts import RunArtifacts
+from alphasmith.storage.database.connection import Database, check_writable, find_database, opened
+from alphasmith.storage.runs.records import RunRecord
+
+
+def run(
+    config: RunConfig | Mapping[str, Any] | None = None,
+    *,
+    model: nn.Module | None = None,
+    batches: Iterable[Any] | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    stop: Callable[[], bool] = never,
+) -> RunResult:
+    """Search, smooth, quantize and keep a model; an unfinished run of the same configuration, model and data is continued.
+
+    Args:
+        config: What to do, or the fields of it; None: the embedded image demo.
+        model: A module in place of ``config.model``; copied, never changed.
+        batches: Batches in place of ``config.data``: tensors, tuples, dicts or ``Batch``.
+        metric: Task metric of a model, in place of ``config.data.metric``.
+        progress: Receives stages and notes; None: silent.
+        fresh: Begin a new run in any case.
+        stop: Polled; returns True to stop in good order.
+
+    Returns:
+        The run's id, folder, manifest and tables.
+
+    Raises:
+        InputError: Anything the user can mend; nothing is left behind.
+        EquivalenceError: Folding changed the float model; nothing is written.
+        Interrupted: ``stop`` said so; what was found is on record, see :func:`resume`.
+    """
+    config = RunConfig.build(config or {})
+    given = ScriptInputs(model=model, batches=batches, metric=metric)
+    return drive(config, given, progress or Silent(), stop, fresh=fresh)
+
+
+def resume(
+    run: str,
+    *,
+    storage: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    batches: Iterable[Any] | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    allow_code: Collection[str | Path] = (),
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = never,
+) -> RunResult:
+    """Resume a run that was interrupted, killed or failed, and finish it. No finished trial is repeated.
+
+    Args:
+        run: Its id, or the beginning of it.
+        storage: The database it is in; None: the default one.
+        changes: Fields of its configuration to change, of those that decide no result: ``engine``, ``workers``, ``out``,
+            ``{"data": {"batch_size": 1}}``, ...
+        model: Where the run was given a module: the same one.
+        batches: Likewise.
+        metric: Likewise.
+        allow_code: Functions ``module:function`` and folders that the run's record may lead to: what it names beside these
+            and those in ``changes`` is not run. Whoever can write to a database must not run code as its readers.
+        progress: Receives stages and notes; None: silent.
+        stop: Polled; returns True to stop in good order.
+
+    Raises:
+        InputError: No such run, it is finished or driven by another live process, its model, data or configuration is
+            not what it was, or it names code that was not allowed.
+        Interrupted: As :func:`run`.
+    """
+    url = storage or DEFAULT_STORAGE
+    given = ScriptInputs(model=model, batches=batches, metric=metric)
+    with opened(url) as database:
+        record = open_existing_run(database, run)
+        config = RunConfig.build(merged(stored_config(record, url).model_dump(), changes or {}))
+        replaced = [name for name in ("model", "batches", "metric") if getattr(given, name) is not None]
+        check_code(config, [*allow_code, *named_in(changes or {})], f"run {record.id}", replaced)
+        return drive(config, given, progress or Silent(), stop, recorded=(database, record))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptInputs:
+    """What a launch script gives in place of a configuration's sections."""
+
+    model: nn.Module | None
+    batches: Iterable[Any] | None
+    metric: Callable[[nn.Module], float] | None
+
+
+def drive(
+    config: RunConfig,
+    given: ScriptInputs,
+    progress: Progress,
+    stop: Callable[[], bool],
+    *,
+    recorded: tuple[Database, RunRecord] | None = None,
+    fresh: bool = False,
+) -> RunResult:
+    """Drive a run to its end: a new one, the unfinished one of the same configuration, or the one given.
+
+    Args:
+        config: Its configuration.
+        given: What is not in the configuration.
+        progress: Receives stages and notes.
+        stop: Polled; returns True to stop.
+        recorded: The database, open, and the run in it, its objects where they are seen from here; None: find it, else
+            begin one.
+        fresh: Begin a new one even if there is an unfinished one.
+
+    Raises:
+        InputError: As ``run`` and ``resume``.
+        Interrupted: ``stop`` said so.
+    """
+    # Optuna logs a line per trial to standard error, which the progress display replaces.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url = config.storage or DEFAULT_STORAGE
+    database, record = recorded or (None, None)
+    with ExitStack() as stack:
+        check_out(config, record, new=fresh)
+        place = Place(config, stack)
+        place.reserve(record)
+        check_writable(url)
+        if database is None and (found := find_database(url)) is not None:
+            database = stack.enter_context(closing(found))
+        return_large_blocks()
+        progress.stage("loading model and data")
+        task = load_task(
+            config, model=given.model, batches=given.batches, metric=given.metric, progress=progress, stop=stop
+        )
+        if config.search.loss == "task" and config.search.scope == "model" and task.metric is None:
+            raise InputError(
+                "search.loss", "is 'task' but there is no metric", "give data.metric, or use 'mse' or 'kl'"
+            )
+        for note in task.notes:
+            progress.note(note)
+        if record is not None:
+            check_same(record, config, task)
+        found_sites = survey(config, task)
+        for note in found_sites.notes:
+            progress.note(f"warning: {note}")
+        if record is None and database is not None and not fresh:
+            record = find_run(database, config, task, progress)
+        # What can be wrong with places and engine shows before the model is calibrated, and leaves nothing on record.
+        check_out(config, record, new=True)
+        place.reserve(record)
+        store = writable_store(config, record)
+        with make_engine(config, stop) as engine:
+            before: RunInputs | None = None
+            if record is None:
+                others = None if database is None else RunArtifacts(database, store, "")
+                before = begin(config, task, found_sites, progress, stop, others=others)
+            # Made only now: what was wrong with model and data has left nothing behind.
+            database = database or stack.enter_context(opened(url, create=True))
+            if record is None and not fresh:  # another process may have begun the same meanwhile
+                record = find_run(database, config, task, progress)
+            record = record or new_run(database, config, task, found_sites, store)
+            place.reserve(record)
+            handle = open_run(database, config, record, store, engine=engine.name, place=place)
+            with named(handle.id, handle.storage), handle:
+                # First what earlier drivers left: one that wakes can publish nothing after that, or has published already.
+                handle.discard_partial_output()
+                written = written_before(handle)
+                if written is not None:
+                    progress.note(f"{handle.folder} was written before; only its record is finished")
+                    return conclude(handle, written, handle.store.trials(handle.id))
+                inputs = before or begin(config, task, found_sites, progress, stop, handle.kept)
+                if before is not None:
+                    before.calibrations.attach(handle.kept)
+                return _finish(config, task, inputs, handle, engine, progress, stop)
+
+
+def _finish(
+    config: RunConfig,
+    task: Task,
+    inputs: RunInputs,
+    handle: RunHandle,
+    engine: Engine,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> RunResult:
+    """Everything from the first search on."""
+    prepared = inputs.prepared
+    if prepared.coverage.left:
+        progress.note(f"warning: {prepared.coverage.account()}")
+    with thread_budget(config.search.threads):
+        recorder = RunRecorder(handle, config, task, prepared)
+        candidate = CandidateModel(
+            prepared.survey.model,
+            prepared.sites,
+            input_ranges(prepared),
+            config.scheme.build(),
+            skip_patterns(config, prepared),
+            keep_dense=prepared.plan.dense > 0,
+        )
+        launch = _Launch(
+            config, task, prepared, candidate, inputs.float_metric, handle, recorder, engine, progress, stop
+        )
+        found = _search(launch)
+        leave(stop)
+        products = produce(config, task, prepared, candidate, found, inputs.baseline, progress)
+        progress.stage("writing")
+        return recorder.write(found, products)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What the stages of a run share."""
+
+    config: RunConfig
+    task: Task
+    prepared: PreparedModel
+    candidate: CandidateModel
+    float_metric: float | None
+    handle: RunHandle
+    recorder: RunRecorder
+    engine: Engine
+    progress: Progress
+    stop: Callable[[], bool]
+
+
+def _search(launch: _Launch) -> SearchOutcome:
+    config, task, prepared, candidate = launch.config, launch.task, launch.prepared, launch.candidate
+    device = search_device(config)
+    held_out = [b.to(device) for b in task.held_out]
+    statistics = _statistics(prepared)
+    smoothings: dict[Variant, Mapping[str, Smoothing]] = {
+        "identity": {},
+        "alpha_0.5": _single(statistics, DEFAULT_ALPHA),
+    }
+    sites: dict[str, SiteResult] = {}
+    whole: ModelResult | None = None
+    refinement: RefinementResult | None = None
+    kind = config.search.loss if config.search.scope == "model" else "mse"
+    reserve = ModelObjective(candidate, held_out, loss=_output_loss(config, task, launch.float_metric))
+    with Writer() as writer:
+        if config.search.scope == "site":
+            sites = _search_sites(launch, writer)
+            if config.search.refine and sites:
+                judge = ModelObjective(candidate, [b.to(device) for b in task.calibration], loss="mse")
+                context = launch.handle.study_context("refinement", writer, device=str(device), stop=launch.stop)
+                sites, refinement = refine_sites(config, prepared, sites, judge, reserve, context, launch.progress)
+            smoothings["best_single"] = {n: r.best_single for n, r in sites.items()}
+            smoothings["ours"] = {n: r.smoothing for n, r in sites.items()}
+        else:
+            whole = _search_whole(launch, statistics, reserve, writer)
+            smoothings["best_single"] = _single(statistics, whole.best_single_alpha)
+            smoothings["ours"] = whole.smoothings
+    if whole is not None:
+        launch.recorder.whole(whole)
+    scores = score_variants(candidate, reserve, kind, smoothings, task.metric, launch.float_metric, launch.progress)
+    best, kept = best_variant(scores), kept_variant(scores, config.search.guard)
+    doubt = within_noise(scores, kept)
+    ours = scores.losses["ours"]
+    if best != kept:
+        launch.progress.note(
+            f"note: at the model's output {best} has the lowest held-out loss "
+            f"({scores.losses[best]:.3g}, the winners {ours:.3g}); search.guard='output' would keep it"
+        )
+    notes = _fewer_groups(config.groups.k, {"the model": whole} if whole else sites)
+    if kept == "identity" and ours is not None:
+        losses = f"{ours:.3g} on held-out data, without smoothing {scores.losses['identity']:.3g}"
+        notes += (f"no site is smoothed: with the winners of the search the loss at the model's output is {losses}",)
+    if doubt is not None:
+        kept = doubt.simpler if doubt.decides else kept
+        notes += (doubt.reason,)
+    for note in notes:
+        launch.progress.note(f"warning: {note}")
+    found = SearchOutcome(
+        sites=sites,
+        whole=whole,
+        smoothings=smoothings,
+        fallback=None if kept == "ours" else kept,
+        doubt=doubt,
+        scores=scores,
+        refinement=refinement,
+        notes=notes,
+    )
+    launch.recorder.outcome(found)
+    return found
+
+
+def _search_sites(launch: _Launch, writer: Writer) -> dict[str, SiteResult]:
+    config, prepared, handle = launch.config, launch.prepared, launch.handle
+    source = PreparedSites(prepared)
+    shared = plan_sites(config, prepared, source, handle, launch.progress)
+    settings = SiteSettings(
+        scheme=config.scheme.build(),
+        groups=config.groups,
+        search=config.search,
+        rho=prepared.survey.scarcity.rho,
+        budget=_scratch(config, prepared),
+    )
+    if shared:
+        launch.progress.note(f"more workers: alphasmith worker {handle.id} --storage {handle.storage}")
+    stage = SiteStage(
+        handle,
+        source,
+        settings,
+        engine=launch.engine,
+        keeper=SiteResults(handle.board, handle.kept, scheme=settings.scheme.name, position=source.position),
+        writer=writer,
+        progress=launch.progress,
+        stop=launch.stop,
+    )
+    stage.run()
+    return stage.results()
+
+
+def _search_whole(
+    launch: _Launch, statistics: Mapping[str, SiteStatistics], reserve: ModelObjective, writer: Writer
+) -> ModelResult:
+    config, task, prepared = launch.config, launch.task, launch.prepared
+    device = search_device(config)
+    loss = _output_loss(config, task, launch.float_metric)
+    judge = ModelObjective(launch.candidate, [b.to(device) for b in task.calibration], loss=loss)
+
+    def shipped() -> ModelWork:
+        return ModelWork(
+            model=prepared.survey.model,
+            sites=prepared.sites,
+            ranges=input_ranges(prepared),
+            scheme=config.scheme.build(),
+            skip=skip_patterns(config, prepared),
+            batches=tuple(task.calibration),
+            loss=loss,
+        )
+
+    launch.progress.stage("searching the model", config.search.trials)
+    best: list[float] = []
+
+    def told(result: TrialResult) -> None:
+        if result.loss is not None:
+            best.append(result.loss)
+        launch.progress.advance(f"best loss {min(best):.3g}" if best else "")
+
+    context = launch.handle.study_context("model", writer, device=str(device), stop=launch.stop)
+    with launch.candidate.restored():
+        return search_model(
+            statistics,
+            judge,
+            reserve,
+            config,
+            rho=prepared.survey.scarcity.rho,
+            racer=launch.engine.racer(judge, shipped),
+            batch=max(1, launch.engine.slots),
+            context=replace(context, on_trial=told),
+        )
+
+
+def _scratch(config: RunConfig, prepared: PreparedModel) -> int | None:
+    """Memory for the buffers of one judge [bytes]; None: its own default.
+
+    On a GPU half of what is free, shared by two judges. On the CPU, where a budget is given, what the plan leaves of it.
+    """
+    if search_device(config).type == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) // 4
+    given = config.hardware.search_memory
+    return None if given is None else max(prepared.plan.evaluator, given - prepared.plan.total)
+
+
+def _output_loss(config: RunConfig, task: Task, float_metric: float | None) -> ModelLoss:
+    """Loss at the model's output: relative MSE beside site studies, what the user chose where the model is searched."""
+    if config.search.scope == "site" or config.search.loss == "mse":
+        return "mse"
+    if config.search.loss == "task" and task.metric is not None and float_metric is not None:
+        return task_loss(task.metric, float_metric)
+    return "kl"
+
+
+def input_ranges(prepared: PreparedModel) -> dict[str, ChannelRange]:
+    """Site -> calibrated range of every channel, for every site with data."""
+    return {name: prepared.calibration.input_range(name) for name in prepared.calibration.sites}
+
+
+def skip_patterns(config: RunConfig, prepared: PreparedModel) -> tuple[str, ...]:
+    """Operators to leave in float: those the user names, and those no calibration row reached."""
+    missing = (
+        operator.name
+        for site in prepared.sites
+        if site.name not in prepared.calibration.sites
+        for operator in site.operators
+        if not operator.stacked  # nothing is calibrated for these: their weights alone are quantized
+    )
+    return (*config.sites.skip, *missing)
+
+
+def _fewer_groups(k: int | Literal["auto"], results: Mapping[str, SiteResult | ModelResult]) -> tuple[str, ...]:
+    """One line on where there are fewer groups than asked for; none where there are as many."""
+    if k == "auto":
+        return ()
+    fewer = {name: len(r.ranges) for name, r in results.items() if len(r.ranges) < k}
+    if not fewer:
+        return ()
+    first, groups = next(iter(fewer.items()))
+    more = f" and fewer than {k} at {len(fewer) - 1} more sites" if len(fewer) > 1 else ""
+    return (f"groups.k = {k} is reduced to {groups} at {first}{more}: the magnitudes of the channels support no more",)
+
+
+def _statistics(prepared: PreparedModel) -> dict[str, SiteStatistics]:
+    by_name: dict[str, Site] = {s.name: s for s in prepared.sites}
+    parameters = {n: p.detach() for n, p in prepared.survey.model.named_parameters()}
+    parameters |= dict(prepared.survey.model.named_buffers())
+    producers = Producers(prepared.sites, parameters, prepared.calibration, prepared.skip)
+    return {
+        name: SiteStatistics(
+            activation=prepared.calibration.activation_statistic(name),
+            weight=weight_absmax(by_name[name], parameters),
+            ties=by_name[name].ties.cpu(),
+            producer=producers.peaks(by_name[name]),
+        )
+        for name in sorted(prepared.order, key=[s.name for s in prepared.sites].index)
+    }
+
+
+def _single(statistics: Mapping[str, SiteStatistics], alpha: float) -> dict[str, Smoothing]:
+    return {
+        n: Smoothing(scales=smoothing_scales(s.activation, s.weight, alpha, ties=s.ties, producer=s.producer))
+        for n, s in statistics.items()
+    }

@@ -1,0 +1,66 @@
+"""The plan of a run: which sites it will search, stored before the first search so that any process can resume it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alphasmith.search.config import RunConfig
+from alphasmith.search.inputs.preparation import PreparedModel
+from alphasmith.search.progress import Progress
+from alphasmith.search.work._published_site import site_digest
+from alphasmith.search.work.session import RunHandle
+from alphasmith.search.work.site_sources import PreparedSites, publish_sites
+from alphasmith.storage.queue.board import reusable_winners
+from alphasmith.storage.queue.records import SiteWinner, TicketSpec
+
+
+def plan_sites(
+    config: RunConfig, prepared: PreparedModel, source: PreparedSites, handle: RunHandle, progress: Progress
+) -> bool:
+    """Write the tickets of a run; where its database serves several processes, publish what they need.
+
+    A run that was planned before keeps its plan, the winners that its searches start from included.
+
+    Returns:
+        Whether other processes can take part.
+
+    Raises:
+        InputError: The run was planned for other sites.
+    """
+    scheme = config.scheme.build().name
+    planned = {ticket.site: ticket for ticket in handle.board.tickets()}
+    digests = {
+        name: planned[name].digest if name in planned else site_digest(source.site(name), source.tensors)
+        for name in source.order
+    }
+    winners: Mapping[str, SiteWinner] = {}
+    if config.search.reuse and not planned:
+        winners = reusable_winners(handle.database, digests.values(), scheme, not_run=handle.id)
+    shared = handle.shared
+    if shared and not planned:
+        publish_sites(prepared, source, handle.kept)
+    handle.board.plan(
+        [
+            TicketSpec(
+                site=name,
+                position=place,
+                depends_on=source.depends_on(name),
+                digest=digests[name],
+                reused=planned[name].reused if name in planned else _reused(winners.get(digests[name])),
+            )
+            for place, name in enumerate(source.order)
+        ]
+    )
+    reused = [w for d in digests.values() if (w := winners.get(d)) is not None]
+    if reused:
+        runs = ", ".join(sorted({w.run for w in reused}))
+        progress.note(
+            f"{len(reused)} of {len(digests)} sites start from winners on record (run {runs}); "
+            "search.reuse=false starts afresh"
+        )
+    return shared
+
+
+def _reused(winner: SiteWinner | None) -> dict[str, Any] | None:
+    return None if winner is None else {"run": winner.run, "candidate": dict(winner.winner)}

@@ -1,0 +1,12 @@
+"""The output folder of a run and the manifest that explains it.
+
+- ``_parents``: folders made on the way to a place, which go again where nobody came to use them
+- ``checkpoint``: a checkpoint as one safetensors file, or as shards with an index
+- ``entries``: the parts of a manifest; ``manifest`` puts them together
+- ``manifest``: the manifest: the JSON that explains a result completely
+- ``output_folder``: the output folder of a run: appears whole or not at all
+- ``reservation``: a place for a result, reserved by one process while it works towards it
+- ``result_folder``: reading an output folder: only files that its manifest names, only as they were written, never through links
+"""
+
+__all__ = ["checkpoint", "entries", "manifest", "output_folder", "reservation", "result_folder"]

@@ -1,0 +1,171 @@
+"""An independent, slow reading of the formulas: scalar loops, products and sums in float64, no torch arithmetic.
+
+Only the element-wise steps up to the rounding are done in float32 as the library does them, so that both land on the same side of
+a rounding tie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alphasmith.objectives.calibration.site_data import SiteData, SitePart
+from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.smoothing import Smoothing
+
+Array = NDArray[np.float32]
+
+LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
+
+
+def _e4m3_values() -> list[float]:
+    """Magnitudes of float8 e4m3 in the order of their codes: 7 subnormals after 0, then 8 per binade up to 448."""
+    values = [mantissa * 2.0**-9 for mantissa in range(8)]
+    for exponent in range(-6, 9):
+        values += [(1 + mantissa / 8) * 2.0**exponent for mantissa in range(8)]
+    return values[:-1]  # the last code is NaN
+
+
+E4M3 = _e4m3_values()
+
+
+def naive_round(value: float, fmt: str) -> float:
+    """Nearest number of the format, half to even code."""
+    if fmt == "fp8":
+        magnitude = min(abs(value), 448.0)
+        code = min(range(len(E4M3)), key=lambda i: (abs(E4M3[i] - magnitude), i % 2))
+        return math.copysign(E4M3[code], value)
+    largest = LARGEST[fmt]
+    return float(min(max(round(value), -largest - 1), largest))  # Python's round is half to even
+
+
+def naive_scale(values: Sequence[np.float32], fmt: str) -> np.float32:
+    largest = max((abs(v) for v in values), default=np.float32(0))
+    return np.float32(1) if largest == 0 else np.float32(largest) / np.float32(LARGEST[fmt])
+
+
+def naive_quantize(values: Sequence[np.float32], scale: np.float32, fmt: str) -> list[float]:
+    return [float(np.float32(naive_round(float(v / scale), fmt)) * scale) for v in values]
+
+
+def naive_weight(w: Array, scheme: Scheme, out_features: Sequence[int]) -> NDArray[np.float64]:
+    """Dequantized weight (O, D), block by block."""
+    out = np.zeros(w.shape)
+    start = 0
+    for features in out_features:
+        stop = start + features
+        if scheme.weight_granularity == "tensor":
+            blocks = [[(o, d) for o in range(start, stop) for d in range(w.shape[1])]]
+        else:
+            size = w.shape[1] if scheme.group_size is None else scheme.group_size
+            blocks = [
+                [(o, d) for d in range(first, min(first + size, w.shape[1]))]
+                for o in range(start, stop)
+                for first in range(0, w.shape[1], size)
+            ]
+        for block in blocks:
+            values = [w[place] for place in block]
+            for place, value in zip(
+                block, naive_quantize(values, naive_scale(values, scheme.weights), scheme.weights), strict=True
+            ):
+                out[place] = value
+        start = stop
+    return out
+
+
+def _products(part: SitePart, x: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.float64]:
+    """X W^T, each output seeing only the columns of its convolution group."""
+    width = w.shape[1]
+    out = np.zeros((x.shape[0], w.shape[0]))
+    row = 0
+    for features in part.out_features:
+        for o in range(features):
+            block = o * part.groups // features
+            for t in range(x.shape[0]):
+                out[t, row] = sum(x[t, block * width + d] * w[row, d] for d in range(width))
+            row += 1
+    return out
+
+
+def _peaks(low: Array, high: Array, shift: Array | None) -> list[np.float32]:
+    """Largest magnitude of every channel after the shift."""
+    if shift is None:
+        return [max(h, -lo, np.float32(0)) for lo, h in zip(low, high, strict=True)]
+    return [max(h - z, z - lo, np.float32(0)) for lo, h, z in zip(low, high, shift, strict=True)]
+
+
+def _step(values: Sequence[np.float32], s: Array, fmt: str) -> np.float32:
+    return naive_scale([value / scale for value, scale in zip(values, s, strict=True)], fmt)
+
+
+def _static_step(data: SiteData, fmt: str, s: Array, shift: Array | None, factor: float) -> np.float32:
+    peaks = _peaks(data.input_range.low.numpy(), data.input_range.high.numpy(), shift)
+    largest = max(peak / scale for peak, scale in zip(peaks, s, strict=True))
+    return naive_scale([largest * np.float32(factor)], fmt)
+
+
+def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing) -> NDArray[np.float64]:
+    """Dequantized activations (T, D), still divided by the scales."""
+    s = smoothing.scales.numpy()
+    shift = None if smoothing.shift is None else smoothing.shift.numpy()
+    channel, x, fmt = part.channel.numpy(), part.x.numpy(), scheme.activations
+    if shift is not None:
+        x = x - shift[channel]
+    one = np.float32(1)
+    if fmt == "none":
+        return np.array(x * (one / s[channel]), dtype=np.float64)
+    out = np.zeros(x.shape)
+    static = _static_step(data, fmt, s, shift, smoothing.range_factor)
+    for t in range(x.shape[0]):
+        if scheme.activation_granularity == "static":
+            # One factor for scale and step together, as the library multiplies.
+            step, values = static, [v * (one / (s[c] * static)) for v, c in zip(x[t], channel, strict=True)]
+            out[t] = [float(np.float32(naive_round(float(v), fmt)) * step) for v in values]
+            continue
+        values = [v * (one / s[c]) for v, c in zip(x[t], channel, strict=True)]
+        if part.sample is not None and part.sample_low is not None and part.sample_high is not None:
+            row = int(part.sample[t])
+            step = _step(_peaks(part.sample_low.numpy()[row], part.sample_high.numpy()[row], shift), s, fmt)
+        else:
+            step = naive_scale(values, fmt)
+        out[t] = naive_quantize(values, step, fmt)
+    return out
+
+
+def naive_row_errors(
+    data: SiteData, scheme: Scheme, smoothing: Smoothing
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Squared error and squared norm of the float output of every row, part by part."""
+    s = smoothing.scales.numpy()
+    found = []
+    for part in data.parts:
+        channel, (_, width) = part.channel.numpy(), part.weight.shape
+        scaled = np.zeros(part.weight.shape, dtype=np.float32)
+        row = 0
+        for features in part.out_features:
+            for o in range(features):
+                block = o * part.groups // features
+                for d in range(width):
+                    scaled[row, d] = part.weight.numpy()[row, d] * s[channel[block * width + d]]
+                row += 1
+        quantized = _codes(data, part, scheme, smoothing)
+        out = _products(part, quantized, naive_weight(scaled, scheme, part.out_features))
+        weight = part.weight.numpy().astype(np.float64)
+        if smoothing.shift is not None:
+            out += _products(part, smoothing.shift.numpy().astype(np.float64)[channel][None], weight)
+        ref = _products(part, part.x.numpy().astype(np.float64), weight)
+        found.append((((out - ref) ** 2).sum(1), (ref**2).sum(1)))
+    return found
+
+
+def naive_loss(data: SiteData, scheme: Scheme, smoothing: Smoothing, fraction: float = 1.0) -> float:
+    """Relative squared error over the first ``fraction`` of the rows of every part."""
+    error = energy = 0.0
+    for errors, energies in naive_row_errors(data, scheme, smoothing):
+        rows = math.ceil(errors.size * fraction - 1e-9)
+        error += float(errors[:rows].sum())
+        energy += float(energies[:rows].sum())
+    return error / energy
