@@ -9,10 +9,16 @@ from types import TracebackType
 from typing import Protocol, Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
+from rich.text import Text
 
 from alphasmith.objectives.text import duration, visible
+
+#: Most that a stage's name and its bar take of a line [characters].
+_NAME, _BAR = 26, 28
 
 
 class Progress(Protocol):
@@ -84,20 +90,32 @@ class PlainLines:
 
 
 class TerminalBars:
-    """rich bars: stage, units done, detail (best loss), time left."""
+    """A rich bar for the stage at work: units done, detail (best loss), time left; finished stages become lines above it.
 
-    def __init__(self, stream: TextIO) -> None:
+    The line fits every width from 60 characters on: first the detail is cut, never the units done. On a stream that is no
+    terminal only the lines of finished stages are written.
+
+    Args:
+        stream: Where it is drawn.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
         console = Console(file=stream)
         self._bars = Bars(
             SpinnerColumn(),
-            TextColumn("{task.description:<26}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=_NAME)),
+            BarColumn(bar_width=min(_BAR, max(4, (console.width - 2 * _NAME) // 2))),
+            _Units(),
+            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
+            expand=True,
+            transient=True,
         )
         self._task: TaskID | None = None
+        self._clock = clock
+        self._begun = clock()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -111,27 +129,43 @@ class TerminalBars:
         self._bars.stop()
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """Add a bar."""
+        """Show a bar for it in place of that of the stage before, which becomes a line."""
         self._finish()
-        self._task = self._bars.add_task(name, total=total, detail="")
+        self._begun = self._clock()
+        self._task = self._bars.add_task(escape(name), total=total, detail="")
 
     def advance(self, detail: str = "") -> None:
         """Move the bar."""
         if self._task is not None:
             self._bars.update(self._task, advance=1)
             if detail:
-                self._bars.update(self._task, detail=detail)
+                self._bars.update(self._task, detail=escape(detail))
 
     def note(self, text: str) -> None:
-        """Print the line above the bars."""
+        """Print the line above the bar."""
         self._bars.console.print(visible(text), markup=False, highlight=False)
 
     def _finish(self) -> None:
         if self._task is None:
             return
-        task = self._bars.tasks[self._task]
-        total = task.total if task.total is not None else max(task.completed, 1)
-        self._bars.update(self._task, total=total, completed=total)
+        (task,) = (task for task in self._bars.tasks if task.id == self._task)
+        done = f" {task.completed:.0f}/{task.total:.0f}" if task.total else ""
+        self._bars.remove_task(self._task)
+        self._task = None
+        self._bars.console.print(
+            f"{task.description}{done}, {duration(self._clock() - self._begun)}", highlight=False, style="dim"
+        )
+
+
+class _Units(ProgressColumn):
+    """Units done of all, e.g. ``18/120``; nothing where their number is unknown. Never cut."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True, justify="right"))
+
+    def render(self, task: Task) -> Text:
+        """As the row of the task shows it."""
+        return Text(f"{task.completed:.0f}/{task.total:.0f}" if task.total else "", style="progress.download")
 
 
 def for_terminal(stream: TextIO = sys.stderr) -> TerminalBars | PlainLines:

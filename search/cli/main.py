@@ -78,10 +78,10 @@ def run(config: Path | None, overrides: tuple[str, ...], fresh: bool, as_json: b
     Without a configuration: the embedded image demo. An unfinished run of the same configuration, model and data is
     continued.
     """
-    from alphasmith.search.launch.pipeline import run as run_pipeline
-
     settings = _settings(config, (*overrides, *_as_overrides(flags)))
     with _interruptible() as (progress, stop):
+        from alphasmith.search.launch.pipeline import run as run_pipeline
+
         result = run_pipeline(settings, progress=progress, fresh=fresh, stop=stop)
     _print_result(result, as_json)
 
@@ -95,10 +95,10 @@ def run(config: Path | None, overrides: tuple[str, ...], fresh: bool, as_json: b
 @json_option
 def resume(run: str, storage: str | None, allow_code: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Resume a run that was interrupted, killed or failed, and finish it."""
-    from alphasmith.search.launch.pipeline import resume as resume_pipeline
-
+    changes = apply_overrides({}, _as_overrides(flags))
     with _interruptible() as (progress, stop):
-        changes = apply_overrides({}, _as_overrides(flags))
+        from alphasmith.search.launch.pipeline import resume as resume_pipeline
+
         result = resume_pipeline(
             run, storage=storage, changes=changes, allow_code=allow_code, progress=progress, stop=stop
         )
@@ -126,11 +126,12 @@ def worker(run: str, storage: str | None, no_finish: bool, as_json: bool, **opti
 
     Needs neither the model nor the data. The last one to be done writes the result where no driver is alive to do it.
     """
-    from alphasmith.search.cli import tables as texts
-    from alphasmith.search.launch.worker import work
-
     with _interruptible() as (progress, stop):
+        from alphasmith.search.launch.worker import work
+
         answer = work(run, storage=storage, finish=not no_finish, progress=progress, stop=stop, **options)
+    from alphasmith.search.cli import tables as texts
+
     print_answer(asdict(answer), as_json, lambda: texts.worker_text(answer))
 
 
@@ -353,6 +354,7 @@ def _interruptible() -> Iterator[tuple[Progress, Interruption]]:
     with _progress() as progress:
         said = "stopping after the current batch; Ctrl-C again leaves at once"
         with Interruption(lambda: progress.note(said)) as stop:
+            progress.stage("starting")  # seen before torch is imported, which takes seconds
             yield progress, stop
 
 

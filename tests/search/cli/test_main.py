@@ -99,6 +99,13 @@ def test_progress_on_one_stream_and_the_result_on_the_other(place: Place) -> Non
     assert not [name for name in present if "partial" in name]
 
 
+def test_the_first_line_comes_before_torch_is_imported(tmp_path: Path) -> None:
+    stops = "class Stop:\n    def find_spec(self, name, *_):\n        if name == 'torch': sys.exit('torch')"
+    script = f"import sys\n{stops}\nsys.meta_path.insert(0, Stop())\nfrom alphasmith.search.cli.main import main\nmain(['run'])"
+    told = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert told.stderr.splitlines() == ["starting ...", "torch"]
+
+
 def test_run_as_json_repeats_the_manifest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("run", "--model", "model", "--data", "texts.jsonl", "--out", "again", "--name", "second", *SMALL)
     told = Answer(capsys, *arguments, "--storage", "sqlite:///other.db", "--json")

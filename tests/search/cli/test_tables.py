@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 from typing import Any
 
-import pytest
-
 from alphasmith.search.cli import tables as texts
-from alphasmith.search.progress import PlainLines, for_terminal
 
 
 def site(name: str, **changes: Any) -> dict[str, Any]:
@@ -108,27 +103,3 @@ def test_verify_says_what_it_could_not_check() -> None:
     text = texts.verify_text({"artifacts": 7, "skipped": "the model was handed over by a script"})
     assert text.startswith("7 files")
     assert "equivalence not checked: the model was handed over" in text
-
-
-@pytest.mark.parametrize("total", [4, None])
-def test_plain_lines_come_at_intervals(total: int | None) -> None:
-    stream, ticks = io.StringIO(), itertools.count(step=6.0)
-    lines = PlainLines(stream, interval=10.0, clock=lambda: next(ticks))
-    lines.stage("searching", total)
-    for _ in range(4):
-        lines.advance("best loss 0.1")
-    told = stream.getvalue().splitlines()
-    assert told[0].startswith("searching")
-    # Six seconds a step, a line every ten: after steps 2 and 4, with the time the rest will take.
-    assert told[1:] == (
-        []
-        if total is None
-        else [
-            "searching (2/4), best loss 0.1, about 12 s left",
-            "searching (4/4), best loss 0.1, about 0 s left",
-        ]
-    )
-
-
-def test_lines_where_there_is_no_terminal() -> None:
-    assert isinstance(for_terminal(io.StringIO()), PlainLines)

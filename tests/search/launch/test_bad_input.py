@@ -515,7 +515,7 @@ def test_an_interrupt_ends_the_command_with_one_line(
     monkeypatch.setattr("alphasmith.search.launch.pipeline.run", interrupted)
     with pytest.raises(SystemExit) as caught:
         main(["run"])
-    assert (caught.value.code, capsys.readouterr().err) == (130, "\nerror: interrupted\n")
+    assert (caught.value.code, capsys.readouterr().err) == (130, "starting ...\n\nerror: interrupted\n")
 
 
 def test_a_folder_that_fills_up_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
