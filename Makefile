@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test slow cov lint types wheel-check clean
+.PHONY: demo test slow real cov lint types wheel-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphasmith run
@@ -17,7 +17,11 @@ test: $(VENV)/.installed
 
 # Every kind of fault once, Ray clusters, the examples as they are launched; `python -m tests.chaos` plays hundreds of faults.
 slow: $(VENV)/.installed
-	$(PYTEST) -m slow
+	$(PYTEST) -rs -m slow
+
+# Real models out of packages, the short form; what cannot be had is left out with the reason. See docs/real_models.md.
+real: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.real_models --models MiniLM DINOv2 --schemes w8a8-channel-static --seeds 0 --short --check
 
 cov: $(VENV)/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term

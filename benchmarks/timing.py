@@ -25,16 +25,40 @@ def machine() -> str:
     """One sentence on where the figures were made: processor, cores, threads, versions, load of other work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     busy = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    where = f"{_processor()} ({platform.machine()}), {cores} cores, {torch.get_num_threads()} threads{busy}"
+    units = ", ".join((platform.machine(), *_units()))
+    where = f"{_processor()} ({units}), {cores} cores, {torch.get_num_threads()} threads{busy}"
     return f"Machine: {where}; Python {platform.python_version()}, torch {torch.__version__}."
 
 
+#: Flags of a processor that decide how fast 8-bit products are, and what they are called.
+_UNITS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "AVX-VNNI",
+    "avx512_vnni": "AVX-512 VNNI",
+    "amx_int8": "AMX-INT8",
+    "asimddp": "dot products",
+    "i8mm": "I8MM",
+}
+
+
 def _processor() -> str:
+    return _told("model name") or platform.processor() or "unknown processor"
+
+
+def _units() -> tuple[str, ...]:
+    flags = (_told("flags") or _told("Features")).split()
+    return tuple(name for flag, name in _UNITS.items() if flag in flags)
+
+
+def _told(entry: str) -> str:
+    """What Linux says of the first processor; empty where it says nothing."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or "unknown processor"
+        return ""
+    found = re.search(rf"^{entry}\s*:\s*(.+)$", told, re.MULTILINE)
+    return found.group(1).strip() if found else ""
 
 
 @contextmanager
