@@ -26,8 +26,7 @@ import optuna
 
 from alphasmith.dashboards.server import DashboardServer, application
 from alphasmith.dashboards.study_views import annotate_study, study_note
-from alphasmith.search.cli import commands
-from alphasmith.search.cli import tables as texts
+from alphasmith.search.cli import answers, commands, tables
 from alphasmith.storage.database.connection import initialise, open_database, optuna_storage
 from alphasmith.storage.runs.data_frames import sites_frame, trials_frame
 from alphasmith.storage.runs.run_store import RunStore
@@ -103,12 +102,12 @@ def command(*arguments: str) -> int:
 
 def listing(url: str) -> int:
     """What ``alphasmith list`` does."""
-    return len(texts.runs_table(commands.list_runs(url)))
+    return len(answers.runs_table(commands.list_runs(url)))
 
 
 def showing(run: str, url: str) -> int:
     """What ``alphasmith show`` does."""
-    return len(texts.run_text(commands.show_run(run, url)))
+    return len(tables.run_text(commands.show_run(run, url)))
 
 
 @contextmanager

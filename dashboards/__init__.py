@@ -9,6 +9,18 @@
 - ``site_table``: the per-site table of the report: what is shown and what it is sorted by
 - ``study_views``: our figures and a note inside the Optuna dashboard
 - ``text``: results as short sentences and labelled lines, the same in the report, in a study's note and in a terminal
+- ``verdict``: what a run came to, in the same words in a terminal and in the report: the verdict, the whole model, what is left to do
 """
 
-__all__ = ["checked_frames", "connections", "figures", "guard", "report", "server", "site_table", "study_views", "text"]
+__all__ = [
+    "checked_frames",
+    "connections",
+    "figures",
+    "guard",
+    "report",
+    "server",
+    "site_table",
+    "study_views",
+    "text",
+    "verdict",
+]

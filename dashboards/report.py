@@ -26,22 +26,15 @@ from alphasmith.dashboards.figures.sites import (
 )
 from alphasmith.dashboards.site_table import BASELINES, KEPT, SITE_TABLE, site_rows
 from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
+from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, advice, run_verdict, whole_model
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import duration, listed, number
 from alphasmith.storage.output.manifest import Manifest
 from alphasmith.storage.runs.data_frames import REFINEMENT, WHOLE_MODEL, groups_frame, sites_frame, trials_frame
 from alphasmith.storage.runs.records import TrialRecord
 
-#: Columns of the table of whole-model results: heading, key of a metric, key of a loss.
-_OUTPUT_LOSS = {"mse": "relative MSE of the output", "kl": "KL divergence of the output [nats]"}
-_METRIC_COLUMNS = (
-    ("float model", "float", ""),
-    ("no smoothing", "naive", "identity"),
-    ("alpha 0.5", "alpha_0.5", "alpha_0.5"),
-    ("best single alpha", "best_single", "best_single"),
-    ("searched alphas", "ours", "ours"),
-    ("per-channel limit", "", "limit"),
-)
+#: Key of a variant's figure -> that of its loss in a search over the whole model.
+_SEARCHED = {"naive": "identity"}
 _CAPTIONS = {
     "losses": "Each line spans the losses of one site; further left (or down) is better. Scales differ between sites "
     "because every loss is relative to that site's own output.",
@@ -178,10 +171,12 @@ def render_page(
         policy=_policy,
         # A parser turns CRLF into LF before it hashes, so the digest must be taken of LF as well.
         library=get_plotlyjs().replace("\r\n", "\n"),
-        sentence=_verdict(site_frame, output),
+        verdict=run_verdict(manifest),
+        sentence=_at_sites(site_frame, output),
         tiles=_tiles(site_frame, manifest.get("refinement") or {}, trials),
         asked=_asked(manifest, site_frame),
         metrics=_metrics(output),
+        advice=advice(manifest),
         refinement=_refinement(manifest.get("refinement")),
         figures=figures,
         columns=SITE_TABLE,
@@ -228,11 +223,11 @@ def _searched(sites: pd.DataFrame) -> pd.DataFrame:
     return sites[(sites["mode"] != "left") & (sites["ours"] > 0)]
 
 
-def _verdict(sites: pd.DataFrame, output: Mapping[str, Any]) -> str:
-    """The result in one or two sentences, with numbers. Ratios are geometric means over the searched sites."""
+def _at_sites(sites: pd.DataFrame, output: Mapping[str, Any]) -> str:
+    """The result at the sites in one or two sentences, with numbers. Ratios are geometric means over the searched sites."""
     done = _searched(sites)
     if done.empty:
-        return _model_verdict(output.get("held_out") or {})
+        return _at_output(output.get("held_out") or {})
     against = [
         (label, geometric_mean(ratio(done["ours"], done[column])))
         for column, label in (
@@ -255,7 +250,7 @@ def _verdict(sites: pd.DataFrame, output: Mapping[str, Any]) -> str:
     return text
 
 
-def _model_verdict(losses: Mapping[str, Any]) -> str:
+def _at_output(losses: Mapping[str, Any]) -> str:
     """The result where only the output of the whole model was scored."""
     ours = losses.get("ours")
     if ours is None:
@@ -314,28 +309,19 @@ def _asked(manifest: Mapping[str, Any], sites: pd.DataFrame) -> Facts:
 
 
 def _metrics(output: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Whole-model results: one row per metric or loss, only the columns that some row has."""
-    rows: list[tuple[str, list[Any]]] = []
-    for metric in output.get("metrics") or ():
-        better = "higher" if metric.get("higher_is_better") else "lower"
-        rows.append((f"{metric.get('name')} ({better} is better)", [metric.get(key) for _, key, _ in _METRIC_COLUMNS]))
-    if any(output.get(key) is not None for _, key, _ in _METRIC_COLUMNS if key):
-        rows.append(
-            (
-                _OUTPUT_LOSS.get(str(output.get("loss", "mse")), "loss at the output") + ", held-out",
-                [output.get(key) for _, key, _ in _METRIC_COLUMNS],
-            )
-        )
-    for split, label in (("held_out", "held-out"), ("search", "calibration")):
-        losses = output.get(split) or {}
-        if losses:
-            rows.append((f"searched loss of the output, {label}", [losses.get(key) for _, _, key in _METRIC_COLUMNS]))
-    used = [index for index in range(len(_METRIC_COLUMNS)) if any(values[index] is not None for _, values in rows)]
-    if not used:
+    """Whole-model results: one row per loss or metric, only the columns that some row has."""
+    found = whole_model(output)
+    searched = [(label, output.get(split)) for split, label in (("held_out", "held-out"), ("search", "calibration"))]
+    keys = [_SEARCHED.get(column.key, column.key) for column in found.columns or OUTPUT_COLUMNS]
+    rows = list(found.rows)
+    rows += [
+        (f"searched loss, {label}", tuple(value_text(of.get(key)) for key in keys)) for label, of in searched if of
+    ]
+    if not rows:
         return None
     return {
-        "columns": [_METRIC_COLUMNS[index][0] for index in used],
-        "rows": [(name, [value_text(values[index]) for index in used]) for name, values in rows],
+        "columns": [column.heading for column in found.columns or OUTPUT_COLUMNS],
+        "rows": rows,
         "kept": KEPT.get(str(output.get("kept")), ""),
     }
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain
+from itertools import count as numbers_from
 
-from alphasmith.objectives.errors import AlphasmithError
+from alphasmith.objectives.errors import AlphasmithError, InputError
 
 #: Characters that turn the direction of what follows: by them a name can look like another.
 _TURNS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+#: Fewest characters that names are told apart in: a few of their own and a number.
+_NARROWEST = 8
 _MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?(?:Z|\+00:00)")
 
 
@@ -72,6 +77,64 @@ def shortened(name: str, width: int = 34) -> str:
         return name
     head = width // 3
     return f"{name[:head]}...{name[len(name) - (width - head - 3) :]}"
+
+
+def told_apart(names: Sequence[str], width: int) -> list[str]:
+    """Names of at most ``width`` characters, different where the names are; those that fit stay as they are.
+
+    The first of these ways that keeps all of them different is taken: without their beginning, which ends at a dot; with parts
+    cut to their first letter, from the first part on; without their middle; numbered.
+
+    Args:
+        names: Any names; a name given twice is shortened alike.
+        width: Most characters of one, 8 or more.
+
+    Raises:
+        InputError: ``width`` is below 8.
+    """
+    if width < _NARROWEST:
+        raise InputError("width", f"is {width}", f"give {_NARROWEST} or more characters")
+    known = list(dict.fromkeys(names))
+    middles = (partial(_without_middle, head=head) for head in _heads(width))
+    for cut in chain[Callable[[str, int], str]]((_without_beginning, _with_initials), middles):
+        short = {name: name if len(name) <= width else cut(name, width) for name in known}
+        if len(set(short.values())) == len(known):
+            return [short[name] for name in names]
+    taken = {name for name in known if len(name) <= width}
+    numbers = numbers_from(1)
+    for name in known:
+        if len(name) > width:
+            marks = (f"~{number}" for number in numbers)
+            short[name] = next(t for mark in marks if (t := name[: width - len(mark)] + mark) not in taken)
+            taken.add(short[name])
+    return [short[name] for name in names]
+
+
+def _without_beginning(name: str, width: int) -> str:
+    """Its last parts behind ``...``, as many whole ones as there is room for."""
+    end = name[len(name) - (width - 3) :]
+    whole = end if name[len(name) - len(end) - 1] == "." else end.partition(".")[2]
+    return f"...{whole or end}"
+
+
+def _with_initials(name: str, width: int) -> str:
+    """With as many of its first parts cut to their first letter as must be; numbers stay whole."""
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        parts[place] = part if part.isdecimal() else part[:1]
+    short = ".".join(parts)
+    return short if len(short) <= width else _without_middle(short, width, width // 3)
+
+
+def _without_middle(name: str, width: int, head: int) -> str:
+    return f"{name[:head]}...{name[len(name) - (width - head - 3) :]}"
+
+
+def _heads(width: int) -> list[int]:
+    """How many characters stay before a cut: a third of the width, else any."""
+    return [width // 3, *range(1, width - 3)]
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

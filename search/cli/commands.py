@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.search.cli._status import progress_facts
 from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.storage.database.connection import check_exists, opened
-from alphasmith.storage.output.manifest import read_manifest
-from alphasmith.storage.queue.status import lease_of, live_drivers, look_at
-from alphasmith.storage.runs.records import RunRecord, UnreadableRun
+from alphasmith.storage.output.manifest import Manifest, read_manifest
+from alphasmith.storage.queue.status import RunSnapshot, lease_of, live_drivers, look_at
+from alphasmith.storage.runs.entries import Group, SiteRecord
+from alphasmith.storage.runs.records import RunRecord, TrialState, UnreadableRun
 from alphasmith.storage.runs.run_store import RunStore
 
 if TYPE_CHECKING:
@@ -38,10 +40,38 @@ def list_runs(storage: str | None) -> list[dict[str, Any]]:
         ]
 
 
-def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
-    """Everything stored about a run: facts, configuration, sites with their groups."""
-    from alphasmith.storage.runs.data_frames import group_rows, site_rows  # pandas takes half a second to import
+@dataclass(frozen=True, kw_only=True)
+class ShownRun:
+    """All that is known of a run.
 
+    Attributes:
+        look: Its record and how far it is.
+        sites: Its sites so far, in forward order.
+        groups: Groups over the whole model (scope ``model``).
+        counts: State -> trials that ended so.
+        storage: Address of its database, passwords masked.
+        manifest: That of its output folder; None where it is not finished, or its folder is not seen from here.
+    """
+
+    look: RunSnapshot
+    sites: Sequence[SiteRecord]
+    groups: Sequence[Group]
+    counts: Mapping[TrialState, int]
+    storage: str
+    manifest: Manifest | None
+
+    @property
+    def trials(self) -> int:
+        """Trials that ended."""
+        return sum(self.counts.values())
+
+
+def show_run(prefix: str, storage: str | None) -> ShownRun:
+    """Everything stored about a run.
+
+    Raises:
+        InputError: No such run or database.
+    """
     with opened(storage or DEFAULT_STORAGE) as database:
         store = RunStore(database)
         record = store.get(prefix)
@@ -49,16 +79,26 @@ def show_run(prefix: str, storage: str | None) -> dict[str, Any]:
         # Trials are many: they are counted where they are.
         counts = store.trial_counts(record.id)
         look = look_at(database, record, lease=lease_of(record.config))
-    return _run_facts(look.record) | {
+        masked = database.masked
+    manifest = _manifest(look.record)
+    return ShownRun(look=look, sites=sites, groups=groups, counts=counts, storage=masked, manifest=manifest)
+
+
+def shown_facts(shown: ShownRun) -> dict[str, Any]:
+    """A run as JSON: facts, configuration, progress, sites with their groups."""
+    from alphasmith.storage.runs.data_frames import group_rows, site_rows  # pandas takes half a second to import
+
+    record = shown.look.record
+    return _run_facts(record) | {
         "config": dict(record.config),
         "hardware": dict(record.hardware),
         "refinement": None if record.refinement is None else dict(record.refinement),
-        "progress": progress_facts(look),
-        "trials": sum(counts.values()),
-        "failed_trials": counts.get("failed", 0),
-        "weights": _weights(look.record),
-        "sites": site_rows(sites),
-        "groups": group_rows(sites, groups),
+        "progress": progress_facts(shown.look),
+        "trials": shown.trials,
+        "failed_trials": shown.counts.get("failed", 0),
+        "weights": [] if shown.manifest is None else [weight.model_dump() for weight in shown.manifest.weights],
+        "sites": site_rows(shown.sites),
+        "groups": group_rows(shown.sites, shown.groups),
     }
 
 
@@ -176,15 +216,15 @@ def _unreadable_facts(run: UnreadableRun) -> dict[str, Any]:
     return {**unknown, "id": run.id, "status": "unreadable", "reason": run.reason}
 
 
-def _weights(record: RunRecord) -> list[dict[str, Any]]:
-    """Every weight of a finished run's model, as its manifest tells, where that is seen from here; else none."""
+def _manifest(record: RunRecord) -> Manifest | None:
+    """The manifest of a finished run, where its folder is seen from here and is still that of the run."""
     if record.status != "finished":
-        return []
+        return None
     try:
         manifest = read_manifest(Path(record.folder))
     except AlphasmithError:
-        return []
-    return [weight.model_dump() for weight in manifest.weights]
+        return None
+    return manifest if manifest.run.id == record.id else None
 
 
 def _budget(budget: HardwareBudget) -> dict[str, int | None]:

@@ -130,9 +130,9 @@ def worker(run: str, storage: str | None, no_finish: bool, as_json: bool, **opti
         from alphasmith.search.launch.worker import work
 
         answer = work(run, storage=storage, finish=not no_finish, progress=progress, stop=stop, **options)
-    from alphasmith.search.cli import tables as texts
+    from alphasmith.search.cli import answers
 
-    print_answer(asdict(answer), as_json, lambda: texts.worker_text(answer))
+    print_answer(asdict(answer), as_json, lambda: answers.worker_text(answer))
 
 
 def _print_result(result: RunResult, as_json: bool) -> None:
@@ -149,11 +149,10 @@ def _print_result(result: RunResult, as_json: bool) -> None:
 @json_option
 def list_(storage: str | None, as_json: bool) -> None:
     """List the runs in a storage, newest first."""
-    from alphasmith.search.cli import commands
-    from alphasmith.search.cli import tables as texts
+    from alphasmith.search.cli import answers, commands
 
     rows = commands.list_runs(storage)
-    print_answer(rows, as_json, lambda: texts.runs_table(rows))
+    print_answer(rows, as_json, lambda: answers.runs_table(rows))
 
 
 @app.command()
@@ -178,8 +177,8 @@ def show(run: str, storage: str | None, watch: bool, interval: float, as_json: b
     if watch:
         watch_run(run, storage, interval=interval, as_json=as_json)
         return
-    details = commands.show_run(run, storage)
-    print_answer(details, as_json, lambda: texts.run_text(details))
+    shown = commands.show_run(run, storage)
+    print_answer(commands.shown_facts(shown) if as_json else None, as_json, lambda: texts.run_text(shown))
 
 
 @app.command()
@@ -221,10 +220,10 @@ def delete(run: str, storage: str | None, yes: bool, as_json: bool) -> None:
 def verify(folder: Path, as_json: bool, **places: Any) -> None:
     """Check every digest and prove that the smoothed model computes what the original does."""
     from alphasmith.search.checkpoints import verification
-    from alphasmith.search.cli import tables as texts
+    from alphasmith.search.cli import answers
 
     answer = verification.verify(folder, **places)
-    print_answer(answer, as_json, lambda: texts.verify_text(answer))
+    print_answer(answer, as_json, lambda: answers.verify_text(answer))
 
 
 @app.command()
@@ -244,11 +243,10 @@ def undo(folder: Path, out: Path, as_json: bool) -> None:
 @json_option
 def hardware(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the detected budget and what the given one does to the alpha ranges."""
-    from alphasmith.search.cli import commands
-    from alphasmith.search.cli import tables as texts
+    from alphasmith.search.cli import answers, commands
 
     answer = commands.hardware(_settings(config, overrides))
-    print_answer(answer, as_json, lambda: texts.hardware_text(answer))
+    print_answer(answer, as_json, lambda: answers.hardware_text(answer))
 
 
 @app.command()

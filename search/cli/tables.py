@@ -1,46 +1,48 @@
-"""Results as plain text for a terminal."""
+"""What a run came to, as plain text for a terminal: at its end, and whenever ``alphasmith show`` is asked."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from alphasmith.dashboards.text import choices_of_site, is_outside, verdict_of_refinement, verdict_of_site
+from alphasmith.dashboards.text import is_outside, verdict_of_refinement
+from alphasmith.dashboards.verdict import advice, run_verdict, whole_model
 from alphasmith.objectives.sites.coverage import Coverage, CoveredWeight, percent
 from alphasmith.objectives.text import (
     counted,
     duration,
     listed,
     number,
-    one_line,
     shortened,
     size_text,
+    told_apart,
     visible,
     with_times,
 )
-from alphasmith.search.cli._status import progress_lines
+from alphasmith.search.cli._layout import GAP, output_width, sentences, table
+from alphasmith.search.cli._status import progress_facts, progress_lines
 
 if TYPE_CHECKING:
+    from alphasmith.search.cli.commands import ShownRun
     from alphasmith.search.launch.recorder import RunResult
-    from alphasmith.search.launch.worker import WorkSummary
     from alphasmith.storage.output.entries import PayloadEntry
-    from alphasmith.storage.runs.entries import SearchFacts
+    from alphasmith.storage.output.manifest import Manifest
+    from alphasmith.storage.runs.entries import Group, SearchFacts, SiteRecord
 
 #: Sites shown before a long table is cut; ``--json`` and the report have all of them.
 MOST_SITES = 40
-#: Longest name or reason in the table of runs: a longer one would squeeze the ids [characters].
-_LONGEST_CELL = 100
 #: Layers named per reason why they stay float; ``--json`` has all of them.
 MOST_LAYERS = 6
-#: What was chosen at a site, as far as a line of a terminal holds it.
-_CHOSEN = ("groups", "coefficients", "shift", "range_statistic", "range_factor")
-_LOSS_NAMES = {"mse": "relative MSE", "kl": "KL, nats", "task": "from the metric"}
+#: Reasons why sites are not folded.
+_MOST_REASONS = 8
+#: Room that names of sites get before a column is left out, and the least [characters].
+_NAME_WIDTH, _SHORTEST = 30, 8
+_NUMBERS = re.compile(r"\d+")
+#: Alphas of a site that are written out; of more, the smallest and the largest.
+_MOST_ALPHAS = 4
 
 
 def near(folder: Path) -> Path:
@@ -52,42 +54,110 @@ def near(folder: Path) -> Path:
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
-def result_text(result: RunResult) -> str:
-    """The end of ``alphasmith run``: sites, whole model, where everything lies."""
-    # Not for `list` and `show`: pandas takes longer to import than they do to run.
-    from alphasmith.storage.runs.data_frames import site_rows
+def result_text(result: RunResult, width: int | None = None) -> str:
+    """The end of ``alphasmith run``.
 
-    manifest = result.manifest
-    sites = sites_table(site_rows(manifest.sites))
-    searched = sum(bool(s.labels) for s in manifest.sites)
-    modes = ", ".join(f"{sum(s.mode == m for s in manifest.sites)} {m}" for m in ("fold", "explicit", "left"))
-    proof = manifest.proof
-    payload = manifest.payload
-    lines = [
-        sites,
-        *([groups_table([g.model_dump(mode="json") for g in manifest.groups])] if manifest.groups else []),
-        model_table(manifest.model_dump(mode="json")),
-        *_fallback(manifest.output.kept, [g.reason for g in manifest.guard if g.proposed == "ours"]),
-        *_refinement(None if manifest.refinement is None else manifest.refinement.model_dump(mode="json")),
-        f"sites: {len(manifest.sites)} ({modes}), {searched} searched, {len(result.trials)} trials",
-        *_noise_model([site.facts for site in manifest.sites if site.facts is not None]),
+    Args:
+        result: The run.
+        width: Most characters of a line; None: those of standard output.
+    """
+    return finished_text(result.manifest, len(result.trials), result.storage, result.folder.resolve(), width)
+
+
+def run_text(shown: ShownRun, width: int | None = None) -> str:
+    """``alphasmith show RUN``: of a finished run what ``run`` printed at its end, else what is known so far.
+
+    Args:
+        shown: The run.
+        width: Most characters of a line; None: those of standard output.
+    """
+    width = width or output_width()
+    record = shown.look.record
+    if shown.manifest is not None:
+        return finished_text(shown.manifest, shown.trials, shown.storage, Path(record.folder), width)
+    facts = {
+        "id": record.id,
+        "name": record.name,
+        "status": record.status,
+        "reason": record.reason,
+        "scheme": record.scheme,
+        "scope": record.scope,
+        "created": record.created.isoformat(timespec="seconds"),
+        "finished": "" if record.finished is None else record.finished.isoformat(timespec="seconds"),
+        "folder": record.folder,
+        "trials": shown.trials,
+    }
+    lines = [f"{key}: {with_times(str(value))}" for key, value in facts.items() if value != ""]
+    if record.status != "finished":
+        lines += progress_lines(progress_facts(shown.look))
+    lines.append(f"hardware: {record.hardware.get('explanation', '')}")
+    if record.status == "finished":
+        lines.append("its manifest.json cannot be read from here: the whole model's figures and sizes are in it")
+    return _blocks(
+        sentences([*lines, *_refinement(record.refinement)], width),
+        [sites_table(shown.sites, width)],
+        [groups_table(shown.groups, width)],
+    )
+
+
+def finished_text(manifest: Manifest, trials: int, storage: str, folder: Path, width: int | None = None) -> str:
+    """The verdict, the whole model, the sites, what is left to do, where everything lies.
+
+    Args:
+        manifest: Of the run.
+        trials: All of its trials.
+        storage: Address of its database, passwords masked.
+        folder: Its output folder, absolute.
+        width: Most characters of a line; None: those of standard output.
+    """
+    width = width or output_width()
+    content = manifest.model_dump(mode="json")
+    kept, refinement = manifest.output.kept, content["refinement"]
+    reasons = [f"kept {kept}: {g.reason}" for g in manifest.guard if g.proposed == "ours"] if kept != "ours" else []
+    told = {Coverage(weights=tuple(CoveredWeight(**w.model_dump()) for w in manifest.weights)).account()}
+    told.update(guard.reason for guard in manifest.guard)
+    rest = [*advice(content), *(note for note in manifest.notes if note not in told)]
+    return _blocks(
+        sentences([run_verdict(content)], width),
+        [model_table(content["output"], width), *sentences([*reasons, *_refinement(refinement)], width)],
+        [sites_table(manifest.sites, width)],
+        [groups_table(manifest.groups, width)],
+        sentences(["what is left to do, and what to know:", *(f"- {line}" for line in rest)] if rest else [], width),
+        sentences(_facts(manifest, trials, storage, folder), width),
+    )
+
+
+def _blocks(*blocks: Sequence[str]) -> str:
+    """Blocks of lines with an empty line between them; empty ones left out."""
+    filled = ("\n".join(filter(None, block)) for block in blocks)
+    return "\n\n".join(filter(None, filled))
+
+
+def _facts(manifest: Manifest, trials: int, storage: str, folder: Path) -> list[str]:
+    """How the run went, a line each."""
+    run, proof, sites = manifest.run, manifest.proof, manifest.sites
+    modes = ", ".join(f"{sum(s.mode == m for s in sites)} {m}" for m in ("fold", "explicit", "left"))
+    searched = sum(bool(s.labels) for s in sites)
+    name = f" ({run.name})" if run.name else ""
+    return [
+        f"sites: {len(sites)} ({modes}), {searched} searched, {trials} trials",
+        *_noise_model([site.facts for site in sites if site.facts is not None]),
         f"hardware: {manifest.hardware.explanation}",
         "equivalence: nothing was folded"
         if proof is None
         else f"equivalence: relative output error {proof.error:.2g} on fresh data "
         f"({counted(proof.batches, 'batch')}, {counted(max(len(proof.outputs), 1), 'output')}, tolerance {proof.tolerance:.0e})",
-        *weights_lines([weight.model_dump() for weight in manifest.weights]),
-        *_sizes(payload),
+        *_weights(manifest),
+        _sizes(manifest.payload),
         f"memory: {size_text(manifest.memory.predicted)} predicted, {size_text(manifest.memory.measured or 0)} measured",
-        f"run {result.id} in {result.storage}",
-        f"results in {near(result.folder)}: smoothed/, quantized/, report.html, manifest.json",
+        f"run {run.id}{name}, {manifest.scheme.name}, finished {run.finished:%Y-%m-%d %H:%M:%S} UTC, in {storage}",
+        f"results in {near(folder)}: smoothed/, quantized/, report.html, manifest.json",
     ]
-    return "\n".join(lines)
 
 
-def weights_lines(weights: Sequence[Mapping[str, Any]]) -> list[str]:
+def _weights(manifest: Manifest) -> list[str]:
     """How much of the model is quantized; what stays float, by reason."""
-    found = Coverage(weights=tuple(CoveredWeight(**weight) for weight in weights))
+    found = Coverage(weights=tuple(CoveredWeight(**weight.model_dump()) for weight in manifest.weights))
     if not found.weights:  # not recorded
         return []
     quantized = len(found.weights) - len(found.left)
@@ -97,164 +167,180 @@ def weights_lines(weights: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _sizes(payload: PayloadEntry) -> list[str]:
+def _sizes(payload: PayloadEntry) -> str:
     """Size of the whole model before and after, and what the quantized part of it became."""
     parts = f"quantized weights {size_text(payload.weights_float)} -> {size_text(payload.weights_quantized)}"
     after = payload.weights_quantized + payload.other
     if payload.model_float is None or payload.model_given is None:
-        return [f"size: {parts}, other {size_text(payload.other)}"]
+        return f"size: {parts}, other {size_text(payload.other)}"
     given = payload.model_given
     share = f"{after / max(payload.model_float, 1):.2g} of the whole model in float32"
     if given != payload.model_float:
         share += f", {after / max(given, 1):.2g} of it as it came"
-    return [f"size: {size_text(given)} -> {size_text(after)} ({share}): {parts}, other {size_text(payload.other)}"]
+    return f"size: {size_text(given)} -> {size_text(after)} ({share}): {parts}, other {size_text(payload.other)}"
 
 
-def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """``alphasmith list``."""
-    if not rows:
-        return "no runs yet; `alphasmith run` makes one"
-    columns = ("id", "name", "status", "scheme", "scope", "created", "reason")
-    return _table(columns, ([_state(row) if c == "status" else _cell(row[c]) for c in columns] for row in rows))
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """A column of the sites' table.
+
+    Attributes:
+        heading: Its heading.
+        cell: Its text at a site.
+        rank: The higher, the sooner it is left out where there is no room; 0: never.
+    """
+
+    heading: str
+    cell: Callable[[SiteRecord], str]
+    rank: int = 0
 
 
-def _cell(value: Any) -> str:
-    return one_line(with_times(str(value or "")), _LONGEST_CELL)
+def _held_out(name: str) -> Callable[[SiteRecord], str]:
+    """A loss on held-out rows, empty where there is none."""
+
+    def cell(site: SiteRecord) -> str:
+        value = None if site.losses is None else getattr(site.losses.held_out, name)
+        return "" if value is None else number(value)
+
+    return cell
 
 
-def run_text(details: Mapping[str, Any]) -> str:
-    """``alphasmith show RUN``."""
-    keys = ("id", "name", "status", "reason", "scheme", "scope", "created", "finished", "folder", "trials")
-    facts = [f"{key}: {with_times(str(details[key]))}" for key in keys if details[key] not in (None, "")]
-    if details["status"] != "finished" and "progress" in details:
-        facts += progress_lines(details["progress"])
-    facts.append(f"hardware: {details['hardware'].get('explanation', '')}")
-    facts += weights_lines(details.get("weights") or ())
-    return "\n".join([*facts, *_refinement(details.get("refinement")), sites_table(details["sites"])])
+def _single_alpha(site: SiteRecord) -> str:
+    return "" if site.losses is None else f"{site.losses.held_out.best_single_alpha:.2f}"
 
 
-def worker_text(done: WorkSummary) -> str:
-    """``alphasmith worker RUN``: what it did and where the run stands."""
-    searched = f"{counted(done.searched, 'site')} of {done.run} searched here; {done.note}"
-    if done.finished:
-        return f"{searched}\nresults in {done.folder}"
-    return f"{searched}\nits result is, or will be, in {done.folder}"
+def _share(site: SiteRecord) -> float | None:
+    """Its predicted part of the output error; None where that was not computed."""
+    share: float | None = getattr(site, "share", None)
+    return share
 
 
-def sites_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out losses per site, and what was chosen there; ours/single is the gain over the best single alpha."""
-    shown = [row for row in rows if row["ours"] is not None]
-    columns = ("site", "mode", "C", "no smoothing", "alpha 0.5", "(alpha)", "reached", "ours/single", "chosen")
+def _share_text(site: SiteRecord) -> str:
+    share = _share(site)
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _choices(site: SiteRecord) -> str:
+    """What was chosen, e.g. ``.55 .60 .71 .85, shift, x1.1``: the alphas of its groups, a shift, another range."""
+    alphas = [f"{group.alpha:.2f}".removeprefix("0") for group in site.groups if group.alpha is not None]
+    told = list(dict.fromkeys(alphas))
+    if len(told) > _MOST_ALPHAS:
+        told = [f"{min(told, key=float)} to {max(told, key=float)}"]
+    parts = [" ".join(told) if told else "none" if site.groups else ""]
+    parts += ["shift"] if site.shift else []
+    parts += [f"x{number(site.range_factor)}"] if site.range_statistic != "absmax" else []
+    return ", ".join(filter(None, parts))
+
+
+_CHOSEN = "alphas, shift, range"
+_COLUMNS = (
+    _Column(heading="treated", cell=lambda site: site.mode, rank=6),
+    _Column(heading="channels", cell=lambda site: str(site.channels), rank=7),
+    _Column(heading="share", cell=_share_text),
+    _Column(heading="none", cell=_held_out("identity"), rank=1),
+    _Column(heading="alpha 0.5", cell=_held_out("alpha_half"), rank=2),
+    _Column(heading="single", cell=_held_out("best_single")),
+    _Column(heading="alpha", cell=_single_alpha, rank=4),
+    _Column(heading="ours", cell=_held_out("ours")),
+    _Column(heading="limit", cell=_held_out("limit"), rank=5),
+    _Column(heading=_CHOSEN, cell=_choices, rank=3),
+)
+
+
+def sites_table(sites: Sequence[SiteRecord], width: int | None = None) -> str:
+    """Held-out losses per site and what was chosen there, those of the largest share of the output error first.
+
+    Args:
+        sites: In forward order, which stays where no shares are known.
+        width: Most characters of a line; None: those of standard output. Where it is short, columns are left out.
+
+    Returns:
+        Empty without sites; sites that are not folded follow with their reasons.
+    """
+    width = width or output_width()
+    shares = [share for site in sites if (share := _share(site)) is not None]
+    found = [site for site in sites if site.losses is not None or _share(site) is not None]
+    if shares:
+        found.sort(key=lambda site: -(_share(site) or 0.0))
+    shown = found[:MOST_SITES]
+    names = [visible(site.name) for site in shown]
+    columns = _fitting([c for c in _COLUMNS if c.cell is not _share_text or shares], shown, names, width)
+    cells = [[column.cell(site) for column in columns] for site in shown]
+    room = width - _room_of(columns, shown)
+    short = told_apart(names, room)
+    order = "sites by their share of the output error" if shares else "sites"
+    lines = []
+    if shown:
+        body = [[name, *row] for name, row in zip(short, cells, strict=True)]
+        title = f"{order}; relative squared error on held-out rows"
+        headings = ["site", *(column.heading for column in columns)]
+        lines.append(table(headings, body, title=title, width=width, texts=(_CHOSEN,)))
+    if len(found) > MOST_SITES:
+        lines.append(f"... and {len(found) - MOST_SITES} more sites, see the report")
+    return "\n".join([*lines, *sentences(_reasons(sites), width)])
+
+
+def _fitting(
+    columns: Sequence[_Column], sites: Sequence[SiteRecord], names: Sequence[str], width: int
+) -> list[_Column]:
+    """The columns that leave enough room for the names."""
+    needed = min(max([_SHORTEST, *map(len, names)]), _NAME_WIDTH)
+    kept = list(columns)
+    while width - _room_of(kept, sites) < needed and (least := max(kept, key=lambda column: column.rank)).rank:
+        kept.remove(least)
+    return kept
+
+
+def _room_of(columns: Iterable[_Column], sites: Sequence[SiteRecord]) -> int:
+    """Characters that columns take with the gaps before them."""
+    return sum(GAP + max([len(column.heading), *(len(column.cell(site)) for site in sites)]) for column in columns)
+
+
+def _reasons(sites: Iterable[SiteRecord]) -> list[str]:
+    """Why sites are not folded, those of one reason in a line; reasons that differ in numbers only are one."""
+    reasons: dict[str, tuple[str, list[str]]] = {}
+    for site in sites:
+        if site.reason:
+            why = f"{site.mode}: {site.reason}"
+            reasons.setdefault(_NUMBERS.sub("0", why), (why, []))[1].append(site.name)
+    lines = [f"{listed([shortened(name) for name in names], 1)} {why}" for why, names in reasons.values()]
+    more = len(lines) - _MOST_REASONS
+    return [*lines[:_MOST_REASONS], *([f"... and {more} more reasons, see the report"] if more > 0 else [])]
+
+
+def model_table(output: dict[str, Any], width: int | None = None) -> str:
+    """Whole-model figures: output loss on held-out data and the task metric under every variant.
+
+    Args:
+        output: The manifest's ``output`` as JSON values.
+        width: Most characters of a line; None: those of standard output.
+    """
+    found = whole_model(output)
+    if not found.rows:
+        return ""
+    headings = ["whole model", *(column.heading for column in found.columns)]
+    rows = [[name, *values] for name, values in found.rows]
+    return table(headings, rows, width=width or output_width(), wrapped=True)
+
+
+def groups_table(groups: Sequence[Group], width: int | None = None) -> str:
+    """Groups over the whole model (scope ``model``) and the alphas that won; empty without groups."""
     body = [
         [
-            shortened(row["site"]),
-            row["mode"],
-            str(row["channels"]),
-            *(_loss(row[k]) for k in ("identity", "alpha_half")),
-            f"{row['best_single_alpha']:.2f}",
-            verdict_of_site(row),
-            f"{row['ours'] / row['best_single']:.3f}" if row["best_single"] else "",
-            choices_of_site({key: row.get(key) for key in _CHOSEN}),
+            str(group.index),
+            str(group.size),
+            f"{group.magnitude:.4g}",
+            f"{group.low:.3f} to {group.high:.3f}",
+            "" if group.alpha is None else f"{group.alpha:.3f}{_beyond(group)}",
         ]
-        for row in shown[:MOST_SITES]
+        for group in groups
     ]
-    lines = [_table(columns, body, title="relative squared error on held-out rows")] if body else []
-    if len(shown) > MOST_SITES:
-        lines.append(f"... and {len(shown) - MOST_SITES} more sites, see the report")
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["reason"]:
-            reasons.setdefault(f"{row['mode']}: {row['reason']}", []).append(row["site"])
-    for reason, names in list(reasons.items())[:8]:
-        lines.append(f"{listed([shortened(name) for name in names], 1)} {reason}")
-    if len(reasons) > 8:
-        lines.append(f"... and {len(reasons) - 8} more reasons, see the report")
-    return "\n".join(lines)
+    headings = ("group", "channels", "magnitude", "range", "alpha")
+    return table(headings, body, title="groups of the whole model", width=width or output_width()) if body else ""
 
 
-def model_table(manifest: Mapping[str, Any]) -> str:
-    """Whole-model figures: output loss on held-out data and the task metric."""
-    output = manifest["output"]
-    rows = [
-        [
-            f"output loss ({_LOSS_NAMES[output['loss']]})",
-            "1" if output["loss"] == "task" else "0",
-            *(_loss(output[k]) for k in ("naive", "alpha_0.5", "best_single", "ours")),
-        ]
-    ]
-    for metric in output["metrics"]:
-        arrow = "higher" if metric["higher_is_better"] else "lower"
-        values = (metric[k] for k in ("float", "naive", "alpha_0.5", "best_single", "ours"))
-        rows.append([f"{metric['name']} ({arrow} is better)", *("failed" if v is None else f"{v:.4f}" for v in values)])
-    return _table(("whole model", "float", "naive", "alpha 0.5", "best single", "ours"), rows)
-
-
-def groups_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Groups over the whole model (scope ``model``) and the alphas that won."""
-    body = [
-        [
-            str(row["index"]),
-            str(row["size"]),
-            f"{row['magnitude']:.4g}",
-            f"{row['low']:.3f} to {row['high']:.3f}",
-            "" if row["alpha"] is None else f"{row['alpha']:.3f}{_beyond(row)}",
-        ]
-        for row in rows
-    ]
-    return _table(("group", "channels", "magnitude", "range", "alpha"), body, title="groups of the whole model")
-
-
-def _beyond(group: Mapping[str, Any]) -> str:
-    return " (outside)" if is_outside(group["alpha"], group["low"], group["high"]) else ""
-
-
-def verify_text(answer: Mapping[str, Any]) -> str:
-    """``alphasmith verify DIR``."""
-    first = f"{answer['artifacts']} files have the digests of the manifest"
-    if "skipped" in answer:
-        return f"{first}\nequivalence not checked: {answer['skipped']}"
-    return (
-        f"{first}\nsmoothed and original model agree on {answer['samples']} samples: relative output error "
-        f"{answer['error']:.2g} (tolerance {answer['tolerance']:.0e})\nthe quantized model loads"
-    )
-
-
-def hardware_text(answer: Mapping[str, Any]) -> str:
-    """``alphasmith hardware``."""
-    rows = [
-        [name, *_budget_cells(answer[key])]
-        for name, key in (("this machine", "detected"), ("target, as given", "given"), ("model requires", "required"))
-        if key in answer
-    ]
-    ranges = [
-        [f"{r['position']:.2f}", f"{r['low']:.3f}", f"{r['high']:.3f}", r["explanation"]] for r in answer["ranges"]
-    ]
-    return "\n".join(
-        [
-            _table(("budget", "memory", "threads", "bandwidth"), rows),
-            answer["explanation"],
-            _table(("group at", "alpha from", "to", "because"), ranges, title="alpha ranges"),
-            "0 is the group of smallest, 1 that of largest magnitude; a run places its groups by what it measures",
-        ]
-    )
-
-
-def _budget_cells(budget: Mapping[str, Any]) -> list[str]:
-    memory, threads, bandwidth = budget["memory"], budget["gpu_threads"], budget["bandwidth"]
-    return [
-        "" if memory is None else size_text(memory),
-        "" if threads is None else str(threads),
-        "" if bandwidth is None else f"{size_text(bandwidth)}/s",
-    ]
-
-
-def _state(row: Mapping[str, Any]) -> str:
-    """Status of a run, and whether it only seems to run."""
-    return "running (no live driver)" if row["status"] == "running" and row.get("driver") is None else row["status"]
-
-
-def _fallback(kept: str, reasons: Sequence[str]) -> list[str]:
-    return [] if kept == "ours" else [f"kept {kept}: {reason}" for reason in reasons]
+def _beyond(group: Group) -> str:
+    return " (outside)" if is_outside(group.alpha, group.low, group.high) else ""
 
 
 def _noise_model(facts: Sequence[SearchFacts]) -> list[str]:
@@ -271,20 +357,5 @@ def _noise_model(facts: Sequence[SearchFacts]) -> list[str]:
     return lines
 
 
-def _refinement(entry: Mapping[str, Any] | None) -> list[str]:
+def _refinement(entry: Any) -> list[str]:
     return [] if entry is None else [f"refinement at the output: {verdict_of_refinement(entry)}"]
-
-
-def _loss(value: float | None) -> str:
-    return "" if value is None else number(value)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> str:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(visible, row))  # a table drops control characters instead of showing them
-    stream = io.StringIO()
-    Console(file=stream, width=240, color_system=None, markup=False, highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from alphasmith.dashboards.verdict import run_verdict
 from alphasmith.objectives.text import duration, number
+from alphasmith.search.cli import tables as texts
+from alphasmith.storage.output.manifest import Manifest
 from tests.support.run_cases import Mlp, launch, rows, seeded, vectors, with_loud_channels
 
 _LOSSES = {
@@ -104,6 +107,13 @@ def test_the_first_sentence(reported: Reported) -> None:
     assert (f"{baselines} of them kept a baseline" in reported.page) == (baselines > 0)
     mean = math.exp(statistics.fmean(math.log(at["ours"]) for at in reported.losses))
     assert f"a held-out quantization loss of {number(mean)} (geometric mean)" in reported.page
+
+
+def test_the_verdict_is_that_of_the_terminal(reported: Reported) -> None:
+    (lead,) = re.findall(r'<p class="lead">(.*?)</p>', reported.page)
+    assert html.unescape(lead) == f"{run_verdict(reported.manifest)}."
+    told = texts.finished_text(Manifest.model_validate_json(json.dumps(reported.manifest)), 0, "", Path("out"), 10_000)
+    assert told.splitlines()[0] == run_verdict(reported.manifest)
 
 
 def test_the_tiles(reported: Reported) -> None:
@@ -217,8 +227,8 @@ def test_the_guard_and_the_refinement(reported: Reported) -> None:
 
 def test_the_whole_model(reported: Reported) -> None:
     output = reported.manifest["output"]
-    row = re.search(r"relative MSE of the output, held-out</th>(.*?)</tr>", reported.page)
+    row = re.search(r"output loss \(relative MSE\)</th>(.*?)</tr>", reported.page)
     assert row is not None
     shown = re.findall(r"<td>(.*?)</td>", row[1])
-    kept = [output[key] for key in ("naive", "alpha_0.5", "best_single", "ours")]
-    assert [float(value) for value in shown if value != "n/a"] == pytest.approx(kept, rel=1e-2)
+    kept = [output[key] for key in ("naive", "alpha_0.5", "one_alpha", "best_single", "ours") if key in output]
+    assert [float(value) for value in shown] == pytest.approx([0.0, *kept], rel=1e-2)

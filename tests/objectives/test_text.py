@@ -18,6 +18,7 @@ from alphasmith.objectives.text import (
     one_line,
     shortened,
     size_text,
+    told_apart,
     with_times,
 )
 
@@ -68,6 +69,49 @@ def test_shortened_keeps_both_ends(name: str, width: int) -> None:
     assert name.startswith(head)
     assert name.endswith(tail)
     assert bool(cut) == (len(name) > width)
+
+
+#: Names as models have them: blocks of one shape, numbered, some in two halves of the model.
+_MODULES = st.builds(
+    "{}.{}.{}.{}".format,
+    st.sampled_from(["model", "model.encoder", "model.decoder", "bert.encoder", "vision_model.transformer.resblocks"]),
+    st.sampled_from(["layers", "layer", "h"]),
+    st.integers(0, 130),
+    st.sampled_from(
+        ["self_attn.q_proj", "encoder_attn.out_proj", "attention.output.dense", "mlp.experts.7.down_proj", "fc2"]
+    ),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(_MODULES | st.text(max_size=70), max_size=40), st.integers(8, 60))
+def test_names_that_differ_are_told_apart(names: list[str], width: int) -> None:
+    short = told_apart(names, width)
+    assert all(len(name) <= width for name in short)
+    assert len(set(zip(names, short, strict=True))) == len(set(names)) == len(set(short))
+    assert [s for n, s in zip(names, short, strict=True) if len(n) <= width] == [n for n in names if len(n) <= width]
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "short"),
+    [
+        (
+            ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"],
+            20,
+            ["...0.mlp.up_proj", "...0.mlp.down_proj"],
+        ),
+        (["encoder.layers.0.fc1", "decoder.layers.0.fc1"], 16, ["e.layers.0.fc1", "d.layers.0.fc1"]),
+        (["left.0.head.norm", "last.0.head.norm"], 12, ["left....norm", "last....norm"]),
+        (["a" * 20 + "b" + "c" * 20, "a" * 20 + "d" + "c" * 20], 10, ["aaaaaaaa~1", "aaaaaaaa~2"]),
+    ],
+)
+def test_how_names_are_told_apart(names: list[str], width: int, short: list[str]) -> None:
+    assert told_apart(names, width) == short
+
+
+def test_names_need_room_to_be_told_apart() -> None:
+    with pytest.raises(InputError, match="width"):
+        told_apart(["a", "b"], 7)
 
 
 def test_listed_counts_what_it_leaves_out() -> None:

@@ -32,7 +32,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"upkeep"},
     ],
     "dashboards": [
-        {"text", "checked_frames", "guard", "connections"},
+        {"text", "checked_frames", "guard", "connections", "verdict"},
         {"figures", "site_table", "server"},
         {"report", "study_views"},
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -221,7 +222,10 @@ TRIAL_SECONDS = (
 def alphasmith(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The installed command in a process of its own, in ``cwd``."""
     command = [sys.executable, "-m", "alphasmith.search.cli.main", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    # Without a copy the child also sees COLUMNS=80, which readline sets behind the back of os.environ.
+    return subprocess.run(
+        command, cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def saved_llama(folder: Path) -> Path:

@@ -86,12 +86,13 @@ def test_progress_on_one_stream_and_the_result_on_the_other(place: Place) -> Non
     for stage in ("loading model and data", "calibrating", "searching sites", "proving equivalence", "writing"):
         assert any(line.startswith(stage) for line in run.stderr.splitlines())
         assert stage not in run.stdout
-    assert run_id(place) in run.stdout
-    assert "results in out: smoothed/, quantized/, report.html, manifest.json" in run.stdout
-    assert "perplexity (lower is better)" in run.stdout
-    assert "of the whole model in float32): quantized weights" in run.stdout
-    assert "% quantized (" in run.stdout
-    assert "an embedding: its rows are looked up, not multiplied" in run.stdout
+    told = " ".join(run.stdout.split())  # lines are broken between words
+    assert run_id(place) in told
+    assert "results in out: smoothed/, quantized/, report.html, manifest.json" in told
+    assert "perplexity (lower is better)" in told
+    assert "of the whole model in float32): quantized weights" in told
+    assert "% quantized (" in told
+    assert "an embedding: its rows are looked up, not multiplied" in told
     assert "warning: " in run.stderr
     assert "of the weights are quantized; " in run.stderr
     present = {p.name for p in place.folder.iterdir()}
@@ -132,8 +133,33 @@ def test_list_and_show(place: Place, here: Path, capsys: pytest.CaptureFixture[s
     for site in details["sites"]:
         if site["winner"] != "refined":  # the output decided on those
             assert site["ours"] <= min(site["identity"], site["alpha_half"], site["best_single"])
-    text = Answer(capsys, "show", id_).out
-    assert all(s["site"] in text for s in details["sites"])
+
+
+def test_show_prints_what_run_printed(
+    place: Place, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Answer(capsys, "show", run_id(place))
+    assert shown.code == 0
+    assert shown.out.splitlines() == place.run.stdout.splitlines()
+    assert all(s["name"] in shown.out for s in json.loads((here / "out" / "manifest.json").read_text())["sites"])
+    monkeypatch.setenv("COLUMNS", "72")
+    narrow = Answer(capsys, "show", run_id(place)).out
+    assert max(map(len, narrow.splitlines())) <= 72
+    assert narrow.partition(";")[0] == shown.out.partition(";")[0] != shown.out
+
+
+def test_show_says_what_it_cannot_see(place: Place, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    id_ = run_id(place)
+    (here / "out").rename(here / "elsewhere")
+    try:
+        moved = Answer(capsys, "show", id_).out
+        details = Answer(capsys, "show", id_, "--json").json
+    finally:
+        (here / "elsewhere").rename(here / "out")
+    assert "status: finished" in moved
+    assert "its manifest.json cannot be read from here" in moved
+    assert details["weights"] == []
+    assert all(s["site"] in moved for s in details["sites"])
 
 
 def test_a_relative_configuration_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

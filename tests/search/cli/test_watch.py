@@ -21,7 +21,7 @@ from sqlalchemy import make_url
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.search.cli import _status as progress_texts
-from alphasmith.search.cli import commands
+from alphasmith.search.cli import answers, commands
 from alphasmith.search.cli import tables as texts
 from alphasmith.search.cli._watch import watch_run
 from alphasmith.search.config import resume_command
@@ -199,12 +199,12 @@ def test_a_dead_driver_is_known_at_once(database: Database) -> None:
     assert "0 workers" in line
     row = listed(database, run_id)
     assert (row["status"], row["driver"]) == ("running", None)
-    assert "running (no live driver)" in texts.runs_table([row])
+    assert "running (no live driver)" in answers.runs_table([row])
     details = commands.show_run(run_id, database.url)
     shown = texts.run_text(details)
     assert "sites: 0 of 3 done, 1 running" in shown
     assert re.search(rf"worker: process {os.getpid()} on .*, driver, silent for [\d.]+ s", shown)
-    assert details["progress"]["running"][0]["worker"] == dead.worker
+    assert commands.shown_facts(details)["progress"]["running"][0]["worker"] == dead.worker
     dead.stop_driving()
 
 
@@ -214,9 +214,9 @@ def test_a_live_driver_is_listed_and_shown(database: Database) -> None:
     run.search()
     row = listed(database, run.id)
     assert row["driver"] == run.board.worker
-    assert "no live driver" not in texts.runs_table([row])
+    assert "no live driver" not in answers.runs_table([row])
     details = commands.show_run(run.id, database.url)
-    assert json.loads(json.dumps(details, allow_nan=False))["progress"]["done"] == 1
+    assert json.loads(json.dumps(commands.shown_facts(details), allow_nan=False))["progress"]["done"] == 1
     shown = texts.run_text(details)
     assert "sites: 1 of 3 done" in shown
     assert f"worker: process {os.getpid()} on {socket.gethostname()}, driver, local, 2 processes, alive" in shown
@@ -447,8 +447,8 @@ def test_a_command_can_be_pasted() -> None:
 
 def test_what_a_worker_did_is_two_lines() -> None:
     done = WorkSummary(run="r-1", searched=1, finished=True, folder="results/r-1", note="the result is written")
-    for answer in (done, replace(done, finished=False)):
-        told = texts.worker_text(answer).splitlines()
+    for summary in (done, replace(done, finished=False)):
+        told = answers.worker_text(summary).splitlines()
         assert len(told) == 2
         assert "1 site of r-1" in told[0]
         assert "results/r-1" in told[1]

@@ -390,7 +390,7 @@ def test_experts_used_by_functional_calls_are_quantized_and_the_rest_is_told_of(
     assert 4 * sum(sizes[n] for n, w in entries.items() if w.status == "quantized") == payload.weights_float
     assert payload.model_float is not None
     assert payload.model_float >= 4 * sum(p.numel() for p in model.parameters())
-    told = result_text(result)
+    told = result_text(result, 1000)
     assert (
         f"({(payload.weights_quantized + payload.other) / payload.model_float:.2g} of the whole model in float32)"
         in told

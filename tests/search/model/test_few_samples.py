@@ -86,4 +86,4 @@ def test_a_run_says_so_and_keeps_the_simpler(samples: int, tmp_path: Path) -> No
     (doubt,) = doubts
     assert manifest.output.kept != "ours"
     assert manifest.guard[0].reason == doubt
-    assert f"kept {manifest.output.kept}: {doubt}" in result_text(result)
+    assert f"kept {manifest.output.kept}: {doubt}" in result_text(result, 1000)

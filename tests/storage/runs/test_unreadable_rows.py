@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.search.cli.answers import runs_table
 from alphasmith.search.cli.commands import list_runs
-from alphasmith.search.cli.tables import runs_table
 from alphasmith.storage.database.connection import opened
 from alphasmith.storage.queue.status import database_now, live_runs
 from alphasmith.storage.runs.entries import SiteRecord
