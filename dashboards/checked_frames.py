@@ -12,6 +12,8 @@ from alphasmith.storage.runs.entries import Losses
 
 #: What the figures need of a frame; the losses are those on held-out rows.
 SITE_COLUMNS = ("site", "position", "mode", "channels", *Losses.model_fields, "seconds", "trials")
+#: Likewise, where they are known.
+SHARE_COLUMNS = ("share", "share_measured")
 GROUP_COLUMNS = ("site", "group", "size", "low", "high", "alpha", "magnitude")
 TRIAL_COLUMNS = ("number", "kind", "loss", "state")
 LOSS_COLUMNS = tuple(name for name in Losses.model_fields if name != "best_single_alpha")
@@ -50,8 +52,10 @@ def checked(frame: pd.DataFrame, columns: tuple[str, ...], name: str, numeric: t
 
 
 def checked_sites(sites: pd.DataFrame) -> pd.DataFrame:
-    """A valid site frame in network order. See :func:`checked`."""
-    frame = checked(sites, SITE_COLUMNS, "sites", ("position", *LOSS_COLUMNS, "best_single_alpha", "seconds"))
+    """A valid site frame in network order; shares of the output's error are NaN where they are not given. See :func:`checked`."""
+    given = sites.assign(**{name: np.nan for name in SHARE_COLUMNS if name not in sites.columns})
+    numeric = ("position", *LOSS_COLUMNS, "best_single_alpha", "seconds", *SHARE_COLUMNS)
+    frame = checked(given, SITE_COLUMNS, "sites", numeric)
     return frame.sort_values("position", kind="stable").reset_index(drop=True)
 
 

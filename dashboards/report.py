@@ -22,6 +22,7 @@ from alphasmith.dashboards.figures.sites import (
     alphas_by_group,
     gain_by_site,
     losses_by_site,
+    shares_of_output,
     trial_history,
 )
 from alphasmith.dashboards.site_table import BASELINES, KEPT, SITE_TABLE, site_rows
@@ -36,6 +37,9 @@ from alphasmith.storage.runs.records import TrialRecord
 #: Key of a variant's figure -> that of its loss in a search over the whole model.
 _SEARCHED = {"naive": "identity"}
 _CAPTIONS = {
+    "shares": "What quantizing one site adds to the loss at the model's output, predicted from gradients on calibration samples, as a part "
+    "of the sum over all sites. A diamond is the loss measured with only that site quantized, over the same sum. Smoothing pays where "
+    "the bars are long.",
     "losses": "Each line spans the losses of one site; further left (or down) is better. Scales differ between sites "
     "because every loss is relative to that site's own output.",
     "gain": "1 is the best alpha that the whole site could share. Green marks are the limit of a free scale per "
@@ -147,6 +151,7 @@ def render_page(
     group_frame = checked_groups(groups)
     output = manifest.get("output") or {}
     figures = [
+        _figure("shares", shares_of_output(site_frame)),
         _figure("losses", losses_by_site(site_frame)),
         _figure("gain", gain_by_site(site_frame)),
         _figure("alphas", alphas_by_group(group_frame)),

@@ -25,6 +25,7 @@ SITE_TABLE = (
     ("searched", "number"),
     ("limit", "number"),
     ("gain", "number"),
+    ("share of output error", "number"),
     ("trials", "number"),
     ("seconds", "number"),
 )
@@ -78,6 +79,7 @@ def site_rows(sites: pd.DataFrame) -> list[list[Cell]]:
                 Cell(text=str(row["channels"]), key=str(row["channels"])),
                 *(_number(row[key]) for key in ("identity", "alpha_half", "best_single", "best_single_alpha")),
                 *(_number(value) for value in (row["ours"], row["limit"], gain)),
+                _share(row),
                 Cell(text=str(row["trials"]), key=str(row["trials"])),
                 _number(row["seconds"], f"{row['seconds']:.1f}"),
             ]
@@ -92,6 +94,15 @@ def _told(*notes: str) -> tuple[str, ...]:
 def _stopped(row: Row) -> str:
     why = row.get("stopped")
     return f"stopped: {why}" if isinstance(why, str) and why else ""
+
+
+def _share(row: Row) -> Cell:
+    """Its part of the output's error; the measured one in a line of its own, or alone where nothing was predicted."""
+    predicted, measured = float(row["share"]), float(row["share_measured"])
+    told = f"measured {100 * measured:.1f} %" if math.isfinite(measured) else ""
+    if not math.isfinite(predicted):
+        return Cell(text=told or number(predicted), key=repr(measured) if told else "")
+    return Cell(text=f"{100 * predicted:.1f} %", key=repr(predicted), notes=_told(told))
 
 
 def _number(value: float, text: str | None = None) -> Cell:

@@ -31,6 +31,7 @@ from alphasmith.dashboards.figures._parts import (
     rows_height,
     segments,
 )
+from alphasmith.dashboards.figures._shares import shares_of_output
 from alphasmith.dashboards.figures._theme import (
     BY_COLUMN,
     INK,
@@ -44,7 +45,7 @@ from alphasmith.dashboards.figures._theme import (
     styled,
 )
 
-__all__ = ["alpha_heatmap", "alphas_by_group", "gain_by_site", "losses_by_site", "trial_history"]
+__all__ = ["alpha_heatmap", "alphas_by_group", "gain_by_site", "losses_by_site", "shares_of_output", "trial_history"]
 
 LOSS_TITLE = "loss (relative squared error, held-out)"
 

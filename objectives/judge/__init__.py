@@ -1,5 +1,6 @@
 """The exact loss of a candidate, at a site and at the output; proof and memory.
 
+- ``_output_gradients``: gradients of random projections of the output at the outputs of its operators
 - ``_site_kernel``: squared output errors of quantized rows: the arithmetic behind the exact judge of one site
 - ``answers``: every floating tensor of an output, how far two answers are apart, and what they carry
 - ``candidate_batch``: candidates of one site scored together on growing subsets of its rows
@@ -8,6 +9,7 @@
 - ``losses``: losses between two outputs on identical data: formula fA5 and its relative and divergence forms
 - ``memory``: peak memory of a run: predicted before it starts, fitted to a budget, measured afterwards
 - ``model_objective``: exact loss of a whole candidate model: its output against the float model's on identical data
+- ``output_shares``: what every site adds to the error of the model's output, predicted from gradients and measured
 - ``producer_noise``: what a site's scales do to the weights that produce its input, in the loss of a candidate
 - ``site_objective``: exact loss of a site: its rows and weights quantized under given scales
 """
@@ -20,6 +22,7 @@ __all__ = [
     "losses",
     "memory",
     "model_objective",
+    "output_shares",
     "producer_noise",
     "site_objective",
 ]

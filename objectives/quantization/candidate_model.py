@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -198,6 +198,44 @@ class CandidateModel:
         kept = {n: t.clone() if t.untyped_storage().data_ptr() in written else t for n, t in tensors.items()}
         return kept, structure
 
+    def alone(self, smoothings: Mapping[str, Smoothing]) -> dict[str, dict[str, nn.Module]]:
+        """Quantized operators that each serve the float model in the place of their own float one.
+
+        Every site is made explicit: its operators divide their own input, and nothing is taken from or left to others. So each
+        makes the error of its site and of no other. The model itself stays, or becomes again, the float model.
+
+        Args:
+            smoothings: As for :meth:`apply`.
+
+        Returns:
+            Site -> operator -> its quantized form (a ``QuantizedOperator``), in forward order; sites without one, and stacked weights, are left out.
+
+        Raises:
+            InputError: As :meth:`apply`.
+            NonFiniteError: As :meth:`apply`.
+        """
+        self.reset()
+        checked = self._plan.checked_smoothings(smoothings)
+        plan = Plan(self._model, [_explicit(site) for site in self.sites], self._plan.skip, self.scheme)
+        made: dict[str, dict[str, nn.Module]] = {}
+        for target in plan.targets:
+            name, operator = target.site.name, target.operator
+            # Only its own smoothing: a tied weight may be edited by other sites as well.
+            own = {name: checked[name]} if name in checked else {}
+            twin = _twin(operator_module(self._model, operator.name), {})
+            for module in twin.modules():
+                _own_hooks(module)
+            made.setdefault(name, {})[operator.name] = QuantizedOperator.quantize(
+                twin,
+                plan.rebuilt(target, self._source, own, self._ranges),
+                scheme=self.scheme,
+                kind=operator.kind,
+                transposed=operator.transposed,
+                execution=self._execution,
+                keep_dense=self._keep_dense,
+            )
+        return made
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as it is now, without gradients."""
         with torch.no_grad():
@@ -248,6 +286,21 @@ class _Exchange:
     registry: dict[str, Any]
     name: str
     original: nn.Module | Tensor
+
+
+def _explicit(site: Site) -> Site:
+    """The same site with nothing folded: only its own operators know of its smoothing."""
+    if site.mode == "left":
+        return site
+    edits = tuple(edit for edit in site.edits if edit.power > 0)
+    return replace(site, mode="explicit", edits=edits, producers=(), shift_edits=())
+
+
+def _own_hooks(module: nn.Module) -> None:
+    """Hooks that a module has now stay its own: those registered later on the module it was made from do not reach it."""
+    for name, held in module.__dict__.items():
+        if "_hooks" in name and isinstance(held, dict):
+            module.__dict__[name] = held.copy()
 
 
 def _twin(module: nn.Module, stand_ins: dict[int, Tensor]) -> nn.Module:

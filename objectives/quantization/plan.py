@@ -109,6 +109,7 @@ class Plan:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], skip: Sequence[str], scheme: Scheme) -> None:
         self.scheme = scheme
+        self.skip = tuple(skip)
         self.sites = {site.name: site for site in sites}
         if len(self.sites) != len(sites):
             raise InputError("sites", "two sites have one name", "pass the sites of one discovery")

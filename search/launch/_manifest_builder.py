@@ -245,7 +245,8 @@ def _budget(budget: HardwareBudget) -> Budget:
 
 
 def _site(site: Site, position: int, prepared: PreparedModel, found: SearchOutcome) -> SiteEntry:
-    record = site_record(site, position, found.kept(found.sites[site.name]) if site.name in found.sites else None)
+    result = found.kept(found.sites[site.name]) if site.name in found.sites else None
+    record = site_record(site, position, result, found.shares)
     entry: dict[str, Any] = {"producers": site.producers}
     smoothing = found.final.get(site.name)
     if smoothing is not None:

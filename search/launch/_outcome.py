@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.equivalence import Equivalence, fold_and_prove
 from alphasmith.objectives.judge.memory import measured_peak
+from alphasmith.objectives.judge.output_shares import MEASURED_SAMPLES, SAMPLES, OutputShares, output_shares
 from alphasmith.objectives.literals import Baseline, Variant
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.plan import QuantizationSummary
@@ -21,6 +22,7 @@ from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import search_device
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.inputs.task import Task
+from alphasmith.search.interruption import leave
 from alphasmith.search.model.refinement import RefinementResult
 from alphasmith.search.model.search import ModelResult
 from alphasmith.search.model.variants import Doubt, ModelScores
@@ -45,6 +47,7 @@ class SearchOutcome:
         refinement: What the refinement at the output decided; None where it was off. Its changes are in ``sites`` and
             ``smoothings`` already.
         doubt: A simpler variant that the held-out samples cannot tell from what would be kept; None where they can.
+        shares: What every site adds to the error of the model's output, with what is kept; None: not known.
         notes: What people should know of the search, e.g. that there are fewer groups than asked for.
     """
 
@@ -56,6 +59,7 @@ class SearchOutcome:
     refinement: RefinementResult | None = None
     notes: tuple[str, ...] = ()
     doubt: Doubt | None = None
+    shares: OutputShares | None = None
 
     def kept(self, result: R) -> R:
         """The result of a site or of the model as it was kept: after a fallback, with the baseline in the winner's place."""
@@ -78,6 +82,52 @@ class SearchOutcome:
     def final(self) -> Mapping[str, Smoothing]:
         """The smoothings that are kept."""
         return self.smoothings[self.fallback or "ours"]
+
+
+def with_shares(
+    found: SearchOutcome,
+    config: RunConfig,
+    task: Task,
+    prepared: PreparedModel,
+    candidate: CandidateModel,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> SearchOutcome:
+    """The outcome with what every site adds to the error of the model's output, on calibration samples.
+
+    Args:
+        found: What the search decided.
+        config: The run's configuration.
+        task: Its data.
+        prepared: Sites, and the memory plan of the run, which is kept to.
+        candidate: The model.
+        progress: Receives stages and notes.
+        stop: Polled; returns True to stop.
+
+    Raises:
+        Interrupted: ``stop`` said so.
+    """
+    count = min(SAMPLES, sum(batch.size for batch in task.calibration))
+    progress.stage("shares of the output error", count + min(count, MEASURED_SAMPLES))
+    device, plan = search_device(config), prepared.plan
+    given = config.hardware.search_memory or plan.total
+
+    def step() -> None:
+        leave(stop)
+        progress.advance()
+
+    shares = output_shares(
+        candidate,
+        found.final,
+        [batch.to(device) for batch in task.calibration],
+        loss="kl" if found.scores.loss == "kl" else "mse",
+        seed=config.search.seed,
+        memory=max(given - plan.total, 0) + plan.working_set,
+        step=step,
+    )
+    for note in shares.notes:
+        progress.note(f"warning: {note}")
+    return replace(found, shares=shares, notes=(*found.notes, *shares.notes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from alphasmith.search.launch._lookup import (
     stored_config,
     writable_store,
 )
-from alphasmith.search.launch._outcome import SearchOutcome, produce
+from alphasmith.search.launch._outcome import SearchOutcome, produce, with_shares
 from alphasmith.search.launch.recorder import RunRecorder, RunResult, conclude, written_before
 from alphasmith.search.model.refinement import RefinementResult
 from alphasmith.search.model.refinement_stage import refine_sites
@@ -336,6 +336,7 @@ def _search(launch: _Launch) -> SearchOutcome:
         refinement=refinement,
         notes=notes,
     )
+    found = with_shares(found, config, task, prepared, candidate, launch.progress, launch.stop)
     launch.recorder.outcome(found)
     return found
 

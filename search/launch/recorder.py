@@ -18,6 +18,7 @@ from torch import Tensor
 from alphasmith.dashboards.report import render_report
 from alphasmith.dashboards.study_views import annotate_study, study_note
 from alphasmith.dashboards.text import verdict_of_refinement
+from alphasmith.objectives.judge.output_shares import OutputShares
 from alphasmith.objectives.model.hf_folder import architecture_names, save_folder
 from alphasmith.objectives.model.plain_operators import bake_plain
 from alphasmith.objectives.sites.types import Site
@@ -125,9 +126,9 @@ class RunRecorder:
         self._position = {s.name: i for i, s in enumerate(prepared.sites)}
         self.id = handle.id
 
-    def site(self, site: Site, result: SiteResult) -> None:
-        """Keep one site's result once more, after it has changed."""
-        self._store.add_site(self.id, site_record(site, self._position[site.name], result))
+    def site(self, site: Site, result: SiteResult, shares: OutputShares | None = None) -> None:
+        """Keep one site's result once more, after it has changed or its share of the output's error is known."""
+        self._store.add_site(self.id, site_record(site, self._position[site.name], result, shares))
 
     def whole(self, result: ModelResult) -> None:
         """Keep the result over the whole model."""
@@ -137,13 +138,15 @@ class RunRecorder:
     def outcome(self, found: SearchOutcome) -> None:
         """Keep what the model's output decided; done twice, it leaves the same records.
 
-        The refinement may have changed sites, and the guard may have put a baseline in the place of every winner.
+        The refinement may have changed sites, the guard may have put a baseline in the place of every winner, and every site
+        now has its share of the output's error.
         """
         self._handle.check_driving()
         changed: set[str] = set() if found.refinement is None else set(found.refinement.changed)
         for site in self._prepared.sites:
-            if site.name in found.sites and (found.fallback is not None or site.name in changed):
-                self.site(site, found.kept(found.sites[site.name]))
+            known = found.shares is not None or found.fallback is not None or site.name in changed
+            if site.name in found.sites and known:
+                self.site(site, found.kept(found.sites[site.name]), found.shares)
         if found.whole is not None and found.fallback is not None:
             self._store.set_groups(self.id, model_groups(found.kept(found.whole)))
 
@@ -156,7 +159,8 @@ class RunRecorder:
         self._handle.check_driving()
         for site in self._prepared.sites:
             if site.name not in found.sites:
-                self._store.add_site(self.id, site_record(site, self._position[site.name]))
+                left = site_record(site, self._position[site.name], shares=found.shares)
+                self._store.add_site(self.id, left)
         out = self._handle.folder
         refinement = None if found.refinement is None else refinement_entry(found.refinement).model_dump(mode="json")
         spaces = {name: result.space for name, result in found.sites.items()}

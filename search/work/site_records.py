@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from alphasmith.objectives.judge.output_shares import OutputShares
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.site.result import SiteResult
 from alphasmith.search.study.alpha_ranges import AlphaRange
@@ -22,13 +23,16 @@ class GroupedResult(Protocol):
     def magnitudes(self) -> Sequence[float]: ...
 
 
-def site_record(site: Site, position: int, result: SiteResult | None = None) -> SiteRecord:
+def site_record(
+    site: Site, position: int, result: SiteResult | None = None, shares: OutputShares | None = None
+) -> SiteRecord:
     """The record of a site.
 
     Args:
         site: The site.
         position: Its place in forward order, from 0.
         result: What was found; None where nothing was searched.
+        shares: What the sites add to the error of the model's output; None: not known yet.
     """
     known: dict[str, Any] = {}
     if result is not None:
@@ -56,6 +60,8 @@ def site_record(site: Site, position: int, result: SiteResult | None = None) -> 
         channels=site.channels,
         operators=tuple(o.name for o in site.operators),
         kind=", ".join(sorted({o.kind for o in site.operators})),
+        share=None if shares is None else shares.share(site.name),
+        share_measured=None if shares is None else shares.share_measured(site.name),
         **known,
     )
 

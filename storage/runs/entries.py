@@ -191,6 +191,12 @@ class SiteRecord(Part):
     """Channel statistic a_j; empty for sites left alone."""
     facts: SearchFacts | None = None
     """How the search went; null where there was none."""
+    share: NonNegativeFloat | None = None
+    """Predicted part of the loss at the model's output that quantizing this site makes, 0 to 1 over all sites (formula fA9); null
+    where it was not predicted, or nothing is quantized."""
+    share_measured: NonNegativeFloat | None = None
+    """Loss at the model's output with only this site quantized, over the sum of all predicted contributions, or over the loss with
+    all sites quantized where nothing was predicted; null where it was not measured."""
 
     @model_validator(mode="after")
     def _groups_differ(self) -> Self:

@@ -89,7 +89,15 @@ def _undrawn() -> None:
     from alphasmith.dashboards import report, study_views
 
     for module in (report, study_views):
-        for name in ("alpha_heatmap", "alphas_by_group", "gain_by_site", "losses_by_site", "trial_history"):
+        drawn = (
+            "alpha_heatmap",
+            "alphas_by_group",
+            "gain_by_site",
+            "losses_by_site",
+            "shares_of_output",
+            "trial_history",
+        )
+        for name in drawn:
             if hasattr(module, name):
                 setattr(module, name, lambda *arguments, **keywords: go.Figure())
     study_views._card = lambda figure: figure

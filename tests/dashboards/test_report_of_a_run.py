@@ -149,7 +149,9 @@ def test_the_table_of_sites(reported: Reported) -> None:
         gain = at["ours"] / at["best_single"]
         expected = [at[k] for k in ("identity", "alpha_0.5", "best_single", "best_single_alpha", "ours", "limit")]
         assert cells[:4] == [str(site["position"]), site["name"], "folded", str(site["channels"])]
-        assert [float(cell) for cell in cells[4:]] == [*expected, gain, site["trials"], site["seconds"]]
+        assert [float(cell) for cell in cells[4:]] == [
+            *(*expected, gain, site["share"], site["trials"], site["seconds"])
+        ]
         shown = re.findall(r"<td[^>]*>([^<]*)", line)
         assert [number(value) for value in (*expected, gain)] == shown[4:11]
         coefficients = {(g["alpha"], g["beta"], g["offset"]) for g in site["groups"]}

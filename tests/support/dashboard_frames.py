@@ -20,9 +20,12 @@ def site_frame(count: int, seed: int = 0) -> pd.DataFrame:
     identity = half * 10 ** generator.uniform(0.1, 1.6, count)
     modes = ["left" if i % 11 == 7 else "explicit" if i % 7 == 3 else "fold" for i in range(count)]
     free = np.array([mode != "left" for mode in modes])
+    shares = generator.dirichlet(np.full(count, 0.3))
     return pd.DataFrame(
         {
             "site": [f"model.layers.{i // 4}.{KINDS[i % 4]}" for i in range(count)],
+            "share": shares,
+            "share_measured": np.where(shares >= np.sort(shares)[-min(count, 3)], 1.1 * shares, np.nan),
             "position": np.arange(count),
             "mode": modes,
             "reason": ["" if mode == "fold" else "the producer is a GELU, which is not homogeneous" for mode in modes],

@@ -17,6 +17,7 @@ from alphasmith.dashboards.figures.sites import (
     alphas_by_group,
     gain_by_site,
     losses_by_site,
+    shares_of_output,
     trial_history,
 )
 from alphasmith.objectives.errors import InputError, NonFiniteError
@@ -137,9 +138,37 @@ def test_frames_without_offsets_are_drawn_as_before() -> None:
     assert not any("own factor" in cell for row in alpha_heatmap(frame).data[0].customdata for cell in row)
 
 
-@pytest.mark.parametrize("draw", [*SITE_FIGURES, *GROUP_FIGURES, trial_history])
+@pytest.mark.parametrize("count", [1, 5, 20, 21, 3000])
+def test_the_largest_shares_have_bars_and_all_bars_make_the_whole(count: int) -> None:
+    frame = site_frame(count)
+    frame["site"] = "a_rather_long_prefix." * 4 + frame["site"]
+    bars = shares_of_output(frame.sample(frac=1, random_state=3)).data[0]
+    assert len(bars.x) == min(count, 21)
+    assert sum(bars.x) == pytest.approx(1, abs=1e-3)
+    largest = frame["share"].sort_values(ascending=False)[:20].tolist()
+    assert list(bars.x)[:20] == pytest.approx(largest, abs=1e-4)
+    measured = _trace(shares_of_output(frame), "measured with only this site quantized")
+    assert [value is not None for value in measured.x] == [True] * min(count, 3) + [False] * (min(count, 20) - 3)
+
+
+def test_measured_shares_stand_for_those_that_were_not_predicted() -> None:
+    frame = site_frame(4).assign(share=math.nan, share_measured=[0.5, math.nan, 0.9, 0.1])
+    figure = shares_of_output(frame)
+    assert list(figure.data[0].x) == [0.9, 0.5, 0.1]
+    assert len(figure.data) == 1
+    unknown = shares_of_output(frame.drop(columns=["share", "share_measured"]))
+    assert "no share" in unknown.layout.annotations[0].text
+
+
+@pytest.mark.parametrize("draw", [*SITE_FIGURES, *GROUP_FIGURES, shares_of_output, trial_history])
 def test_empty_frames_say_that_there_is_nothing_yet(draw: Draw) -> None:
-    full = site_frame(1) if draw in SITE_FIGURES else trial_frame(1) if draw is trial_history else group_frame(1)
+    full = (
+        site_frame(1)
+        if draw in (*SITE_FIGURES, shares_of_output)
+        else trial_frame(1)
+        if draw is trial_history
+        else group_frame(1)
+    )
     figure = draw(full.iloc[:0])
     assert len(figure.data) == 0
     assert len(figure.layout.annotations) == 1
@@ -169,7 +198,7 @@ def test_infinite_losses_are_refused(value: float) -> None:
         trial_history(trials)
 
 
-@pytest.mark.parametrize("draw", [losses_by_site, gain_by_site])
+@pytest.mark.parametrize("draw", [*SITE_FIGURES, shares_of_output])
 def test_markup_in_names_is_escaped(draw: Draw) -> None:
     frame = site_frame(3)
     frame.loc[0, "site"] = "<a href='javascript:alert(1)'>x</a>"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from alphasmith.dashboards.study_views import HISTORY_ID, LOSSES_ID
 from alphasmith.objectives.errors import InputError, IntegrityError
+from alphasmith.objectives.judge.output_shares import MEASURED
 from alphasmith.objectives.model.loading import parameters_digest
 from alphasmith.objectives.smoothing import SCALE_MAX, SCALE_MIN, Smoothing
 from alphasmith.search import RunResult, load_quantized, load_smoothed, run
@@ -27,8 +28,10 @@ from alphasmith.search.inputs.preparation import prepare, survey
 from alphasmith.search.inputs.task import load_task
 from alphasmith.search.launch.pipeline import input_ranges, skip_patterns
 from alphasmith.search.progress import Silent
-from alphasmith.storage.database.connection import open_optuna
+from alphasmith.storage.database.connection import open_optuna, opened
 from alphasmith.storage.output.manifest import Manifest, parse_manifest
+from alphasmith.storage.runs.data_frames import sites_frame
+from alphasmith.storage.runs.run_store import RunStore
 from tests.support.plain_forms import quantize_model
 from tests.support.run_cases import (
     LENGTH,
@@ -95,6 +98,17 @@ def test_the_folder_is_complete_and_the_manifest_tells_the_truth(finished: tuple
     for path, digest in listed.items():
         assert hashlib.sha256(present[path].read_bytes()).hexdigest() == digest
     assert not [p for p in result.folder.parent.iterdir() if "partial" in p.name]
+
+
+def test_every_site_has_its_share_of_the_outputs_error(finished: tuple[Path, RunResult]) -> None:
+    _, result = finished
+    assert math.fsum(result.sites["share"]) == pytest.approx(1)
+    largest = result.sites.sort_values("share", ascending=False)["share_measured"]
+    assert largest.notna().tolist() == [place < MEASURED for place in range(len(largest))]
+    assert not [note for note in result.manifest.notes if "predicted" in note]
+    with opened(f"sqlite:///{result.folder.parent / 'runs.db'}") as database:
+        recorded = sites_frame(RunStore(database).sites(result.id)).set_index("site")["share"]
+    assert recorded.to_dict() == result.sites.set_index("site")["share"].to_dict()
 
 
 def test_the_users_model_keeps_every_bit(finished: tuple[Path, RunResult], model: nn.Module) -> None:

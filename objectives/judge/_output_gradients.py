@@ -1,0 +1,113 @@
+"""Gradients of random projections of a model's output at the outputs of its operators, and the memory that they take. Formula fA9."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from alphasmith.objectives.judge.losses import squared_sum
+
+Operators = Mapping[str, Mapping[str, nn.Module]]
+"""Site -> operator -> its quantized form, as ``CandidateModel.alone`` makes them."""
+Handler = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]
+"""What is done at an operator's call: site, quantized operator, arguments, keyword arguments, output -> output."""
+
+
+@contextmanager
+def hooked(model: nn.Module, operators: Operators, handler: Handler) -> Iterator[None]:
+    """Let ``handler`` see, and exchange, the output of every call of these operators of the float model."""
+
+    def hook_of(site: str, quantized: nn.Module) -> Callable[..., Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            return handler(site, quantized, args, kwargs, output) if isinstance(output, Tensor) else None
+
+        return hook
+
+    with ExitStack() as stack:
+        for site, of_site in operators.items():
+            for name, quantized in of_site.items():
+                module = model.get_submodule(name)
+                handle = module.register_forward_hook(hook_of(site, quantized), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient of any parameter: neither computed nor are the inputs kept that it would need."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def watched(output: Tensor) -> Tensor:
+    """A tensor of the same values that gradients reach, whether or not they reach ``output``, and that may be written to."""
+    start = output if output.requires_grad else output.detach().requires_grad_()
+    return start.clone()
+
+
+def direction(rows: Tensor, loss: Literal["mse", "kl"], generator: torch.Generator) -> Tensor:
+    """One random direction r of the output, such that ``E (r . d)^2`` is what a small difference d adds to the loss's sum.
+
+    Args:
+        rows: (..., O) float output, real positions only.
+        loss: ``mse``: sum of d^2; ``kl``: ``1/2 d^T (diag p - p p^T) d`` with p = softmax(rows).
+        generator: On the CPU.
+    """
+    signs = torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.int8).to(rows.device)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    x = signs.to(dtype).mul_(2).sub_(1)
+    if loss == "mse":
+        return x.to(rows.dtype)
+    p = rows.to(dtype).softmax(-1)
+    root = p.sqrt()
+    return ((root * x - p * (root * x).sum(-1, keepdim=True)) / math.sqrt(2)).to(rows.dtype)
+
+
+def weight_of(rows: Tensor, loss: Literal["mse", "kl"]) -> float:
+    """What these rows add to the divisor of the loss: their energy (``mse``) or their number (``kl``)."""
+    return squared_sum(rows) if loss == "mse" else rows.numel() / max(1, rows.shape[-1] if rows.dim() else 1)
+
+
+class SavedBytes:
+    """Counts what a forward pass would keep for its backward pass, and keeps none of it.
+
+    Args:
+        model: Its parameters and buffers count nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        held = (*model.parameters(), *model.buffers())
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self._seen: dict[int, weakref.ref[Any]] = {}
+        self.total = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count inside; no backward pass can follow."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _lost):
+            yield
+
+    def _pack(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._known:
+            return
+        before = self._seen.get(id(storage))
+        if before is None or before() is not storage:  # a freed one may have had the same id
+            self._seen[id(storage)] = weakref.ref(storage)
+            self.total += storage.nbytes()
+
+
+def _lost(_: Any) -> Tensor:
+    raise RuntimeError("nothing was kept for a backward pass")
