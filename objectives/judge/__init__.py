@@ -1,6 +1,8 @@
 """The exact loss of a candidate, at a site and at the output; proof and memory.
 
 - ``_output_gradients``: gradients of random projections of the output at the outputs of its operators
+- ``_module_calls``: calls of a model's modules: intercepted, compared, and traced for what they read, take and leave behind
+- ``_prefix``: outputs of a model's modules under one candidate, returned in the place of computing them again for others
 - ``_site_kernel``: squared output errors of quantized rows: the arithmetic behind the exact judge of one site
 - ``answers``: every floating tensor of an output, how far two answers are apart, and what they carry
 - ``candidate_batch``: candidates of one site scored together on growing subsets of its rows

@@ -42,6 +42,9 @@ _JUDGE_WEIGHTS = 256 * 2**20
 #: Bytes per element of one parameter while it is smoothed in float64 and quantized, and while it is folded.
 _REBUILT = 32
 _FOLDED = 20
+#: Most bytes that are worth remembering, and the part of the outputs that weights may take beside them.
+_REMEMBERED_MOST = 2**30
+_KEPT_WEIGHTS = 3
 #: Thread pools, packing buffers and lazily loaded code of the numeric libraries; 4 to 27 MiB were measured.
 _LIBRARIES = 32 * 2**20
 #: One part in this many is lost to fragmentation and rounding; up to 12 % were measured.
@@ -67,6 +70,7 @@ class MemoryDemand:
         outputs: Model outputs kept for comparison [bytes].
         float64_limit: Largest float64 copy that may be made for the proof [bytes].
         stacked: Weights that are quantized beside those of the sites that are watched: several matrices in one tensor.
+        remembered: Samples of which the judge of candidate models keeps what modules make of them, where memory is left.
 
     Raises:
         InputError: A number is below 1.
@@ -82,6 +86,7 @@ class MemoryDemand:
     outputs: int = 0
     float64_limit: int = 0
     stacked: int = 0
+    remembered: int = 0
 
     def __post_init__(self) -> None:
         _validate(splits=self.splits, model_copies=self.model_copies, evaluators=self.evaluators)
@@ -99,11 +104,14 @@ class MemoryPlan:
         statistics: Running statistics per channel of all splits.
         activations: Live activations of one forward at their peak, with what calibration copies of them.
         evaluator: Buffers that score the largest site.
-        candidate: Quantized weights of one candidate of the model, with its forward or with one parameter being rebuilt.
+        candidate: Quantized weights of one candidate of the model, with its forward or with one parameter being rebuilt, and
+            what is remembered of another.
         proof: The same quantized weights, kept to be written, with the folding of one site or the float64 copy of the proof.
         outputs: Model outputs kept for comparison.
         dense: Dequantized weights that candidates keep between calls, part of ``candidate``; 0 where they are not kept.
         float64: Size of the float64 copy that the proof makes, part of ``proof``; 0 where it uses the model's own type.
+        remembered: Outputs of modules and quantized weights of the incumbent among candidate models, part of ``candidate``; a
+            limit, as nothing else is given up for it.
         overhead: What libraries keep for themselves and allocators lose; not covered by the parts.
         total: Peak. Activations, evaluator, candidate and proof are never live together, so the largest one counts.
     """
@@ -119,6 +127,7 @@ class MemoryPlan:
     outputs: int = 0
     dense: int = 0
     float64: int = 0
+    remembered: int = 0
 
     @property
     def total(self) -> int:
@@ -165,6 +174,15 @@ def fit_rows(model: nn.Module, sites: Sequence[Site], *, rows: int, budget: int,
         InputError: Not even the fewest rows fit, or ``rows`` is below 1.
     """
     predictor = _Predictor(model, sites, demand)
+    plan = _fitted(predictor, rows, budget)
+    most = predictor.worth_remembering
+    # Half of what is left: other programs want some, too.
+    left = (budget - plan.total) // 2 - (budget - plan.total) // 2 // _LOSS_DIVISOR
+    return replace(plan, remembered=min(most, left), candidate=plan.candidate + min(most, left))
+
+
+def _fitted(predictor: _Predictor, rows: int, budget: int) -> MemoryPlan:
+    """The plan with the most rows, nothing remembered."""
     for dense, float64 in ((True, True), (False, True), (True, False)):
         plan = predictor.plan(rows, dense=dense, float64=float64)
         if plan.total <= budget:
@@ -197,7 +215,9 @@ class _Predictor:
     def __init__(self, model: nn.Module, sites: Sequence[Site], demand: MemoryDemand) -> None:
         self._demand = demand
         size = demand.batch.size if demand.batch_size is None else demand.batch_size
-        self._forward, self._largest = _forward_bytes(model, demand.batch, size)
+        self._forward, self._largest, made = _forward_bytes(model, demand.batch, size)
+        kept = made * demand.remembered // size
+        self.worth_remembering = min(kept + kept // _KEPT_WEIGHTS, _REMEMBERED_MOST)
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
         self._parameters = demand.model_copies * sum(t.nbytes for t in tensors)
         self._copy64 = sum(8 * t.numel() if t.is_floating_point() else t.nbytes for t in tensors)
@@ -322,6 +342,7 @@ class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.peak = 0
         self.largest = 0
+        self.made = 0
         self._now = 0
         # A storage keeps its Python object as long as it lives, so the object's id stands for it.
         self._known = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
@@ -339,6 +360,7 @@ class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-
             self._live[id(storage)] = size
             weakref.finalize(storage, self._forget, id(storage)).atexit = False
             self._now += size
+            self.made += size
             self.peak = max(self.peak, self._now)
             self.largest = max(self.largest, size)
 
@@ -354,18 +376,22 @@ class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-
         return result
 
 
-def _forward_bytes(model: nn.Module, batch: Batch, size: int) -> tuple[int, int]:
-    """Peak of live activations, and the largest of them, in a forward of ``size`` samples [bytes]."""
+def _forward_bytes(model: nn.Module, batch: Batch, size: int) -> tuple[int, int, int]:
+    """Peak of live activations, the largest of them, and all of them together, in a forward of ``size`` samples [bytes]."""
     one = _measure(model, batch)
     if size <= batch.size:
-        return one.peak, one.largest
+        return one.peak, one.largest, one.made
     two = _measure(model, _doubled(batch))
     steps = (size - batch.size) / max(batch.size, 1)
 
     def extrapolated(first: int, second: int) -> int:
         return math.ceil(first + max(second - first, 0) * steps)
 
-    return extrapolated(one.peak, two.peak), extrapolated(one.largest, two.largest)
+    return (
+        extrapolated(one.peak, two.peak),
+        extrapolated(one.largest, two.largest),
+        extrapolated(one.made, two.made),
+    )
 
 
 def _doubled(batch: Batch) -> Batch:

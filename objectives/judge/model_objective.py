@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.judge._prefix import PrefixCache
 from alphasmith.objectives.judge.candidate_batch import is_behind
 from alphasmith.objectives.judge.losses import divergences, relative_loss
 from alphasmith.objectives.media.batch import Batch, call, main_output
@@ -24,6 +25,8 @@ ModelLoss: TypeAlias = Literal["mse", "kl"] | TaskMetric
 STEP = 8
 #: Steps of the first round of a race: nothing is stopped before.
 FEWEST_STEPS = 3
+#: One part in this many of what may be remembered is for quantized weights, the rest for outputs of modules.
+_WEIGHTS_PART = 4
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,13 +67,16 @@ class ModelObjective:
         candidate: The model that becomes each candidate; it is reset to the float model to compute the references.
         batches: The data to be processed, the same for every candidate.
         loss: ``mse``, ``kl`` or a task metric ``(model, batches) -> float``.
+        remembered: Most bytes that :meth:`remember` keeps; 0 keeps nothing.
 
     Raises:
         InputError: No batches, an unknown loss, or a mask without a real position.
         NonFiniteError: The float model's own output is NaN or infinite.
     """
 
-    def __init__(self, candidate: CandidateModel, batches: Sequence[Batch], *, loss: ModelLoss = "mse") -> None:
+    def __init__(
+        self, candidate: CandidateModel, batches: Sequence[Batch], *, loss: ModelLoss = "mse", remembered: int = 0
+    ) -> None:
         if not batches:
             raise InputError("batches", "is empty", "give at least one batch of data to process")
         if not callable(loss) and loss not in ("mse", "kl"):
@@ -80,6 +86,8 @@ class ModelObjective:
         self._loss: ModelLoss = loss
         self._references: tuple[Tensor, ...] = ()
         self._weights = torch.ones(0, dtype=torch.float64)
+        self._remembered = remembered
+        self._prefix = PrefixCache([batch.size for batch in self._batches], remembered - remembered // _WEIGHTS_PART)
         self.evaluations = 0
         if not callable(loss):
             model = candidate.reset()
@@ -91,6 +99,11 @@ class ModelObjective:
     def batches(self) -> tuple[Batch, ...]:
         """The data every candidate is scored on."""
         return self._batches
+
+    @property
+    def remembered_bytes(self) -> int:
+        """What :meth:`remember` keeps at present [bytes]."""
+        return self._prefix.nbytes + self._candidate.favoured_bytes
 
     @property
     def weight(self) -> float:
@@ -156,6 +169,35 @@ class ModelObjective:
         self.evaluations += 1
         return torch.cat([self.batch_errors(smoothings, index) for index in range(len(self._batches))])
 
+    def remember(self, smoothings: Mapping[str, Smoothing]) -> ModelScore:
+        """Score a candidate on all batches, and keep what its modules make of them for those that are scored after it.
+
+        A candidate that differs from it at some sites then costs what comes after the first of them in the order of
+        execution, and the weights of these sites; every score is the same to the bit as without. One candidate is remembered
+        at a time: give the incumbent of a coordinate search. Memory is at most ``remembered``.
+
+        Args:
+            smoothings: As for :meth:`loss`.
+
+        Returns:
+            Its score, as :meth:`race` gives it for a protected candidate.
+
+        Raises:
+            InputError: As :meth:`sample_errors`.
+        """
+        if callable(self._loss):
+            raise InputError("loss", "a task metric is no sum over samples", "use 'mse' or 'kl'")
+        self.evaluations += 1
+        self._candidate.favour(smoothings, self._remembered // _WEIGHTS_PART)
+        run = _Run(self, smoothings, remembered=True)
+        try:
+            for end in _steps(self._weights.numel()):
+                run.advance(end)
+        except NonFiniteError as error:
+            run.failure = str(error)
+            self._prefix.forget()
+        return run.score()
+
     def race(
         self,
         candidates: Sequence[Mapping[str, Smoothing]],
@@ -207,12 +249,13 @@ class ModelObjective:
         """:attr:`weight` of the first ``count`` samples."""
         return math.fsum(self._weights[:count].tolist())
 
-    def batch_errors(self, smoothings: Mapping[str, Smoothing], index: int) -> Tensor:
-        """:meth:`sample_errors` of one batch alone."""
+    def batch_errors(self, smoothings: Mapping[str, Smoothing], index: int, *, remembered: bool = False) -> Tensor:
+        """:meth:`sample_errors` of one batch alone; ``remembered``: see :meth:`remember`."""
         # An unchanged candidate costs nothing here; another one may have been scored since the last batch.
         self._candidate.apply(smoothings)
         batch, reference = self._batches[index], self._references[index]
-        raw = _forward(self._candidate.model, batch)
+        run = self._prefix.learn if remembered else self._prefix.run
+        raw = run(index, self._candidate, lambda: _forward(self._candidate.model, batch))
         output = real_rows(raw, batch)
         if self._loss == "mse":
             if not bool(torch.isfinite(output).all()):
@@ -237,8 +280,11 @@ class ModelObjective:
 class _Run:
     """A candidate that is scored on more and more samples."""
 
-    def __init__(self, objective: ModelObjective, smoothings: Mapping[str, Smoothing]) -> None:
+    def __init__(
+        self, objective: ModelObjective, smoothings: Mapping[str, Smoothing], *, remembered: bool = False
+    ) -> None:
         self._objective = objective
+        self._remembered = remembered
         self._smoothings = smoothings
         self._batches: list[Tensor] = []
         self._losses: list[float] = []
@@ -260,7 +306,8 @@ class _Run:
     def advance(self, samples: int) -> float:
         """Score it on the first so many samples; the loss on them."""
         while sum(errors.numel() for errors in self._batches) < samples:
-            self._batches.append(self._objective.batch_errors(self._smoothings, len(self._batches)))
+            index = len(self._batches)
+            self._batches.append(self._objective.batch_errors(self._smoothings, index, remembered=self._remembered))
         self._samples = samples
         self._losses.append(relative_loss(math.fsum(self.errors.tolist()), self._objective.weight_of(samples)))
         return self._losses[-1]

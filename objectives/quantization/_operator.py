@@ -222,6 +222,16 @@ class QuantizedOperator(nn.Module):
             setattr(self, name, None if value is None else value.detach().to(weight.device))
         self._dense = None
 
+    def held(self) -> tuple[Tensor | None, ...]:
+        """The payload as it is now, and the dequantized weight where one is kept: what :meth:`take` takes back."""
+        return (*(getattr(self, name) for name in TENSORS), self._dense)
+
+    def take(self, held: tuple[Tensor | None, ...]) -> None:
+        """Become again what :meth:`held` gave."""
+        *payload, self._dense = held
+        for name, value in zip(TENSORS, payload, strict=True):
+            setattr(self, name, value)
+
     @property
     def dtype(self) -> torch.dtype:
         """What the operator computes in: float32 or float64."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,12 +72,66 @@ class CandidateModel:
         self._stacks_back: list[Callable[[], None]] = []
         self._stand_ins: dict[int, Tensor] = {}
         self._applied: dict[str, Smoothing] | None = None
+        self._favourite: dict[str, Smoothing] = {}
+        self._favourite_weights: dict[str, tuple[Tensor | None, ...]] = {}
+        self._favourite_limit = 0
         self.reset()
 
     @property
     def model(self) -> nn.Module:
         """The model given: the last candidate applied, or the float model after :meth:`reset`."""
         return self._model
+
+    @property
+    def smoothings(self) -> Mapping[str, Smoothing] | None:
+        """What the last candidate applied does to every site that it changes, never changed later; None after :meth:`reset`."""
+        return self._applied
+
+    @property
+    def operators(self) -> tuple[nn.Module, ...]:
+        """The quantized operators of the candidate applied last."""
+        return tuple(self._operators.values())
+
+    def differing(self, smoothings: Mapping[str, Smoothing]) -> list[nn.Module]:
+        """Modules of the candidate applied last that hold other tensors than they would under other smoothings.
+
+        Args:
+            smoothings: As :attr:`smoothings` gave them for another candidate.
+        """
+        changed = self._changed(self._applied or {}, smoothings)
+        targets = [t for t in self._plan.targets if not changed.isdisjoint(self._plan.dependencies(t))]
+        stacks = [t for t in self._plan.stacks if not changed.isdisjoint(self._plan.dependencies(t))]
+        tensors = {
+            id(self._stand_ins[id(self._source[name])])
+            for name in self._plan.others
+            if not changed.isdisjoint(self._plan.editors(name))
+        }
+        holders = [
+            module
+            for module in self._model.modules()
+            if any(id(t) in tensors for t in (*module._parameters.values(), *module._buffers.values()))
+        ]
+        operators = [self._operators[target.operator.name] for target in targets]
+        return [*operators, *(self._stacks[target.operator.name] for target in stacks), *holders]
+
+    def favour(self, smoothings: Mapping[str, Smoothing], limit: int) -> None:
+        """Expect one candidate again and again: its quantized weights are kept while others are applied, and taken back.
+
+        Args:
+            smoothings: As for :meth:`apply`.
+            limit: Most bytes that are kept beside the candidate applied last; 0 keeps none.
+
+        Raises:
+            InputError: As :meth:`apply`.
+        """
+        self._favourite = self._plan.checked_smoothings(smoothings)
+        self._favourite_weights = {}
+        self._favourite_limit = limit
+
+    @property
+    def favoured_bytes(self) -> int:
+        """Quantized weights kept beside those of the candidate applied last [bytes]."""
+        return _bytes(self._favourite_weights.values())
 
     def reset(self) -> nn.Module:
         """Make the model the float model again, with its own modules and tensors, and return it."""
@@ -87,6 +141,7 @@ class CandidateModel:
             exchange.registry[exchange.name] = exchange.original
         self._exchanged, self._operators, self._applied = [], {}, None
         self._stacks, self._stacks_back = {}, []
+        self._favourite_weights = {}
         # By identity of the original, so that tied tensors stay tied.
         self._stand_ins = {}
         for name in self._plan.others:
@@ -108,11 +163,7 @@ class CandidateModel:
         """
         checked = self._plan.checked_smoothings(smoothings)
         previous = self._applied
-        changed = {
-            site.name
-            for site in self.sites
-            if previous is None or not same_smoothing(previous.get(site.name), checked.get(site.name))
-        }
+        changed = set(self._plan.sites) if previous is None else self._changed(previous, checked)
         if not changed and previous is not None:
             return
         complete = False
@@ -241,9 +292,36 @@ class CandidateModel:
         with torch.no_grad():
             return self._model(*args, **kwargs)
 
+    def _changed(self, left: Mapping[str, Smoothing], right: Mapping[str, Smoothing]) -> set[str]:
+        """Names of the sites on which two candidates differ."""
+        names = (site.name for site in self.sites)
+        return {name for name in names if not same_smoothing(left.get(name), right.get(name))}
+
+    def _swapped(
+        self, target: Target, holder: QuantizedOperator | QuantizedStack, wanted: Mapping[str, Smoothing]
+    ) -> bool:
+        """Keep what an operator holds if it is the favourite's; give it the favourite's back if that is what is wanted and kept."""
+        name, sites = target.operator.name, self._plan.dependencies(target)
+
+        def favoured(smoothings: Mapping[str, Smoothing]) -> bool:
+            return all(same_smoothing(smoothings.get(site), self._favourite.get(site)) for site in sites)
+
+        if favoured(wanted):
+            kept = self._favourite_weights.pop(name, None)
+            if kept is not None:
+                holder.take(kept)
+            return kept is not None
+        if self._favourite_limit and self._applied is not None and favoured(self._applied):
+            held = holder.held()
+            if self.favoured_bytes + _bytes([held]) <= self._favourite_limit:
+                self._favourite_weights[name] = held
+        return False
+
     def _rebuild(self, target: Target, smoothings: Mapping[str, Smoothing]) -> None:
-        rebuilt = self._plan.rebuilt(target, self._source, smoothings, self._ranges)
         operator = self._operators.get(target.operator.name)
+        if operator is not None and self._swapped(target, operator, smoothings):
+            return
+        rebuilt = self._plan.rebuilt(target, self._source, smoothings, self._ranges)
         if operator is not None:
             operator.requantize(rebuilt)
             return
@@ -262,8 +340,10 @@ class CandidateModel:
             self._exchange(module._modules, {id(inner): operator})
 
     def _restack(self, target: Target, smoothings: Mapping[str, Smoothing]) -> None:
-        weight = self._plan.smoothed(target, self._source, smoothings)
         stack = self._stacks.get(target.operator.name)
+        if stack is not None and self._swapped(target, stack, smoothings):
+            return
+        weight = self._plan.smoothed(target, self._source, smoothings)
         if stack is not None:
             stack.requantize(weight)
             return
@@ -277,6 +357,10 @@ class CandidateModel:
             if held is not None and id(held) in replacements:
                 self._exchanged.append(_Exchange(registry, name, held))
                 registry[name] = replacements[id(held)]
+
+
+def _bytes(states: Iterable[Sequence[Tensor | None]]) -> int:
+    return sum(tensor.nbytes for state in states for tensor in state if tensor is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,6 +168,14 @@ class QuantizedStack(Stack):
         """
         self.weight_values, self.weight_scale = _quantized(weight, self.scheme, self.transposed)
 
+    def held(self) -> tuple[Tensor | None, ...]:
+        """Codes and scales as they are now: what :meth:`take` takes back."""
+        return self.weight_values, self.weight_scale
+
+    def take(self, held: tuple[Tensor | None, ...]) -> None:
+        """Become again what :meth:`held` gave."""
+        self.weight_values, self.weight_scale = (torch.as_tensor(value) for value in held)
+
     @property
     def weight_numel(self) -> int:
         """Number of weights."""

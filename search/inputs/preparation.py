@@ -249,6 +249,7 @@ def prepare(
         percentiles="percentile" in search.statistic,
         outputs=_output_bytes(found, task, config),
         float64_limit=FLOAT64_LIMIT,
+        remembered=sum(batch.size for batch in task.calibration),
         stacked=sum(
             found.model.get_parameter(o.weight).numel() for site in found.sites for o in site.operators if o.stacked
         ),

@@ -297,7 +297,12 @@ def _search(launch: _Launch) -> SearchOutcome:
         if config.search.scope == "site":
             sites = _search_sites(launch, writer)
             if config.search.refine and sites:
-                judge = ModelObjective(candidate, [b.to(device) for b in task.calibration], loss="mse")
+                judge = ModelObjective(
+                    candidate,
+                    [b.to(device) for b in task.calibration],
+                    loss="mse",
+                    remembered=prepared.plan.remembered,
+                )
                 context = launch.handle.study_context("refinement", writer, device=str(device), stop=launch.stop)
                 sites, refinement = refine_sites(config, prepared, sites, judge, reserve, context, launch.progress)
             smoothings["best_single"] = {n: r.best_single for n, r in sites.items()}

@@ -33,7 +33,7 @@ from alphasmith.search.model._refinement_space import (
     site_kinds,
 )
 from alphasmith.search.model._refinement_verdict import RefinementVerdict, held_out_score, judge_held_out
-from alphasmith.search.study.fault_isolation import race_all
+from alphasmith.search.study.fault_isolation import race_all, remembered
 from alphasmith.search.study.study import RecordedStudy
 from alphasmith.search.study.trial import Outcome, Pruning, Trial
 from alphasmith.search.study.types import StudyContext
@@ -115,7 +115,7 @@ def refine(
     before = held_out_score(reserve, winners)  # first, as a task metric is refused here
     heard()
     began = clock()
-    ours = race_all(judge, [winners], protected=1)[0]
+    ours = remembered(judge, winners)  # all that follows differs from them at some sites
     ours_outcome = outcome_of(ours, clock() - began)
     heard()
     noted = context.noted(_REOPENED)

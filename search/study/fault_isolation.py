@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from alphasmith.objectives.errors import AlphasmithError, NonFiniteError
-from alphasmith.objectives.judge.model_objective import ModelScore
+from alphasmith.objectives.judge.model_objective import ModelObjective, ModelScore
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import error_line
 from alphasmith.search.study.trial import C, Outcome, Pruning
@@ -100,6 +100,19 @@ def race_all(
         return racer.race(some, incumbent=incumbent, protected=protected)
 
     return _isolated(part, candidates, protected, ModelScore.failed)
+
+
+def remembered(judge: ModelObjective, smoothings: Mapping[str, Smoothing]) -> ModelScore:
+    """Score of the incumbent, whatever the model does; see :meth:`ModelObjective.remember`.
+
+    Args:
+        judge: Scores it, and those that are like it faster afterwards.
+        smoothings: Site name -> smoothing.
+
+    Raises:
+        AlphasmithError: What is refused for a reason that is not the candidate's.
+    """
+    return _isolated(lambda _, some, __: [judge.remember(one) for one in some], [smoothings], 1, ModelScore.failed)[0]
 
 
 def _isolated(

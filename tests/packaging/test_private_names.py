@@ -19,7 +19,7 @@ HOMES = {
 }
 #: What Python documents with an underscore, and what torch has under no other name: a module's registries and hooks, the
 #: integer product, operators and their schemas, the forward of a convolution without its padding, what tells that a tensor changed.
-_PYTHON = {"_exit", "_Hash"}
+_PYTHON = {"_exit", "_Hash", "_fields"}
 _TORCH = {
     *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_apply"),
     *("_int_mm", "_ops", "_conv_forward", "_cdata", "_schema", "_version"),

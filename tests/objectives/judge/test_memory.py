@@ -148,6 +148,20 @@ def test_what_only_saves_time_is_given_up_before_rows() -> None:
         assert 0 in (plan.dense, plan.float64)
 
 
+@given(samples=st.integers(0, 10**6), spare=st.integers(0, 10**7))
+def test_what_is_remembered_takes_memory_that_is_left(samples: int, spare: int) -> None:
+    model, sites, batch = _model()
+    bare = predicted_peak(model, sites, rows=64, demand=_demand(batch))
+    plan = fit_rows(model, sites, rows=64, budget=bare.total + spare, demand=_demand(batch, remembered=samples))
+    assert plan.total <= bare.total + spare
+    assert (plan.rows, plan.proof, plan.candidate) == (bare.rows, bare.proof, bare.candidate + plan.remembered)
+    # Every tensor that a forward takes or makes, and a third for weights.
+    assert plan.remembered <= samples * 4 * (16 + 64 + 64 + 8) * 4 // 3
+    assert spare or plan.remembered == 0
+    if samples and spare > 10**6:
+        assert plan.remembered > 0
+
+
 def test_tied_parameters_are_counted_once_and_buffers_are_counted() -> None:
     model, _, batch = _model()
     tied = nn.Sequential(model[0], model[1], model[2], nn.Identity())
