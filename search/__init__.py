@@ -5,6 +5,7 @@
 - ``config``: the configuration of a run: frozen, validated, read from TOML, keyword arguments or both
 - ``devices``: what a search runs on: its device, and how many CPU threads a piece of work deserves
 - ``engines``: where candidates are evaluated: in this process, in worker processes, on a Ray cluster
+- ``idle_threads``: how idle threads of the numeric libraries wait, settled before torch is imported
 - ``inputs``: what a run works on: model and data, sites, hardware, calibration
 - ``interruption``: interrupts: the first Ctrl-C stops a run in good order, the second one at once
 - ``launch``: one run from first to last line: launch, go on, outcome, manifest, record

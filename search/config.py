@@ -284,7 +284,7 @@ class SearchConfig(_Section):
         single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha, where the noise model does
             not find it.
         device: Torch device of the search; None: the first GPU, else the CPU.
-        threads: CPU threads of the search at most; None: as many as torch takes. Small sites are searched on one in any case.
+        threads: CPU threads of the search at most; None: as many as torch takes (``OMP_NUM_THREADS``). Small sites are searched on one in any case.
         guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows, and the
             whole model is no worse than without smoothing at its output.
             ``output``: as well, the whole model falls back to the best baseline when that has a lower held-out output loss.

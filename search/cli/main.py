@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from alphasmith.objectives.text import one_line
 from alphasmith.search.cli._db import db
 from alphasmith.search.cli._options import PATH, json_option, options, print_answer, seconds, storage_option
 from alphasmith.search.config import RunConfig, apply_overrides
+from alphasmith.search.idle_threads import passive_waiting
 from alphasmith.search.interruption import Interrupted, Interruption
 from alphasmith.search.progress import Progress, TerminalBars, for_terminal
 
@@ -294,6 +296,8 @@ def dashboard(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: errors a user can act on become one line on standard error."""
+    if arguments is None:  # this process is ours, and has not imported torch yet
+        os.environ.update(passive_waiting(os.environ))
     try:
         code = app.main(args=arguments, prog_name="alphasmith", standalone_mode=False)
     except Interrupted as error:

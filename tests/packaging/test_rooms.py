@@ -37,7 +37,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"report", "study_views"},
     ],
     "search": [
-        {"config", "interruption"},
+        {"config", "idle_threads", "interruption"},
         {"progress", "devices"},
         {"study"},
         {"site"},

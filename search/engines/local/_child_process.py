@@ -20,6 +20,7 @@ from typing import IO, Any, TypeAlias
 
 from alphasmith.objectives.errors import AlphasmithError
 from alphasmith.search.engines.local.worker_loop import Setup, dump
+from alphasmith.search.idle_threads import passive_waiting
 
 _LOGGER = logging.getLogger("alphasmith")
 _SCRIPT = Path(__file__).with_name("worker_process.py")
@@ -63,7 +64,11 @@ class ChildProcess:
                 text=True,
                 errors="replace",
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, **dict.fromkeys(_THREADS, str(setup.threads))},
+                env={
+                    **os.environ,
+                    **passive_waiting(os.environ),
+                    **dict.fromkeys(_THREADS, str(setup.threads)),
+                },
                 # The terminal sends Ctrl-C to the driver's process group; it is for the driver to decide.
                 process_group=0,
             )
