@@ -29,6 +29,8 @@ class SitePart:
         sample_low: (S, C) float32 or None: for conv, smallest value per channel of every sampled input, at most 0 where the
             convolution pads with zeros.
         sample_high: (S, C) float32 or None: likewise the largest value; together the input's dynamic range.
+        row_weight: (T,) float32 or None: what a squared error in a row counts, not negative; None: 1 (formula fA10).
+        output_weight: (O,) float32 or None: likewise at an output.
     """
 
     operators: tuple[str, ...]
@@ -40,6 +42,13 @@ class SitePart:
     sample: torch.Tensor | None = None
     sample_low: torch.Tensor | None = None
     sample_high: torch.Tensor | None = None
+    row_weight: torch.Tensor | None = None
+    output_weight: torch.Tensor | None = None
+
+    @property
+    def mass(self) -> float:
+        """Sum of the weights of the rows; T where they have none."""
+        return float(self.x.shape[0] if self.row_weight is None else self.row_weight.sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,11 @@ def by_block(weight: Tensor, part: SitePart) -> Tensor:
     return weight.reshape(part.groups, -1, weight.shape[1])
 
 
+def outputs_by_block(part: SitePart) -> Tensor | None:
+    """Weights of the outputs (groups, O // groups), in the order of :func:`by_block`; None where they all count alike."""
+    return None if part.output_weight is None else by_block(part.output_weight.unsqueeze(1), part).squeeze(2)
+
+
 def columns_by_block(x: Tensor, groups: int) -> Tensor:
     """Rows (T, D) as (groups, T, D // groups)."""
     return x.reshape(x.shape[0], groups, -1).transpose(0, 1)
@@ -63,6 +68,12 @@ def check_site_data(data: SiteData) -> None:
         tensors |= {f"{name} x": part.x, f"{name} weight": part.weight}
         if part.sample_low is not None and part.sample_high is not None:
             tensors |= {f"{name} sample_low": part.sample_low, f"{name} sample_high": part.sample_high}
+        weights = {"row_weight": part.row_weight, "output_weight": part.output_weight}
+        given = {f"{name} {kind}": values for kind, values in weights.items() if values is not None}
+        tensors |= given
+        for weight_name, values in given.items():
+            if bool((values < 0).any()):
+                raise InputError(data.name, f"{weight_name} holds negative weights", "weigh errors with 0 or more")
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"site {data.name}: {name} holds NaN or infinity")
@@ -89,6 +100,10 @@ def _check_part(site: str, name: str, part: SitePart, channels: int) -> None:
         and part.weight.dtype == torch.float32,
         "out_features": all(f > 0 and f % max(part.groups, 1) == 0 for f in part.out_features),
         "channel": part.channel.shape == (columns,) and _indexes(part.channel, channels),
+        "row_weight": part.row_weight is None
+        or (part.row_weight.shape == (rows,) and part.row_weight.dtype == torch.float32),
+        "output_weight": part.output_weight is None
+        or (part.output_weight.shape == part.weight.shape[:1] and part.output_weight.dtype == torch.float32),
         "sample": part.sample is None or part.sample.shape == (rows,),
         "sample_low": _fits_samples(part, part.sample_low, channels),
         "sample_high": _fits_samples(part, part.sample_high, channels),

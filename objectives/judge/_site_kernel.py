@@ -4,7 +4,7 @@ Symbols and shapes, of one part of a site: n candidates at a time, g convolution
 
     codes of X    round((X - z) / (s dx))     one static step dx per candidate, or one per row (per sample for convolutions)
     codes of W    round(W s / dw)
-    error         X W^T - (dx dw codes(X) codes(W)^T + W z)
+    error         X W^T - (dx dw codes(X) codes(W)^T + W z), times the roots of the weights of its row and output
 
 Static steps are folded into the weights, so a candidate costs one product and a handful of element-wise passes over
 cache-sized chunks. Where the formats allow it, the product of codes is an exact integer product. Source: formulas fA2 to fA5.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from alphasmith.objectives.calibration.site_data import SiteData, SitePart
-from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, subset_rows
+from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, outputs_by_block, subset_rows
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.producer_noise import ProducerNoise
 from alphasmith.objectives.quantization.integer_product import (
@@ -64,7 +64,7 @@ class PreparedStack:
 
     Attributes:
         parts: What every part needs to know of them.
-        producers: (n,) float64 squared error of the producers' rounding in every row.
+        producers: (n,) float64 squared error of the producers' rounding in a row of weight 1.
     """
 
     parts: tuple[PreparedPart, ...]
@@ -139,14 +139,14 @@ class SiteKernel:
             peaks = [_peak(self._data, s) * s.range_factor for s in smoothings]
             step = _step(torch.stack(peaks), self._scheme.activations)
         parts = tuple(part.prepare(scales, shift, step) for part in self._parts)
-        spread = sum(part.rows for part in self._parts)
+        spread = sum(part.mass for part in self._parts) or 1.0
         return PreparedStack(parts, self._producers.error(scales.double().log()) / spread)
 
     @torch.no_grad()
     def row_errors(self, stacks: Sequence[PreparedStack], start: int, stop: int) -> list[Tensor]:
         """Squared output error of every row that a subset of ``stop`` rows has and one of ``start`` has not.
 
-        Rounding of the producers counts equally in every row.
+        Rounding of the producers counts equally in every row, times its weight.
 
         Rows are in the order in which growing subsets take them, so errors of consecutive ranges join up to those of one.
 
@@ -159,8 +159,11 @@ class SiteKernel:
             for i, (part, rows) in enumerate(zip(self._parts, ranges, strict=True))
         ]
         by_part = [
-            [errors + stack.producers.unsqueeze(1) for errors, stack in zip(found, stacks, strict=True)]
-            for found in by_part
+            [
+                errors + part.spread(stack.producers.unsqueeze(1), *rows)
+                for errors, stack in zip(found, stacks, strict=True)
+            ]
+            for part, rows, found in zip(self._parts, ranges, by_part, strict=True)
         ]
         if len(self._parts) == 1:
             return by_part[0]
@@ -194,6 +197,7 @@ class _PartScorer:
 
     Attributes:
         rows: T.
+        mass: Sum of the weights of the rows.
         energies: Squared norm of the float output of the first 1, 2, ... T rows.
         weight_bytes: Size of one candidate's quantized weights.
         scratch_bytes: Further bytes one candidate needs while they are quantized.
@@ -204,6 +208,7 @@ class _PartScorer:
         self._part = part
         self._scheme = scheme
         self.rows = int(part.x.shape[0])
+        self.mass = part.mass
         self._groups = part.groups
         device = part.x.device
         self._x = columns_by_block(part.x, part.groups)
@@ -220,8 +225,13 @@ class _PartScorer:
         sizes = self._inputs, self._outputs
         self._integer = self._exact and integer_gemm_pays(device.type, self.rows, *sizes)
         self._reference = torch.bmm(self._x, self._weight)
+        # Roots of the weights are part of the reference and of the factors that turn codes into outputs: no pass of their own.
+        outputs, self._row_weight = outputs_by_block(part), part.row_weight
+        self._root = None if outputs is None else outputs.sqrt().view(self._groups, 1, -1)
+        if self._root is not None:
+            self._reference.mul_(self._root)
         norms = torch.linalg.vector_norm(self._reference, dim=(0, 2), dtype=torch.float64)
-        self.energies: list[float] = torch.cumsum(norms.square(), 0).tolist()
+        self.energies: list[float] = torch.cumsum(self._weighed(norms.square(), 0, self.rows), 0).tolist()
         self._size = scheme.group_size or self._inputs
         self._blocks = -(-self._inputs // self._size)
         padded = self._groups * self._blocks * self._size * self._outputs
@@ -258,22 +268,25 @@ class _PartScorer:
         # Integer codes cannot be NaN, so a step or factor beyond float32 would go unseen: it makes the outputs NaN instead.
         sound = torch.isfinite(inverse).flatten(1).all(1) & torch.isfinite(dw).flatten(1).all(1)
         factor = torch.where(sound, 1.0 if step is None else step, math.nan).view(-1, 1, 1, 1)
+        factor = factor if self._root is None else factor * self._root
         z = None if shift is None else shift[:, self._channel]
         if self._exact:
             weight, spread = self._products.operand(weight[:, 0]), dw[:, :, 0] * factor
         else:
-            padded.unflatten(2, (self._blocks, self._size)).mul_(dw * factor.unsqueeze(-1))
+            padded.unflatten(2, (self._blocks, self._size)).mul_(dw * factor.unsqueeze(2))
             weight, spread = weight.reshape(-1, self._inputs, self._outputs).clone(), None
         return PreparedPart(
             inverse=inverse,
             shift=z,
             weight=weight,
             factor=spread,
-            bias=None
-            if z is None
-            else torch.bmm(z.squeeze(2).transpose(0, 1), self._weight).transpose(0, 1).unsqueeze(2),
+            bias=None if z is None else self._bias(z),
             sample_step=self._sample_step(scales, shift),
         )
+
+    def spread(self, error: Tensor, start: int, stop: int) -> Tensor:
+        """An error per unit of weight (n, 1) over rows start..stop-1, by their weights: (n, stop - start) or broadcastable."""
+        return error if self._row_weight is None else error * self._row_weight[start:stop]
 
     def row_errors(self, prepared: Sequence[PreparedPart], start: int, stop: int) -> list[Tensor]:
         """(n, stop - start) float64 squared output error of rows start..stop-1, for every stack of candidates."""
@@ -286,7 +299,11 @@ class _PartScorer:
         # number of rows is the sum over them, which is float64.
         empty = self._part.x.new_empty(0)
         return [
-            (torch.cat(found, dim=1) if found else empty.expand(stack.inverse.shape[0], 0)).double().square()
+            self._weighed(
+                (torch.cat(found, dim=1) if found else empty.expand(stack.inverse.shape[0], 0)).double().square(),
+                start,
+                stop,
+            )
             for stack, found in zip(prepared, norms, strict=True)
         ]
 
@@ -300,6 +317,15 @@ class _PartScorer:
                 rows = rows - smoothing.shift[self._channel]
             peaks.append((rows * inverse).abs().amax(dim=(0, 2)))
         return torch.cat(peaks)
+
+    def _weighed(self, squares: Tensor, start: int, stop: int) -> Tensor:
+        """Squared norms (..., stop - start) of rows start..stop-1 times their weights."""
+        return squares if self._row_weight is None else squares * self._row_weight[start:stop]
+
+    def _bias(self, z: Tensor) -> Tensor:
+        """(n, g, 1, O/g) W z, times the root of the weights of the outputs."""
+        bias = torch.bmm(z.squeeze(2).transpose(0, 1), self._weight).transpose(0, 1).unsqueeze(2)
+        return bias if self._root is None else bias * self._root
 
     def _quantized_weight(self, stack: int, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Steps dw (n, g, blocks, 1, O/g) or broadcastable, and float32 codes (n, g, D' >= D/g, O/g) of the weight times s."""

@@ -4,7 +4,8 @@
     step = max_r (max_d |P_rd| / s_r) / qmax,    c(n, e) = n e / sqrt(n^2 + e^2)
 
 P is the producer's weight, which becomes ``P / s`` and has one step for all its rows; x is its input, y = P x its output, W the
-weight of the site, T the rows of the site. A row's rounding noise is multiplied by s_r on its way into W s; c caps it by the
+weight of the site, T the rows of the site; where rows and outputs
+carry weights, their sum and the weighted norm. A row's rounding noise is multiplied by s_r on its way into W s; c caps it by the
 energy of what it disturbs, because a row far below one step rounds to zero. Where every row has its own step, s cancels and the
 error of the producer is the same for every candidate: then none of it is counted. Source: formulas fA4 and fA5.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alphasmith.objectives.calibration.site_data import ProducerRows, SiteData
-from alphasmith.objectives.calibration.site_layout import by_block
+from alphasmith.objectives.calibration.site_layout import by_block, outputs_by_block
 from alphasmith.objectives.quantization.scheme import QMAX, Scheme
 
 #: e4m3 rounds in proportion to the value, which no scale changes, down to its subnormal numbers, which are this far apart.
@@ -42,8 +43,10 @@ class ProducerNoise:
         self._codes = QMAX[scheme.weights] / (_FP8_SUBNORMAL_STEP if scheme.weights == "fp8" else 1.0)
         read = torch.zeros(data.channels, dtype=torch.float64, device=data.device)
         for part in data.parts:
-            columns = by_block(part.weight, part).square().sum(dim=1, dtype=torch.float64).flatten()
-            read.index_add_(0, part.channel, part.x.shape[0] * columns)
+            squares, weight = by_block(part.weight, part).square(), outputs_by_block(part)
+            squares = squares if weight is None else squares * weight.unsqueeze(2)
+            columns = squares.sum(dim=1, dtype=torch.float64).flatten()
+            read.index_add_(0, part.channel, part.mass * columns)
         self._rows = () if self.idle else tuple((rows, _reached(rows, read)) for rows in data.producers)
 
     def error(self, logs: Tensor, power: int | None = None) -> Tensor:

@@ -61,6 +61,7 @@ class ClosedForm:
             picked = evenly(rows, max_rows, rounding.entries.device)
             values = rounding.entries[:, picked].abs()
             mass = torch.full_like(values[:, :, 0], rounding.mass * rows / len(picked), dtype=torch.float64)
+            mass = mass if rounding.emphasis is None else mass * rounding.emphasis[:, picked]
             self._peak_channel = self._channel
         else:
             values, mass = rounding.peaks.values.unsqueeze(0), rounding.peaks.mass.unsqueeze(0)

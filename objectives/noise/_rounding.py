@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alphasmith.objectives.calibration.site_data import SiteData, SitePart
-from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block
+from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, outputs_by_block
 from alphasmith.objectives.quantization.quantizers import round_codes_
 from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Scheme, WeightFormat
 
@@ -52,6 +52,7 @@ class Rounding:
         number_format: What the tensor is rounded to.
         entries: (B, R, N) float32 sampled rows.
         mass: Rows of the tensor that each sampled row stands for.
+        emphasis: (B, R) float32 weight of every sampled row; None: 1. Energies, partners and directions count weights already.
         channel: (B, N) int64 site channel of every column.
         energy: (B, N) float64 sum of squares of the tensor's columns, over all of its rows.
         partner: (B, N) float64 sum of squares of what multiplies each column.
@@ -71,6 +72,7 @@ class Rounding:
     peaks: FixedPeaks | None
     directions: Tensor | None = None
     pieces: int = 1
+    emphasis: Tensor | None = None
 
     def errors(self, scales: Tensor) -> Tensor:
         """Summed squares of the output errors, (n,) float64, under candidates ``scales`` (n, C) float32.
@@ -94,13 +96,16 @@ class Rounding:
         scaled.sub_(round_codes_(scaled.clone(), self.number_format))
         # Steps are squared relative to the largest, so that tensors of any size stay within float32.
         unit = step.amax(dim=(1, 2), keepdim=True)
-        weight = (step / unit).square().expand(-1, *self.entries.shape[:2]).unsqueeze(2)
+        weight = (step / unit).square().expand(-1, *self.entries.shape[:2])
+        weight = (weight if self.emphasis is None else weight * self.emphasis).unsqueeze(2)
         partner, shared = self.partner, torch.zeros_like(unit.flatten(), dtype=torch.float64)
         if self.directions is not None:
             partner = (partner - self.directions.square().sum(dim=1)).clamp_min(0)
             along = torch.matmul(scaled, (self.directions / columns.unsqueeze(2)).mT) * (step / unit).unsqueeze(-1)
-            together = along.unflatten(1, (-1, self.pieces)).sum(dim=2)
-            shared = together.square().sum(dim=(1, 2, 3)).to(torch.float64)
+            together = along.unflatten(1, (-1, self.pieces)).sum(dim=2).square()
+            if self.emphasis is not None:  # of a row, hence the same in all of its pieces
+                together = together * self.emphasis[:: self.pieces].unsqueeze(2)
+            shared = together.sum(dim=(1, 2, 3)).to(torch.float64)
         noise = torch.matmul(weight, scaled.square_()).squeeze(2).to(torch.float64)
         alone = (noise * partner / columns.to(torch.float64).square()).sum(dim=(1, 2))
         return (alone + shared) * unit.flatten().to(torch.float64).square() * self.mass
@@ -134,12 +139,14 @@ def measure(
         outputs: Rows of the weights, over all convolution groups, that are sampled, at most.
     """
     offset = None if shift is None else shift[part.channel]
-    x_energy = _column_energy(part.x, offset)
+    x_energy = _column_energy(part.x, offset, part.row_weight)
     blocks = by_block(part.weight, part)
-    w_energy = blocks.square().sum(dim=1).to(torch.float64)
+    w_energy = _weighed(blocks.square(), outputs_by_block(part)).sum(dim=1).to(torch.float64)
     picked = evenly(part.x.shape[0], rows, part.x.device)
     entries = part.x[picked] if offset is None else part.x[picked] - offset
-    directions = _directions(columns_by_block(entries, part.groups)) * math.sqrt(part.x.shape[0] / len(picked))
+    emphasis = None if part.row_weight is None else part.row_weight[picked]
+    correlated = entries if emphasis is None else entries * emphasis.sqrt().unsqueeze(1)
+    directions = _directions(columns_by_block(correlated, part.groups)) * math.sqrt(part.x.shape[0] / len(picked))
     weights = _weight_roundings(part, scheme, blocks, w_energy, x_energy.view(part.groups, -1), directions, outputs)
     if scheme.activations == "none":
         return PartRounding(weights, None)
@@ -152,6 +159,7 @@ def measure(
         energy=x_energy.unsqueeze(0),
         partner=w_energy.view(1, -1),
         peaks=_activation_peaks(data, part, scheme, shift, range_factor, picked),
+        emphasis=None if emphasis is None else emphasis.unsqueeze(0),
     )
     return PartRounding(weights, activations)
 
@@ -166,7 +174,7 @@ def _activation_peaks(
             values=data.input_range.peaks(shift).unsqueeze(0),
             channel=channels,
             step=torch.zeros_like(picked),
-            mass=torch.full((1,), float(rows), dtype=torch.float64, device=part.x.device),
+            mass=torch.full((1,), part.mass, dtype=torch.float64, device=part.x.device),
             factor=range_factor,
         )
     if part.sample is None or part.sample_low is None or part.sample_high is None:
@@ -177,7 +185,8 @@ def _activation_peaks(
         values=torch.maximum(high, -low) if shift is None else torch.maximum(high - shift, shift - low),
         channel=channels,
         step=step,
-        mass=torch.bincount(step).to(torch.float64) * (rows / len(picked)),
+        mass=torch.bincount(step, None if part.row_weight is None else part.row_weight[picked]).to(torch.float64)
+        * (rows / len(picked)),
         factor=1.0,
     )
 
@@ -191,7 +200,7 @@ def _weight_roundings(
     directions: Tensor,
     wanted: int,
 ) -> tuple[Rounding, ...]:
-    channel = part.channel.view(part.groups, -1)
+    channel, weight = part.channel.view(part.groups, -1), outputs_by_block(part)
     if scheme.weight_granularity != "tensor":
         columns = blocks.shape[2]
         picked = evenly(blocks.shape[1], -(-wanted // part.groups), blocks.device)
@@ -207,12 +216,14 @@ def _weight_roundings(
             peaks=None,
             directions=_by_step(directions, size),
             pieces=-(-columns // size),
+            emphasis=None if weight is None else weight[:, picked].repeat_interleave(-(-columns // size), dim=0),
         )
         return (rounding,)
     # One step per operator over all of its convolution groups, each of which sees its own columns.
     sizes = [features // part.groups for features in part.out_features]
     found = []
-    for operator in torch.split(blocks, sizes, dim=1):
+    weights = [None] * len(sizes) if weight is None else torch.split(weight, sizes, dim=1)
+    for operator, emphasis in zip(torch.split(blocks, sizes, dim=1), weights, strict=True):
         outputs = operator.shape[1]
         picked = evenly(outputs, -(-wanted // (part.groups * len(sizes))), blocks.device)
         found.append(
@@ -222,16 +233,17 @@ def _weight_roundings(
                 entries=operator[:, picked],
                 mass=outputs / len(picked),
                 channel=channel,
-                energy=operator.square().sum(dim=1).to(torch.float64),
+                energy=_weighed(operator.square(), emphasis).sum(dim=1).to(torch.float64),
                 partner=x_energy,
                 peaks=FixedPeaks(
                     values=operator.abs().amax(dim=1).view(1, -1),
                     channel=part.channel,
                     step=torch.zeros_like(picked),
-                    mass=torch.full((1,), float(outputs), dtype=torch.float64, device=blocks.device),
+                    mass=torch.full((1,), _total(outputs, emphasis), dtype=torch.float64, device=blocks.device),
                     factor=1.0,
                 ),
                 directions=directions,
+                emphasis=None if emphasis is None else emphasis[:, picked],
             )
         )
     return tuple(found)
@@ -261,10 +273,21 @@ def evenly(count: int, most: int, device: torch.device) -> Tensor:
     return torch.arange(taken, device=device) * count // taken
 
 
-def _column_energy(x: Tensor, offset: Tensor | None) -> Tensor:
-    """(D,) float64 sums over rows of the squares of ``x - offset``."""
+def _column_energy(x: Tensor, offset: Tensor | None, weight: Tensor | None) -> Tensor:
+    """(D,) float64 sums over rows of the squares of ``x - offset``, times the weights (T,) of the rows."""
     total = x.new_zeros(x.shape[1], dtype=torch.float64)
-    for rows in torch.split(x, _ENERGY_ROWS):
+    weights = [None] * -(-x.shape[0] // _ENERGY_ROWS) if weight is None else torch.split(weight, _ENERGY_ROWS)
+    for rows, of_rows in zip(torch.split(x, _ENERGY_ROWS), weights, strict=True):
         centred = rows if offset is None else rows - offset
-        total += (centred * centred).sum(dim=0)
+        total += _weighed(centred * centred, of_rows).sum(dim=0)
     return total
+
+
+def _weighed(squares: Tensor, weight: Tensor | None) -> Tensor:
+    """Squares (..., R, N) times the weights (..., R) of their rows; None: 1."""
+    return squares if weight is None else squares * weight.unsqueeze(-1)
+
+
+def _total(rows: int, weight: Tensor | None) -> float:
+    """Sum of the weights of the rows of a tensor, a convolution group on average: it has one step for all of them."""
+    return float(rows if weight is None else weight.sum(dim=1, dtype=torch.float64).mean())

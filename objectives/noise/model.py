@@ -26,8 +26,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from alphasmith.objectives.calibration.site_data import SiteData
-from alphasmith.objectives.calibration.site_layout import by_block, check_site_data, columns_by_block
+from alphasmith.objectives.calibration.site_data import SiteData, SitePart
+from alphasmith.objectives.calibration.site_layout import by_block, check_site_data, columns_by_block, outputs_by_block
 from alphasmith.objectives.dead_channels import NeutralScales
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge.losses import squared_sum
@@ -343,7 +343,14 @@ def _through(
 
 
 def _output_energy(data: SiteData) -> float:
-    return sum(
-        squared_sum(torch.bmm(columns_by_block(part.x, part.groups), by_block(part.weight, part).mT))
-        for part in data.parts
-    )
+    return sum(_part_energy(part) for part in data.parts)
+
+
+def _part_energy(part: SitePart) -> float:
+    output = torch.bmm(columns_by_block(part.x, part.groups), by_block(part.weight, part).mT)
+    weight = outputs_by_block(part)
+    if weight is not None:
+        output.mul_(weight.sqrt().unsqueeze(1))
+    if part.row_weight is not None:
+        output.mul_(part.row_weight.sqrt().view(1, -1, 1))
+    return squared_sum(output)
