@@ -190,13 +190,13 @@ def part_of(data: SiteData) -> SitePart:
 def test_weights_that_do_not_fit_are_named() -> None:
     data = small_site("linear", 1)
     part = part_of(data)
-    for field, values in (
-        ("row_weight", torch.ones(3)),
-        ("output_weight", torch.ones(9)),
-        ("row_weight", torch.ones(5, dtype=torch.float64)),
+    for field, unfit in (
+        ("row_weight", replace(part, row_weight=torch.ones(3))),
+        ("output_weight", replace(part, output_weight=torch.ones(9))),
+        ("row_weight", replace(part, row_weight=torch.ones(5, dtype=torch.float64))),
     ):
         with pytest.raises(InputError, match=field):
-            SiteObjective(replace(data, parts=(replace(part, **{field: values}),)), Scheme())
+            SiteObjective(replace(data, parts=(unfit,)), Scheme())
     negative = replace(part, row_weight=torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(InputError, match="negative"):
         SiteObjective(replace(data, parts=(negative,)), Scheme())
