@@ -143,7 +143,7 @@ def scores(model: str, scheme: str, home: Path, work: Path) -> list[Score]:
         AbsentError: Model or data are not here.
     """
     folder = model_folder(model, home)
-    request = Request(model=model, scheme=scheme, seed=0, short=False, home=home)
+    request = Request(model=model, scheme=scheme, seed=0, short=False, sweep=False, home=home)
     config, batches = configured(request, folder, work)
     candidate, sites, _ = candidates(config, batches)
     little, comparison, more = judges(model, folder, work)

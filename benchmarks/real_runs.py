@@ -57,6 +57,7 @@ class Request:
         scheme: Name of a scheme.
         seed: Draws the calibration data and is the seed of the search.
         short: Less data to calibrate and to judge on.
+        sweep: Sweep one alpha for the model here, too, where the run reports its own.
         home: Where models are kept.
     """
 
@@ -64,6 +65,7 @@ class Request:
     scheme: str
     seed: int
     short: bool
+    sweep: bool
     home: Path
 
 
@@ -76,7 +78,7 @@ class Finding:
         measures: Task metrics.
         float_model: The float model as judged; no errors.
         judged: Every contestant that did not break down.
-        one_alpha: The alpha that the sweep on the calibration batches chose.
+        one_alpha: The alpha that the benchmark's own sweep on the calibration batches chose; None: that of the run was judged.
         kept: What the run wrote, in the words of its manifest.
         own_losses: Output losses that the run itself reports on its held-out data, by name.
         sites: Sites searched.
@@ -90,7 +92,7 @@ class Finding:
     measures: tuple[Measure, ...]
     float_model: Judged
     judged: Mapping[Contestant, Judged]
-    one_alpha: float
+    one_alpha: float | None
     kept: str
     own_losses: Mapping[str, float | None]
     sites: int
@@ -194,17 +196,20 @@ def found(request: Request, work: Path) -> Finding:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     output = result.manifest.output
     (metric,) = output.metrics
-    known = {
+    known: dict[Contestant, Judged | None] = {
         "none": witness.named(metric.naive),
         "alpha 0.5": witness.named(metric.alpha_half),
+        "one alpha": witness.named(getattr(metric, "one_alpha", None)),
         "best single": witness.named(metric.best_single),
         "ours": judge(load_quantized(result.folder)),
     }
-    cpu_before = time.process_time()
-    alpha, candidate, smoothings = swept(config, batches)
-    sweep = time.process_time() - cpu_before
-    with candidate.applied(smoothings) as model:
-        known["one alpha"] = judge(model)
+    alpha, sweep = None, 0.0
+    if request.sweep or known["one alpha"] is None:
+        cpu_before = time.process_time()
+        alpha, candidate, smoothings = swept(config, batches)
+        sweep = time.process_time() - cpu_before
+        with candidate.applied(smoothings) as model:
+            known["one alpha"] = judge(model)
     float_model = witness.named(metric.float_model)
     if float_model is None:
         raise RuntimeError("the run reports a metric of the float model that it was not given")
@@ -281,10 +286,12 @@ def statistics(prepared: PreparedModel) -> dict[str, SiteStatistics]:
     }
 
 
-def main(model: str, scheme: str, seed: str, form: str, home: str, threads: str, out: str) -> None:
+def main(model: str, scheme: str, seed: str, form: str, sweep: str, home: str, threads: str, out: str) -> None:
     """A run in this process; the finding goes into a file."""
     torch.set_num_threads(int(threads))
-    request = Request(model=model, scheme=scheme, seed=int(seed), short=form == "short", home=Path(home))
+    request = Request(
+        model=model, scheme=scheme, seed=int(seed), short=form == "short", sweep=sweep == "sweep", home=Path(home)
+    )
     with tempfile.TemporaryDirectory() as work:
         try:
             torch.save(found(request, Path(work)), f"{out}.part")

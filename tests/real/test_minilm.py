@@ -14,7 +14,7 @@ from benchmarks.real_runs import CONTESTANTS, Request
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_model_written_is_no_worse_than_any_baseline(tmp_path: Path) -> None:
-    request = Request(model="MiniLM", scheme="w8a8-channel-static", seed=0, short=True, home=home_folder())
+    request = Request(model="MiniLM", scheme="w8a8-channel-static", seed=0, short=True, sweep=False, home=home_folder())
     try:
         found = finding(request, tmp_path, threads=1, resume=False)
     except AbsentError as absent:

@@ -25,7 +25,9 @@ def judged(level: float) -> Judged:
 def finding(seed: int = 0, *, without: Contestant | None = None, **levels: float) -> Finding:
     others = {name.replace("_", " "): level for name, level in levels.items()}
     return Finding(
-        request=Request(model="MiniLM", scheme="w8a8-channel-static", seed=seed, short=True, home=Path("models")),
+        request=Request(
+            model="MiniLM", scheme="w8a8-channel-static", seed=seed, short=True, sweep=False, home=Path("models")
+        ),
         measures=(Measure(name="perplexity", higher_is_better=False, exponential=True),),
         float_model=Judged(torch.zeros(SAMPLES, dtype=torch.float64), 100.0, (NOISE / 100,)),
         judged={name: judged(others.get(name, LEVELS[name])) for name in CONTESTANTS if name != without},
