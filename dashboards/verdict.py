@@ -16,6 +16,8 @@ Content = Mapping[str, Any]
 
 #: Few sites make up the output error where this part of it comes from at most this part of them.
 _MOST_OF_IT, _FEW = 2 / 3, 1 / 4
+#: How shares of the output error came about, and the field of a site that has them: parts of all of it.
+_SHARES = (("predicted", "share"), ("measured", "share_measured"))
 #: Sites whose loss is so much above that of free scales per channel are named.
 _ABOVE_LIMIT = 1.1
 #: Share of the size from which on what stays float is named.
@@ -170,21 +172,20 @@ def _text(value: float | None, is_metric: bool) -> str:
 
 def _error_sources(manifest: Content) -> list[str]:
     """Where the output error comes from, where that is a few sites."""
-    shares = {str(s["name"]): float(s["share"]) for s in manifest.get("sites") or () if s.get("share") is not None}
-    total = sum(shares.values())
-    if total <= 0:
-        return []
+    sites = manifest.get("sites") or ()
+    how, key = next((pair for pair in _SHARES if any(s.get(pair[1]) is not None for s in sites)), _SHARES[0])
+    shares = {str(site["name"]): float(site[key]) for site in sites if site.get(key) is not None}
     largest = sorted(shares, key=lambda name: -shares[name])
-    reached = list(accumulate(shares[name] / total for name in largest))
+    reached = list(accumulate(shares[name] for name in largest))
     few = 1 + sum(part < _MOST_OF_IT for part in reached[:-1])
-    if few > _FEW * len(shares):
+    if not reached or reached[few - 1] < _MOST_OF_IT or few > _FEW * len(sites):
         return []
     scheme = manifest.get("scheme") or {}
     static = scheme.get("activations") not in (None, "none") and scheme.get("activation_granularity") != "token"
     token = ', or give activations a scale per token (scheme.activation_granularity = "token")' if static else ""
-    makes = f"{few} of {counted(len(shares), 'site')} {'makes' if few == 1 else 'make'} {percent(reached[few - 1])}"
+    makes = f"{few} of {counted(len(sites), 'site')} {'makes' if few == 1 else 'make'} {percent(reached[few - 1])}"
     names = listed(largest[:few], _NAMED)
-    return [f"{makes} of the predicted output error: {names}; leave their layers in float (sites.skip){token}"]
+    return [f"{makes} of the {how} output error: {names}; leave their layers in float (sites.skip){token}"]
 
 
 def _room_to_the_limit(sites: Sequence[Content]) -> list[str]:

@@ -39,7 +39,7 @@ MOST_LAYERS = 6
 #: Reasons why sites are not folded.
 _MOST_REASONS = 8
 #: Room that names of sites get before a column is left out, and the least [characters].
-_NAME_WIDTH, _SHORTEST = 30, 8
+_NAME_WIDTH, _SHORTEST = 28, 8
 _NUMBERS = re.compile(r"\d+")
 #: Alphas of a site that are written out; of more, the smallest and the largest.
 _MOST_ALPHAS = 4
@@ -210,9 +210,8 @@ def _single_alpha(site: SiteRecord) -> str:
 
 
 def _share(site: SiteRecord) -> float | None:
-    """Its predicted part of the output error; None where that was not computed."""
-    share: float | None = getattr(site, "share", None)
-    return share
+    """Its part of the output error, predicted where it was, else measured; None where neither is known."""
+    return site.share_measured if site.share is None else site.share
 
 
 def _share_text(site: SiteRecord) -> str:
@@ -221,7 +220,7 @@ def _share_text(site: SiteRecord) -> str:
 
 
 def _choices(site: SiteRecord) -> str:
-    """What was chosen, e.g. ``.55 .60 .71 .85, shift, x1.1``: the alphas of its groups, a shift, another range."""
+    """What was chosen, e.g. ``.55 .60 .71 .85 shift x1.1``: the alphas of its groups, a shift, another range."""
     alphas = [f"{group.alpha:.2f}".removeprefix("0") for group in site.groups if group.alpha is not None]
     told = list(dict.fromkeys(alphas))
     if len(told) > _MOST_ALPHAS:
@@ -229,7 +228,7 @@ def _choices(site: SiteRecord) -> str:
     parts = [" ".join(told) if told else "none" if site.groups else ""]
     parts += ["shift"] if site.shift else []
     parts += [f"x{number(site.range_factor)}"] if site.range_statistic != "absmax" else []
-    return ", ".join(filter(None, parts))
+    return " ".join(filter(None, parts))
 
 
 _CHOSEN = "alphas, shift, range"
@@ -268,7 +267,7 @@ def sites_table(sites: Sequence[SiteRecord], width: int | None = None) -> str:
     cells = [[column.cell(site) for column in columns] for site in shown]
     room = width - _room_of(columns, shown)
     short = told_apart(names, room)
-    order = "sites by their share of the output error" if shares else "sites"
+    order = "sites by share of the output error" if shares else "sites"
     lines = []
     if shown:
         body = [[name, *row] for name, row in zip(short, cells, strict=True)]

@@ -157,7 +157,7 @@ def test_a_row_per_searched_site() -> None:
         ({"alphas": (0.2, 0.5, 0.3, 0.6, 0.9)}, ".20 to .90"),
         ({"alphas": (None, None)}, "none"),
         ({"alphas": ()}, ""),
-        ({"shift": True, "range_statistic": "margin", "range_factor": 1.1}, ".65, shift, x1.1"),
+        ({"shift": True, "range_statistic": "margin", "range_factor": 1.1}, ".65 shift x1.1"),
     ],
 )
 def test_a_row_says_what_was_chosen(chosen: dict[str, Any], told: str) -> None:
@@ -165,12 +165,31 @@ def test_a_row_says_what_was_chosen(chosen: dict[str, Any], told: str) -> None:
     assert row.endswith(f"{number(2e-4)}         {told}".rstrip())
 
 
+def test_sites_come_by_their_share_of_the_output_error() -> None:
+    shares: list[dict[str, Any]] = [{"share": 0.1}, {"share": 0.25}, {"share_measured": 0.2}, {}]
+    text = texts.sites_table([site(f"fc{i}", **share) for i, share in enumerate(shares)], 80)
+    assert text.splitlines()[0].startswith("sites by share of the output error")
+    assert [row[:2] for row in rows(text, "fc")] == [
+        ["fc1", "25.0"],
+        ["fc2", "20.0"],
+        ["fc0", "10.0"],
+        ["fc3", "8.00e-3"],
+    ]
+    assert "share" not in texts.sites_table([site("fc0"), site("fc1")], 80)
+
+
 def test_columns_are_left_out_where_there_is_no_room() -> None:
-    sites = [site(f"model.layers.{i}.self_attn.q_proj", limit=1e-4) for i in range(3)]
+    chosen: dict[str, Any] = {
+        "alphas": (0.5, 0.6, 0.7, 0.8),
+        "shift": True,
+        "range_statistic": "margin",
+        "range_factor": 1.1,
+    }
+    sites = [site(f"model.layers.{i}.self_attn.q_proj", limit=1e-4, share=0.1, **chosen) for i in range(3)]
     narrow, wide, widest = (texts.sites_table(sites, width).splitlines()[1].split() for width in (80, 120, 200))
     assert set(narrow) < set(wide) < set(widest)
-    assert {"none", "single", "ours"} <= set(narrow)
-    assert {"limit", "alphas,"} <= set(wide)
+    assert {"share", "none", "single", "ours"} <= set(narrow)
+    assert {"limit", "alpha", "alphas,"} <= set(wide)
 
 
 def test_long_tables_are_cut_and_say_so() -> None:
