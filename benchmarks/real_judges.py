@@ -156,7 +156,7 @@ class EncoderJudge:
     """
 
     _SIZE = 16
-    _TRAINED = 1500
+    _TRAINED = 600
 
     def __init__(self, tokenizer: Any, pairs: Sequence[Pair], probed: int, references: References) -> None:
         self._pairs = len(pairs)
@@ -335,10 +335,10 @@ class Sizes:
         clips: Clips of speech.
     """
 
-    windows: int = 24
-    pairs: int = 400
-    probed: int = 500
-    images: int = 200
+    windows: int = 16
+    pairs: int = 250
+    probed: int = 300
+    images: int = 160
     clips: int = 8
 
 

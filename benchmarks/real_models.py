@@ -143,6 +143,7 @@ def cost_rows(group: Sequence[Finding]) -> list[str]:
         f"{max(peaks) / 2**20:.0f}",
         " / ".join("-" if f.one_alpha is None else f"{f.one_alpha:g}" for f in group),
         " / ".join(f.kept for f in group),
+        " / ".join(dict.fromkeys(f.commit for f in group)),
     ]
 
 
@@ -168,7 +169,7 @@ def text(groups: Sequence[Sequence[Finding]], left_out: Sequence[str], where: st
     losses = ("model, scheme", *CONTESTANTS, best, "seeds above a baseline")
     metrics = ("model, scheme", "metric (samples)", "float", *CONTESTANTS, best)
     seconds = ("wall [s]", "CPU [s]", "sweep of one alpha, CPU [s]")
-    costs = ("model, scheme", "sites", *seconds, "peak memory [MiB]", "alpha swept", "kept")
+    costs = ("model, scheme", "sites", *seconds, "peak memory [MiB]", "alpha swept", "kept", "commit")
     parts = [
         where,
         "Relative squared error of the outputs on unseen data, mean over the seeds:",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -86,6 +87,7 @@ class Finding:
         cpu: CPU time likewise [s].
         sweep: CPU time of the sweep of one alpha, preparation included [s].
         peak: Highest memory of the process when the run had ended [bytes].
+        commit: Of the code that ran, empty where it is not known.
     """
 
     request: Request
@@ -100,6 +102,7 @@ class Finding:
     cpu: float
     sweep: float
     peak: int
+    commit: str = ""
 
 
 @dataclass(eq=False)
@@ -226,7 +229,17 @@ def found(request: Request, work: Path) -> Finding:
         cpu=cpu,
         sweep=sweep,
         peak=peak,
+        commit=_commit(),
     )
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def swept(
