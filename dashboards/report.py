@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 import plotly.graph_objects as go
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from alphasmith.dashboards.checked_frames import checked_groups, checked_sites, geometric_mean, ratio
@@ -25,9 +26,9 @@ from alphasmith.dashboards.figures.sites import (
     shares_of_output,
     trial_history,
 )
-from alphasmith.dashboards.site_table import BASELINES, KEPT, SITE_TABLE, site_rows
+from alphasmith.dashboards.site_table import BASELINES, SITE_TABLE, site_rows
 from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
-from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, advice, run_verdict, whole_model
+from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice, run_verdict, whole_model
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import duration, listed, number
 from alphasmith.storage.output.manifest import Manifest
@@ -36,6 +37,7 @@ from alphasmith.storage.runs.records import TrialRecord
 
 #: Key of a variant's figure -> that of its loss in a search over the whole model.
 _SEARCHED = {"naive": "identity"}
+_EXPONENT = re.compile(r"[\d.]+e-\d+")
 _CAPTIONS = {
     "shares": "What quantizing one site adds to the loss at the model's output, predicted from gradients on calibration samples, as a part "
     "of the sum over all sites. A diamond is the loss measured with only that site quantized, over the same sum. Smoothing pays where "
@@ -170,6 +172,7 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["unbroken"] = _unbroken
     return environment.get_template("report.html").render(
         title=_title(manifest),
         notes=[value_text(note) for note in manifest.get("notes") or ()],
@@ -193,6 +196,11 @@ def render_page(
 def _breakable(text: str) -> Markup:
     """Escaped text that a browser may wrap behind dots: site names are long and have no spaces."""
     return Markup(".<wbr>").join(text.split("."))
+
+
+def _unbroken(text: str) -> Markup:
+    """Escaped text whose figures a browser does not wrap at the hyphen of an exponent."""
+    return Markup(_EXPONENT.sub(r"<span>\g<0></span>", str(escape(text))))
 
 
 def _policy(*scripts: str) -> str:
@@ -315,7 +323,7 @@ def _asked(manifest: Mapping[str, Any], sites: pd.DataFrame) -> Facts:
 
 def _metrics(output: Mapping[str, Any]) -> dict[str, Any] | None:
     """Whole-model results: one row per loss or metric, only the columns that some row has."""
-    found = whole_model(output)
+    found, kept = whole_model(output), str(output.get("kept") or "ours")
     searched = [(label, output.get(split)) for split, label in (("held_out", "held-out"), ("search", "calibration"))]
     keys = [_SEARCHED.get(column.key, column.key) for column in found.columns or OUTPUT_COLUMNS]
     rows = list(found.rows)
@@ -327,7 +335,7 @@ def _metrics(output: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "columns": [column.heading for column in found.columns or OUTPUT_COLUMNS],
         "rows": rows,
-        "kept": KEPT.get(str(output.get("kept")), ""),
+        "kept": "" if kept == "ours" else VARIANT_NAMES.get(kept, kept),
     }
 
 

@@ -162,7 +162,7 @@ def test_a_row_per_searched_site() -> None:
 )
 def test_a_row_says_what_was_chosen(chosen: dict[str, Any], told: str) -> None:
     (row,) = (line for line in texts.sites_table([site("fc1", **chosen)], 200).splitlines() if line.startswith("fc1"))
-    assert row.endswith(f"{number(2e-4)}         {told}".rstrip())
+    assert row.endswith(f"  {number(2e-4)}  {told}".rstrip())
 
 
 def test_sites_come_by_their_share_of_the_output_error() -> None:

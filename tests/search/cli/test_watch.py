@@ -30,6 +30,7 @@ from alphasmith.storage.database.connection import Database, initialise, open_da
 from alphasmith.storage.queue.board import Board, Identity
 from alphasmith.storage.queue.records import RunProgress, Ticket, WorkerRecord
 from alphasmith.storage.queue.status import RunSnapshot
+from alphasmith.storage.runs.entries import Losses, LossPair, SiteRecord
 from alphasmith.storage.runs.records import RunRecord
 from alphasmith.storage.runs.run_store import RunStore
 from tests.support.boards import SPEC, board, chain, elsewhere, finish, need, new_run
@@ -222,6 +223,22 @@ def test_a_live_driver_is_listed_and_shown(database: Database) -> None:
     assert f"worker: process {os.getpid()} on {socket.gethostname()}, driver, local, 2 processes, alive" in shown
     run.finish()
     assert "worker:" not in texts.run_text(commands.show_run(run.id, database.url))
+
+
+def test_a_run_at_work_shows_the_sites_that_are_done(database: Database) -> None:
+    run = DrivenRun(database)
+    run.plan()
+    run.search()
+    losses = Losses(identity=8e-3, alpha_half=4e-4, best_single=2.5e-4, best_single_alpha=0.65, ours=2e-4)
+    pair = LossPair(search=losses, held_out=losses)
+    run.store.add_site(run.id, SiteRecord(name=SITES[0], position=0, mode="fold", channels=64, losses=pair))
+    shown = texts.run_text(commands.show_run(run.id, database.url), 80)
+    assert "sites: 1 of 3 done" in shown
+    (row,) = (line.split() for line in shown.splitlines() if line.startswith(f"{SITES[0]} "))
+    assert row[1:] == ["fold", "64", "8.00e-3", "4.00e-4", "2.50e-4", "0.65", "2.00e-4"]
+    assert "whole model" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    run.leave()
 
 
 def test_no_run_is_an_input_error(database: Database, tmp_path: Path) -> None:
