@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alphasmith.objectives.text import counted, duration, one_line, shortened
+from alphasmith.objectives.text import counted, duration, one_line, told_apart
 from alphasmith.search.config import resume_command
 from alphasmith.storage.queue.leases import named
 from alphasmith.storage.queue.records import Ticket, WorkerRecord
@@ -13,8 +13,8 @@ from alphasmith.storage.queue.status import RunSnapshot
 
 #: Sites and workers that are listed before the rest is counted.
 _LISTED = 12
-#: Longest reason in a line.
-_REASON = 160
+#: Longest reason and longest name of a site in a line.
+_REASON, _NAME = 160, 34
 
 
 def planned_sites(look: RunSnapshot) -> int:
@@ -75,11 +75,14 @@ def watch_lines(look: RunSnapshot, storage: str) -> list[str]:
     """
     progress = look.progress
     workers = [worker for worker in progress.workers if not worker.left]
+    at_work = told_apart([ticket.site for ticket in progress.running], _NAME)
     running = [
-        f"{shortened(t.site)}, attempt {t.attempts}, {duration(_seconds(look, t))}, {named(t.worker)}"
-        for t in progress.running
+        f"{site}, attempt {t.attempts}, {duration(_seconds(look, t))}, {named(t.worker)}"
+        for site, t in zip(at_work, progress.running, strict=True)
     ]
-    failed = [f"{shortened(site)}: {one_line(reason, _REASON)}" for site, reason in progress.failed]
+    given_up = told_apart([site for site, _ in progress.failed], _NAME)
+    reasons = [one_line(reason, _REASON) for _, reason in progress.failed]
+    failed = [f"{site}: {reason}" for site, reason in zip(given_up, reasons, strict=True)]
     return [
         _head(look),
         ", ".join([_sites(look), *_pace(look)]),

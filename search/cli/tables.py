@@ -16,7 +16,6 @@ from alphasmith.objectives.text import (
     duration,
     listed,
     number,
-    shortened,
     size_text,
     told_apart,
     visible,
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 MOST_SITES = 40
 #: Layers named per reason why they stay float; ``--json`` has all of them.
 MOST_LAYERS = 6
+#: Longest name of such a layer [characters].
+_LAYER = 34
 #: Reasons why sites are not folded.
 _MOST_REASONS = 8
 #: Room that names of sites get before a column is left out, and the least [characters].
@@ -163,7 +164,7 @@ def _weights(manifest: Manifest) -> list[str]:
     quantized = len(found.weights) - len(found.left)
     lines = [f"weights: {percent(found.quantized)} quantized ({quantized} of {len(found.weights)})"]
     for reason, share, layers in found.reasons():
-        lines.append(f"  {percent(share)} float: {listed([shortened(name) for name in layers], MOST_LAYERS)}: {reason}")
+        lines.append(f"  {percent(share)} float: {listed(told_apart(layers, _LAYER), MOST_LAYERS)}: {reason}")
     return lines
 
 
@@ -303,7 +304,7 @@ def _reasons(sites: Iterable[SiteRecord]) -> list[str]:
         if site.reason:
             why = f"{site.mode}: {site.reason}"
             reasons.setdefault(_NUMBERS.sub("0", why), (why, []))[1].append(site.name)
-    lines = [f"{listed([shortened(name) for name in names], 1)} {why}" for why, names in reasons.values()]
+    lines = [f"{listed(names, 1)} {why}" for why, names in reasons.values()]
     more = len(lines) - _MOST_REASONS
     return [*lines[:_MOST_REASONS], *([f"... and {more} more reasons, see the report"] if more > 0 else [])]
 
