@@ -51,8 +51,9 @@ def choices_of_site(site: Row) -> str:
         parts.append({0: "no smoothing", 1: "one alpha"}.get(int(used), grouped))
     if site.get("shift") is True or str(site.get("shift")) == "True":
         parts.append("shift")
-    if site.get("range_statistic") not in (None, "", "absmax"):
-        parts.append(f"range x{number(float(site.get('range_factor', 1.0)))} ({site['range_statistic']})")
+    factor = number(float(site.get("range_factor") or 1.0))
+    if site.get("range_statistic") not in (None, "", "absmax") and factor != number(1.0):
+        parts.append(f"range x{factor} ({site['range_statistic']})")
     return ", ".join(parts)
 
 

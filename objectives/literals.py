@@ -24,7 +24,7 @@ GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_diffe
 #: What is taken of the activations of a channel.
 ChannelStatistic = Literal["absmax", "percentile", "rms"]
 #: How the static range of an activation is set.
-RangeStatistic = Literal["absmax", "percentile", "margin"]
+RangeStatistic = Literal["tail", "absmax", "percentile", "margin"]
 #: What is subtracted from every channel before it is scaled.
 ShiftStatistic = Literal["none", "mean", "middle"]
 

@@ -275,8 +275,9 @@ class SearchConfig(_Section):
         shift: Subtract z from every channel before scaling and give it back through the biases, where a site allows it (scope
             ``site``): ``none``, the channel's ``mean`` over the search rows, or the ``middle`` (max + min) / 2 of its
             calibrated range; several: the study of a site chooses.
-        range: How the static range of an activation is set, judged on held-out rows (scope ``site``): ``absmax`` over
-            calibration, ``percentile`` of it, with a ``margin`` on it; several: the best one on held-out rows.
+        range: How the static range of an activation is set (scope ``site``): so wide that rounding and the clipping expected of rows
+            that calibration did not show cost least together (``tail``, formula fA11), ``absmax`` over calibration, ``percentile`` of it,
+            with a ``margin`` on it; several: the best one on held-out rows, which are too few to show the rare rows that the first one allows for.
         range_percentile: Percentile of the largest magnitude of a row that the range ``percentile`` covers.
         range_margin: Factor of the range ``margin`` on the abs-max.
         loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric (1 is as good
@@ -307,7 +308,7 @@ class SearchConfig(_Section):
     statistic: ChannelStatistics = ("absmax",)
     percentile: float = Field(default=99.9, gt=0, le=100)
     shift: ShiftStatistics = ("none", "mean")
-    range: RangeStatistics = ("absmax", "percentile", "margin")
+    range: RangeStatistics = ("tail",)
     range_percentile: float = Field(default=99.9, gt=0, le=100)
     range_margin: float = Field(default=1.1, ge=1, le=4)
     loss: OutputLoss = "mse"

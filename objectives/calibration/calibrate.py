@@ -133,6 +133,7 @@ class Calibration:
             weight_absmax=weight_absmax(site, parameters),
             ties=site.ties,
             producers=tuple(producers),
+            rows_seen=ranges.record(site).rows_seen,
         )
 
     def only(self, site: Site | str) -> Calibration:

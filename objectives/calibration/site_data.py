@@ -83,6 +83,7 @@ class SiteData:
         weight_absmax: (C,) w_j = max over every output of every operator of |W_:j|.
         ties: (C,) int64, see ``Site.ties``.
         producers: The quantized weights that the scales divide; empty where a norm takes them, or a division at run time.
+        rows_seen: Rows that statistics and ranges were taken over; 0: those of the largest part.
     """
 
     name: str
@@ -92,6 +93,7 @@ class SiteData:
     weight_absmax: torch.Tensor
     ties: torch.Tensor
     producers: tuple[ProducerRows, ...] = ()
+    rows_seen: int = 0
 
     @property
     def channels(self) -> int:

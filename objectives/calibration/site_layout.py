@@ -123,3 +123,13 @@ def _fits_samples(part: SitePart, values: Tensor | None, channels: int) -> bool:
 
 def _indexes(index: Tensor, size: int) -> bool:
     return index.numel() > 0 and int(index.min()) >= 0 and int(index.max()) < size
+
+
+def read_energies(data: SiteData) -> Tensor:
+    """(C,) float64 squared error at the output, summed over all rows, for every unit of squared error of a channel in every row."""
+    read = torch.zeros(data.channels, dtype=torch.float64, device=data.device)
+    for part in data.parts:
+        squares, weight = by_block(part.weight, part).square(), outputs_by_block(part)
+        squares = squares if weight is None else squares * weight.unsqueeze(2)
+        read.index_add_(0, part.channel, part.mass * squares.sum(dim=1, dtype=torch.float64).flatten())
+    return read

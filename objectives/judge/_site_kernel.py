@@ -23,6 +23,7 @@ from alphasmith.objectives.calibration.site_data import SiteData, SitePart
 from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, outputs_by_block, subset_rows
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.producer_noise import ProducerNoise
+from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.quantization.integer_product import (
     ExactProducts,
     integer_gemm_pays,
@@ -64,11 +65,11 @@ class PreparedStack:
 
     Attributes:
         parts: What every part needs to know of them.
-        producers: (n,) float64 squared error of the producers' rounding in a row of weight 1.
+        spread: (n,) float64 squared error in a row of weight 1 of what no row shows: the producers' rounding, clipping of unseen rows.
     """
 
     parts: tuple[PreparedPart, ...]
-    producers: Tensor
+    spread: Tensor
 
 
 class SiteKernel:
@@ -85,12 +86,15 @@ class SiteKernel:
         scheme: Number formats and granularities.
         budget: Bytes of scratch buffers and quantized weights, beside the data and its float output. None: 512 MiB, or what a
             single candidate of a large site needs.
+        unseen: Clipping that rows which were not seen are expected to add; None: what the rows themselves show.
 
     Raises:
         InputError: ``budget`` does not hold a single candidate.
     """
 
-    def __init__(self, data: SiteData, scheme: Scheme, budget: int | None) -> None:
+    def __init__(
+        self, data: SiteData, scheme: Scheme, budget: int | None, unseen: UnseenClipping | None = None
+    ) -> None:
         self._data = data
         self._scheme = scheme
         self.rows = max(part.x.shape[0] for part in data.parts)
@@ -98,6 +102,7 @@ class SiteKernel:
         with torch.no_grad():
             self._parts = [_PartScorer(part, scheme) for part in data.parts]
         self._producers = ProducerNoise(data, scheme)
+        self._unseen = unseen
         self._positions = self._global_positions()
         weights = sum(part.weight_bytes for part in self._parts)
         scratch = sum(part.scratch_bytes for part in self._parts)
@@ -139,14 +144,17 @@ class SiteKernel:
             peaks = [_peak(self._data, s) * s.range_factor for s in smoothings]
             step = _step(torch.stack(peaks), self._scheme.activations)
         parts = tuple(part.prepare(scales, shift, step) for part in self._parts)
-        spread = sum(part.mass for part in self._parts) or 1.0
-        return PreparedStack(parts, self._producers.error(scales.double().log()) / spread)
+        logs = scales.double().log()
+        hidden = self._producers.error(logs)
+        if self._unseen is not None:
+            hidden = hidden + self._unseen.error(logs, logs.new_tensor([s.range_factor for s in smoothings]), shift)
+        return PreparedStack(parts, hidden / (sum(part.mass for part in self._parts) or 1.0))
 
     @torch.no_grad()
     def row_errors(self, stacks: Sequence[PreparedStack], start: int, stop: int) -> list[Tensor]:
         """Squared output error of every row that a subset of ``stop`` rows has and one of ``start`` has not.
 
-        Rounding of the producers counts equally in every row, times its weight.
+        What no row shows counts equally in every row, times its weight.
 
         Rows are in the order in which growing subsets take them, so errors of consecutive ranges join up to those of one.
 
@@ -160,7 +168,7 @@ class SiteKernel:
         ]
         by_part = [
             [
-                errors + part.spread(stack.producers.unsqueeze(1), *rows)
+                errors + part.spread(stack.spread.unsqueeze(1), *rows)
                 for errors, stack in zip(found, stacks, strict=True)
             ]
             for part, rows, found in zip(self._parts, ranges, by_part, strict=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alphasmith.objectives.calibration.site_data import ProducerRows, SiteData
-from alphasmith.objectives.calibration.site_layout import by_block, outputs_by_block
+from alphasmith.objectives.calibration.site_layout import read_energies
 from alphasmith.objectives.quantization.scheme import QMAX, Scheme
 
 #: e4m3 rounds in proportion to the value, which no scale changes, down to its subnormal numbers, which are this far apart.
@@ -41,12 +41,7 @@ class ProducerNoise:
     def __init__(self, data: SiteData, scheme: Scheme) -> None:
         self.idle = scheme.weight_granularity != "tensor" or not data.producers
         self._codes = QMAX[scheme.weights] / (_FP8_SUBNORMAL_STEP if scheme.weights == "fp8" else 1.0)
-        read = torch.zeros(data.channels, dtype=torch.float64, device=data.device)
-        for part in data.parts:
-            squares, weight = by_block(part.weight, part).square(), outputs_by_block(part)
-            squares = squares if weight is None else squares * weight.unsqueeze(2)
-            columns = squares.sum(dim=1, dtype=torch.float64).flatten()
-            read.index_add_(0, part.channel, part.mass * columns)
+        read = read_energies(data)
         self._rows = () if self.idle else tuple((rows, _reached(rows, read)) for rows in data.producers)
 
     def error(self, logs: Tensor, power: int | None = None) -> Tensor:

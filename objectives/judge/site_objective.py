@@ -2,7 +2,8 @@
 
     loss = sum ||Q((X - z) / s) Q(W s)^T + W z - X W^T||^2 / sum ||X W^T||^2          over all parts of the site
 
-Rounding of the producers whose rows are divided by s is added, see ``producer_noise``. One candidate costs at most one fp32 product of the site plus element-wise work in preallocated buffers, and a fraction of that
+Rounding of the producers whose rows are divided by s is added, see ``producer_noise``, and on demand what clipping of unseen rows is
+expected to add, see ``unseen_rows``. One candidate costs at most one fp32 product of the site plus element-wise work in preallocated buffers, and a fraction of that
 where codes are multiplied as integers; see ``site_kernel``. Source: claims A-2, A-4, A-11, A-12, formulas fA2 to fA5.
 """
 
@@ -26,6 +27,7 @@ from alphasmith.objectives.calibration.site_layout import (
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge._site_kernel import SiteKernel
 from alphasmith.objectives.judge.candidate_batch import CandidateBatch, paired_difference
+from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
@@ -54,23 +56,27 @@ class SiteObjective:
         rows: T, the rows of the largest part.
         channels: C.
         reference_energy: Squared norm of the float output on all rows.
+        unseen: Clipping expected of rows that were not seen; None where it does not count.
 
     Args:
         data: Rows, weights and statistics of the site.
         scheme: Number formats and granularities.
         budget: Bytes for scratch buffers and the quantized weights of candidates, beside the data and its float output. None:
             512 MiB, or what a single candidate of a large site needs.
+        unseen: Add the clipping that rows which were not seen are expected to bring (formula fA11): for rows that set the static range
+            themselves, and so never show it. Losses are then estimates of those of other rows.
 
     Raises:
         InputError: Shapes or ranges within ``data`` contradict each other, or ``budget`` does not hold one candidate.
         NonFiniteError: A tensor of ``data`` holds NaN or infinity; the message names it.
     """
 
-    def __init__(self, data: SiteData, scheme: Scheme, *, budget: int | None = None) -> None:
+    def __init__(self, data: SiteData, scheme: Scheme, *, budget: int | None = None, unseen: bool = False) -> None:
         check_site_data(data)
         self.data = data
         self.scheme = scheme
-        self._scorer = SiteKernel(data, scheme, budget)
+        self.unseen = UnseenClipping(data, scheme) if unseen and scheme.static else None
+        self._scorer = SiteKernel(data, scheme, budget, self.unseen)
         self.rows = self._scorer.rows
         self.channels = data.channels
         self.reference_energy = self._scorer.energy(self.rows)

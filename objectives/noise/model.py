@@ -32,6 +32,7 @@ from alphasmith.objectives.dead_channels import NeutralScales
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge.losses import squared_sum
 from alphasmith.objectives.judge.producer_noise import ProducerNoise
+from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.noise._closed_form import POWERS, ClosedForm
 from alphasmith.objectives.noise._descent import descend
 from alphasmith.objectives.noise._rounding import Rounding, measure
@@ -87,6 +88,7 @@ class NoiseModel:
         energy: Squared norm of the float output on all rows, from an objective of the same, checked data. None: checks the data
             and computes it, for the price of one product.
         range_factor: Static activation range relative to the largest calibrated magnitude, as in ``Smoothing``.
+        unseen: Clipping expected of rows that were not seen, as the exact judge adds it; None: it adds none.
         max_rows: Rows of x that are sampled, and half as many output rows; half of both under fp8.
 
     Raises:
@@ -103,6 +105,7 @@ class NoiseModel:
         shift: Tensor | None = None,
         energy: float | None = None,
         range_factor: float = 1.0,
+        unseen: UnseenClipping | None = None,
         max_rows: int = 512,
     ) -> None:
         if max_rows < 1:
@@ -114,7 +117,7 @@ class NoiseModel:
         self.data = data
         self.scheme = scheme
         self.shift = None if shift is None else self._checked("shift", shift, (data.channels,), torch.float32)
-        self._range_factor = range_factor
+        self._range_factor, self._unseen = range_factor, unseen
         with torch.no_grad():
             self._energy = _output_energy(data) if energy is None else energy
         if not math.isfinite(self._energy):
@@ -270,7 +273,10 @@ class NoiseModel:
         for rounding in roundings:
             size = max(1, limit // rounding.entries.numel())
             total += torch.cat([rounding.errors(chunk) for chunk in torch.split(scales, size)])
-        total += self._producers.error(scales.to(torch.float64).log())
+        logs = scales.to(torch.float64).log()
+        total += self._producers.error(logs)
+        if self._unseen is not None:
+            total += self._unseen.error(logs, self._range_factor, self.shift)
         valid = (torch.isfinite(scales) & (scales > 0)).all(dim=1)
         return torch.where(valid, self._relative(total), torch.nan)
 
@@ -286,6 +292,9 @@ class NoiseModel:
         noise, slope = torch.zeros_like(logs[:, 0]), torch.zeros_like(logs)
         for form in forms:
             part, part_slope = form.noise(logs, power)
+            noise, slope = noise + part, slope + part_slope
+        if self._unseen is not None:
+            part, part_slope = self._unseen.noise(logs, self._range_factor, self.shift, power)
             noise, slope = noise + part, slope + part_slope
         if not self._producers.idle:
             with torch.enable_grad():

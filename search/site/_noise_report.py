@@ -41,15 +41,15 @@ class Surrogate:
         data: Search rows of the site.
         settings: Settings of the search, which may do without a noise model.
         frames: Ways to look at the site.
-        energy: Squared norm of the float output on all rows.
+        judge: Exact judge on the search rows.
     """
 
-    def __init__(self, data: SiteData, settings: SiteSettings, frames: Parametrizations, *, energy: float) -> None:
+    def __init__(self, data: SiteData, settings: SiteSettings, frames: Parametrizations, judge: SiteObjective) -> None:
         self.reason, self.seconds = "", 0.0
         self._proposer: Proposer | None = None
         if settings.search.noise_model:
             try:
-                self._proposer = Proposer(data, settings, frames, energy=energy)
+                self._proposer = Proposer(data, settings, frames, energy=judge.reference_energy, unseen=judge.unseen)
             except NonFiniteError as error:
                 self.reason = str(error)
 

@@ -63,10 +63,8 @@ def open_site(
         start: When the search began, by ``time.perf_counter``.
     """
     k, search = settings.groups.k, settings.search
-    frames = Parametrizations(
-        data, settings, k=1 if k == "auto" else k, percentile=lambda s: judge.range_factor(s, search.range_percentile)
-    )
-    surrogate = Surrogate(data, settings, frames, energy=judge.reference_energy)
+    frames = Parametrizations(data, settings, judge, k=1 if k == "auto" else k)
+    surrogate = Surrogate(data, settings, frames, judge)
     scorer = SiteScorer(judge, frames.smoothing, start=start)
     lead = None if k == "auto" else _lead(frames, surrogate, scorer)
     single, grid = _best_single(frames, surrogate, judge, rows=scorer.rungs[0], points=search.single_alphas)

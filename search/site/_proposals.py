@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from alphasmith.objectives.calibration.site_data import SiteData
+from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.noise.model import NoiseModel
-from alphasmith.objectives.smoothing import coefficient_map
+from alphasmith.objectives.smoothing import Smoothing, coefficient_map
 from alphasmith.search.site.parametrization import Parametrization, Parametrizations, Ranges
 from alphasmith.search.site.settings import SiteSettings
 from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA, AlphaRange
@@ -21,6 +22,8 @@ _MOST = 4
 _NEAR = 1.5
 #: Steps of a descent, and of the one that makes the first proposal.
 _STEPS, _LEAD_STEPS = 40, 10
+#: Alpha whose range the noise model takes for all; the exact judge takes each candidate's own.
+_TYPICAL_ALPHA = 0.75
 #: An alpha this close to the end of its range is held back by it.
 _AT_BOUND = 1e-6
 #: What leaving the ranges must promise to be worth a candidate, as a share of the predicted loss.
@@ -35,18 +38,39 @@ class Proposer:
         settings: Settings of the search; proposals have the first one of its range statistics.
         frames: Ways to look at the site; their shifts decide which models are made.
         energy: Squared norm of the float output on all rows.
+        unseen: Clipping expected of rows that were not seen.
 
     Raises:
         NonFiniteError: The rows or weights hold NaN or infinity.
     """
 
-    def __init__(self, data: SiteData, settings: SiteSettings, frames: Parametrizations, *, energy: float) -> None:
+    def __init__(
+        self,
+        data: SiteData,
+        settings: SiteSettings,
+        frames: Parametrizations,
+        *,
+        energy: float,
+        unseen: UnseenClipping | None,
+    ) -> None:
         self._data = data
         self._template = Candidate("noise_model", None, range=settings.search.range[0])
         self._strict = settings.groups.ranges == "strict"
-        factor = settings.search.range_margin if self._template.range == "margin" else 1.0
+        margin = settings.search.range_margin
+
+        def factor(frame: Parametrization) -> float:
+            match self._template.range:
+                case "tail":
+                    scales = frame.coefficients.scales(frames.start(frame, _TYPICAL_ALPHA))
+                    return frames.tail_factor(Smoothing(scales=scales, shift=frame.shift))
+                case "margin":
+                    return margin
+            return 1.0
+
         self._models = {
-            centre: NoiseModel(data, settings.scheme, shift=frame.shift, energy=energy, range_factor=factor)
+            centre: NoiseModel(
+                data, settings.scheme, shift=frame.shift, energy=energy, range_factor=factor(frame), unseen=unseen
+            )
             for centre, frame in {frame.centre: frame for frame in frames.values()}.items()
         }
 

@@ -63,6 +63,7 @@ def _variants(
         return ()
     plain = frames.smoothing(replace(winner, range="absmax"))
     useful = {
+        "tail": True,
         "absmax": True,
         "percentile": judge.range_factor(plain, search.range_percentile) < _CLIPS,
         "margin": held_out.range_factor(plain, 100.0) > 1.0,

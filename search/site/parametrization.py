@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -10,6 +10,8 @@ import torch
 
 from alphasmith.objectives.calibration.site_data import SiteData
 from alphasmith.objectives.groups import Grouping, group_channels
+from alphasmith.objectives.judge.site_objective import SiteObjective
+from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.literals import ShiftStatistic
 from alphasmith.objectives.smoothing import LogScales, Smoothing, coefficient_map, smoothing_scales
 from alphasmith.search.config import GroupsConfig
@@ -66,20 +68,33 @@ class Parametrizations(Mapping[ChoiceKey, Parametrization]):
     Args:
         data: The site.
         settings: Settings of its search.
+        judge: Exact judge of the rows searched on, which knows what ranges they ask for.
         k: Groups asked for.
-        percentile: Smoothing -> range factor of the configured percentile.
+        groupings: Parametrization -> groups and shift that are settled; None: they are found.
+        unseen: Clipping expected of rows that were not seen, where other rows than the judge's set the range.
     """
 
     def __init__(
-        self, data: SiteData, settings: SiteSettings, *, k: int, percentile: Callable[[Smoothing], float]
+        self,
+        data: SiteData,
+        settings: SiteSettings,
+        judge: SiteObjective,
+        *,
+        k: int,
+        groupings: Mapping[ChoiceKey, tuple[Grouping, torch.Tensor | None]] | None = None,
+        unseen: UnseenClipping | None = None,
     ) -> None:
         groups, search = settings.groups, settings.search
         self._data = data
         self._settings = settings
-        self._percentile = percentile
+        self._judge, self._unseen = judge, unseen or judge.unseen
         self._producer = data.producer_absmax
         self._betas, self._offsets = groups.betas, groups.offsets
         self._frames: dict[ChoiceKey, Parametrization] = {}
+        self._smoothings: dict[Candidate, Smoothing] = {}
+        if groupings is not None:
+            self._frames = {key: self._frame(key, *facts) for key, facts in groupings.items()}
+            return
         for centre, shift in _shifts(data, search.shift if settings.shiftable else ("none",)).items():
             for statistic in search.statistic:
                 for method in groups.method:
@@ -87,24 +102,8 @@ class Parametrizations(Mapping[ChoiceKey, Parametrization]):
                     grouping = group_channels(
                         activation.cpu(), method=method, k=k, bins=groups.bins, ties=data.ties.cpu()
                     )
-                    frame = Parametrization(
-                        grouping=grouping,
-                        method=method,
-                        statistic=statistic,
-                        centre=centre,
-                        shift=shift,
-                        activation=activation,
-                        coefficients=coefficient_map(
-                            activation,
-                            data.weight_absmax,
-                            grouping.labels,
-                            ties=data.ties,
-                            betas=groups.betas,
-                            offsets=groups.offsets,
-                            producer=self._producer,
-                        ),
-                    )
-                    self._frames[frame.key] = frame
+                    key = (method, statistic, centre)
+                    self._frames[key] = self._frame(key, grouping, shift)
 
     def __getitem__(self, key: ChoiceKey) -> Parametrization:
         return self._frames[key]
@@ -127,7 +126,18 @@ class Parametrizations(Mapping[ChoiceKey, Parametrization]):
 
     def with_k(self, k: int) -> Parametrizations:
         """The same site in another number of groups."""
-        return Parametrizations(self._data, self._settings, k=k, percentile=self._percentile)
+        return Parametrizations(self._data, self._settings, self._judge, k=k)
+
+    def refitted(self, data: SiteData) -> Parametrizations:
+        """The same groups with the statistics, the shifts and the ranges of other rows of the site.
+
+        Args:
+            data: The site with these rows.
+        """
+        unseen = UnseenClipping(data, self._settings.scheme)
+        shifts = {centre: _shift(data, centre) for _, _, centre in self}
+        groupings = {key: (frame.grouping, shifts[frame.centre]) for key, frame in self.items()}
+        return Parametrizations(data, self._settings, self._judge, k=self.k, groupings=groupings, unseen=unseen)
 
     def ranges(self, best_single: float) -> Ranges:
         """Alpha ranges that hold the best single alpha, see :func:`ranges_of`."""
@@ -218,6 +228,12 @@ class Parametrizations(Mapping[ChoiceKey, Parametrization]):
 
     def smoothing(self, candidate: Candidate) -> Smoothing:
         """What a candidate does to the site."""
+        known = self._smoothings.get(candidate)
+        if known is None:
+            known = self._smoothings[candidate] = self._smoothing(candidate)
+        return known
+
+    def _smoothing(self, candidate: Candidate) -> Smoothing:
         frame = self.of(candidate)
         if candidate.alphas is None:  # no smoothing at all, whatever shift is configured
             plain = Smoothing(scales=torch.ones_like(frame.activation))
@@ -232,8 +248,14 @@ class Parametrizations(Mapping[ChoiceKey, Parametrization]):
             case "margin":
                 factor = self._settings.search.range_margin
             case "percentile":
-                factor = self._percentile(plain)
+                factor = self._judge.range_factor(plain, self._settings.search.range_percentile)
+            case "tail":
+                factor = self.tail_factor(plain)
         return Smoothing(scales=plain.scales, shift=plain.shift, range_factor=factor)
+
+    def tail_factor(self, smoothing: Smoothing) -> float:
+        """Range factor at which rounding and the clipping of unseen rows cost least together."""
+        return 1.0 if self._unseen is None else self._unseen.best_factor(smoothing)
 
     def slopes(self, candidate: Candidate) -> torch.Tensor:
         """d log s / d alpha (C,): that of a^alpha alone where the candidate has betas, else of a^alpha / w^(1 - alpha)."""
@@ -248,6 +270,29 @@ class Parametrizations(Mapping[ChoiceKey, Parametrization]):
                 producer=self._producer,
             )
         return of_alpha.features[0] if of_alpha.neutral is None else of_alpha.neutral.follow(of_alpha.features[0])
+
+    def _frame(self, key: ChoiceKey, grouping: Grouping, shift: torch.Tensor | None) -> Parametrization:
+        method, statistic, centre = key
+        data, groups = self._data, self._settings.groups
+        activation = data.magnitudes(statistic, shift)
+        coefficients = coefficient_map(
+            activation,
+            data.weight_absmax,
+            grouping.labels,
+            ties=data.ties,
+            betas=groups.betas,
+            offsets=groups.offsets,
+            producer=self._producer,
+        )
+        return Parametrization(
+            grouping=grouping,
+            method=method,
+            statistic=statistic,
+            centre=centre,
+            shift=shift,
+            activation=activation,
+            coefficients=coefficients,
+        )
 
     def _scales(self, frame: Parametrization, alpha: float) -> torch.Tensor:
         """(C,) scales of one alpha for every channel of ``frame``."""
@@ -289,10 +334,14 @@ def _shifts(data: SiteData, statistics: Sequence[ShiftStatistic]) -> dict[str, t
     peaks = data.input_range.peaks()
     shifts: dict[str, torch.Tensor | None] = {}
     for name in statistics:
-        if name == "none":
-            shifts[name] = None
-            continue
-        shift = data.mean() if name == "mean" else data.input_range.middle(data.ties)
-        if len(statistics) == 1 or bool((shift.abs() > _CENTRED * peaks).any()):
+        shift = _shift(data, name)
+        if shift is None or len(statistics) == 1 or bool((shift.abs() > _CENTRED * peaks).any()):
             shifts[name] = shift
     return shifts or {"none": None}
+
+
+def _shift(data: SiteData, statistic: str) -> torch.Tensor | None:
+    """(C,) what a shift statistic subtracts from every channel; None: nothing."""
+    if statistic == "none":
+        return None
+    return data.mean() if statistic == "mean" else data.input_range.middle(data.ties)

@@ -35,6 +35,8 @@ class SiteResult:
         requested_k: Groups asked for; larger than K when the channels do not support that many.
         candidate: The winner; a baseline when nothing beat it on held-out rows.
         smoothing: What the winner does to the site.
+        refitted: Whether scales, shift and range were taken again from all rows, search and held-out ones, once the winner was chosen. Its
+            losses are always those of before: no row has judged what was fitted to it.
         grouping: Grouping method of the winner.
         statistic: Channel statistic of the winner.
         plain: What the three baselines do to the site: ``identity``, ``alpha_0.5``, ``best_single``.
@@ -63,6 +65,7 @@ class SiteResult:
     grouping: str
     statistic: str
     plain: Mapping[str, Smoothing]
+    refitted: bool
     slopes: torch.Tensor
     search: Losses
     held_out: Losses

@@ -56,7 +56,8 @@ def search_site(
 ) -> SiteResult:
     """Search the smoothing coefficients of ONE layer.
 
-    Three quarters of the rows, drawn with ``seed``, are searched on; the rest judge the winner.
+    Three quarters of the rows, drawn with ``seed``, are searched on; the rest judge the winner. Then its numbers stay, and its scales,
+    shift and range are taken again from all rows, which a deployed layer is better off with; the losses stay those before.
 
     Args:
         x: (T, C) activations, at least 2 rows: a tensor, an array, a data parametrization or lists of numbers.
@@ -100,6 +101,7 @@ def search_site(
         data,
         held_out,
         SiteSettings(scheme=config.scheme.build(), groups=config.groups, search=config.search),
+        everything=linear_site_data(x, w),
         log=None if storage is None else StoredLog(open_optuna(storage), name),
         study_name=None if storage is None else name,
     )
@@ -110,6 +112,7 @@ def search_data(
     held_out: SiteData,
     settings: SiteSettings,
     *,
+    everything: SiteData | None = None,
     log: StudyLog | None = None,
     study_name: str | None = None,
     stop: Callable[[], bool] = never,
@@ -120,6 +123,8 @@ def search_data(
         data: Rows to search on, weights and statistics.
         held_out: Rows that judge the winner; its static ranges must come from ``data``.
         settings: What to try.
+        everything: All rows of the site, from which the scales, the shift and the range of the winner and of the baselines are taken
+            again at the end, when nothing is judged any more; None: they stay those of ``data``.
         log: Keeps the study, and knows what is on record of it; None: nothing is kept.
         study_name: Name of the study, None for a random one.
         stop: Polled before every batch of candidates; return True to stop. What was found by then is on record.
@@ -130,7 +135,7 @@ def search_data(
     """
     start = time.perf_counter()
     with threads_for(sum(part.x.shape[0] * part.weight.numel() for part in data.parts)):
-        judge = SiteObjective(data, settings.scheme, budget=settings.budget)
+        judge = SiteObjective(data, settings.scheme, budget=settings.budget, unseen=True)
         # Made when it is first asked: proposals come before it.
         reserve = cache(lambda: SiteObjective(held_out, settings.scheme, budget=settings.budget))
         leave(stop)
@@ -155,6 +160,8 @@ def search_data(
         limits = rule.losses(verdict, reserve())
         winner = verdict.winner.candidate
         frame = frames.of(winner)
+        if everything is not None:
+            frames = frames.refitted(everything)
         spared = settings.search.single_alphas + settings.search.trials - judge.exact_evaluations
         return SiteResult(
             name=data.name,
@@ -165,6 +172,7 @@ def search_data(
             requested_k=frames.k if settings.groups.k == "auto" else settings.groups.k,
             candidate=winner,
             smoothing=frames.smoothing(winner),
+            refitted=everything is not None,
             grouping=frame.method,
             statistic=frame.statistic,
             plain={c.kind: frames.smoothing(c) for c in opening.baselines},
