@@ -64,6 +64,8 @@ class UnseenClipping:
         self._mean, self._square = _moments(data)
         self._tails = _Tails.of(data, self._read)
         self.shape = self._tails.shape
+        # A tail that few values tell of deserves no weight beyond its own.
+        self._caution = max(1.0, _CAUTION * self._tails.told_by / _EXCESSES)
 
     @torch.no_grad()
     def error(self, logs: Tensor, factor: Tensor | float, shift: Tensor | None = None) -> Tensor:
@@ -126,7 +128,7 @@ class UnseenClipping:
         best = low
         for _ in range(2):
             grid = torch.linspace(low, high, _POINTS, dtype=torch.float64, device=device)
-            cost = self._rounding(logs, grid.exp(), shift) + _CAUTION * self.error(
+            cost = self._rounding(logs, grid.exp(), shift) + self._caution * self.error(
                 logs.expand(_POINTS, -1), grid.exp(), shift
             )
             best = float(grid[int(cost.argmin())])
@@ -163,6 +165,7 @@ class _Tails:
         square: (2, 1, C) mean square of what exceeds it, over the rows that do.
         read: (C,) error at the output, over all rows, for every unit of it: rows that exceed it are as rare as they are.
         shape: Shape of all of them.
+        told_by: Spacings that each was fitted to.
     """
 
     largest: Tensor
@@ -170,6 +173,7 @@ class _Tails:
     square: Tensor
     read: Tensor
     shape: float
+    told_by: int
 
     @classmethod
     def of(cls, data: SiteData, read: Tensor) -> _Tails:
@@ -196,6 +200,7 @@ class _Tails:
             # Exchangeable rows: each of N + 1 is the largest with the same probability.
             read=read / (seen + 1),
             shape=shape,
+            told_by=len(spacings[0]),
         )
 
     def left(self, beyond: Tensor) -> Tensor:
