@@ -132,7 +132,7 @@ def real_cases(model: str, scheme: str, home: Path, *, short: bool) -> Iterator[
 
 
 def _prepared(model: str, scheme: str, seed: int, home: Path, folder: Path, *, short: bool) -> PreparedModel:
-    request = Request(model=model, scheme=scheme, seed=seed, short=short, home=home)
+    request = Request(model=model, scheme=scheme, seed=seed, short=short, sweep=False, home=home)
     with tempfile.TemporaryDirectory() as work:
         config, batches = configured(request, folder, Path(work))
         task = load_task(config, batches=batches)

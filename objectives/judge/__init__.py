@@ -14,7 +14,6 @@
 - ``output_shares``: what every site adds to the error of the model's output, predicted from gradients and measured
 - ``producer_noise``: what a site's scales do to the weights that produce its input, in the loss of a candidate
 - ``site_objective``: exact loss of a site: its rows and weights quantized under given scales
-- ``unseen_rows``: clipping of rows that nobody has seen: what the rows that set a static range cannot show of its error
 """
 
 __all__ = [
@@ -28,5 +27,4 @@ __all__ = [
     "output_shares",
     "producer_noise",
     "site_objective",
-    "unseen_rows",
 ]

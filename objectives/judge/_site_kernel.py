@@ -23,13 +23,13 @@ from alphasmith.objectives.calibration.site_data import SiteData, SitePart
 from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, outputs_by_block, subset_rows
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.producer_noise import ProducerNoise
-from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.quantization.integer_product import (
     ExactProducts,
     integer_gemm_pays,
 )
 from alphasmith.objectives.quantization.quantizers import code_scale, round_codes_
 from alphasmith.objectives.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import Smoothing
 
 _DEFAULT_BUDGET = 2**29  # bytes

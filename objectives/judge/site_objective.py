@@ -3,7 +3,7 @@
     loss = sum ||Q((X - z) / s) Q(W s)^T + W z - X W^T||^2 / sum ||X W^T||^2          over all parts of the site
 
 Rounding of the producers whose rows are divided by s is added, see ``producer_noise``, and on demand what clipping of unseen rows is
-expected to add, see ``unseen_rows``. One candidate costs at most one fp32 product of the site plus element-wise work in preallocated buffers, and a fraction of that
+expected to add, see ``quantization.unseen_rows``. One candidate costs at most one fp32 product of the site plus element-wise work in preallocated buffers, and a fraction of that
 where codes are multiplied as integers; see ``site_kernel``. Source: claims A-2, A-4, A-11, A-12, formulas fA2 to fA5.
 """
 
@@ -27,8 +27,8 @@ from alphasmith.objectives.calibration.site_layout import (
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge._site_kernel import SiteKernel
 from alphasmith.objectives.judge.candidate_batch import CandidateBatch, paired_difference
-from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
 __all__ = [

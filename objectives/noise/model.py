@@ -32,11 +32,11 @@ from alphasmith.objectives.dead_channels import NeutralScales
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge.losses import squared_sum
 from alphasmith.objectives.judge.producer_noise import ProducerNoise
-from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.noise._closed_form import POWERS, ClosedForm
 from alphasmith.objectives.noise._descent import descend
 from alphasmith.objectives.noise._rounding import Rounding, measure
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import SCALE_MAX, SCALE_MIN, LogScales, tie_index, tied_extreme
 
 # Rows whose steps a descent follows: enough for its direction, and the dearest part of a step.

@@ -8,6 +8,7 @@
 - ``quantizers``: symmetric abs-max quantization of weights and activations: formula fA4, its one home
 - ``scheme``: quantization schemes: bits and granularity of weights and activations (claim A-12)
 - ``stack``: several matrices in one tensor, such as the experts of a mixture, kept quantized
+- ``unseen_rows``: clipping of rows that nobody has seen: what the rows that set a static range cannot show of its error
 """
 
-__all__ = ["candidate_model", "integer_product", "payload", "plan", "quantizers", "scheme", "stack"]
+__all__ = ["candidate_model", "integer_product", "payload", "plan", "quantizers", "scheme", "stack", "unseen_rows"]

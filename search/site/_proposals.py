@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from alphasmith.objectives.calibration.site_data import SiteData
-from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.noise.model import NoiseModel
+from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import Smoothing, coefficient_map
 from alphasmith.search.site.parametrization import Parametrization, Parametrizations, Ranges
 from alphasmith.search.site.settings import SiteSettings

@@ -11,8 +11,8 @@ import torch
 from alphasmith.objectives.calibration.site_data import SiteData
 from alphasmith.objectives.groups import Grouping, group_channels
 from alphasmith.objectives.judge.site_objective import SiteObjective
-from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.literals import ShiftStatistic
+from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import LogScales, Smoothing, coefficient_map, smoothing_scales
 from alphasmith.search.config import GroupsConfig
 from alphasmith.search.site.settings import SiteSettings

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphasmith.objectives.judge.site_objective import SiteObjective, linear_site_data
-from alphasmith.objectives.judge.unseen_rows import UnseenClipping
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import Smoothing
 
 STATIC = Scheme.parse("w8a8-channel-static")
