@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from alphasmith.search import RunConfig, run
@@ -27,6 +28,9 @@ class StageClock:
         now = time.perf_counter()
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._begun
         self._name, self._begun = name, now
+
+    def expect(self, costs: Sequence[float]) -> None:
+        """Nothing to show."""
 
     def advance(self, detail: str = "") -> None:
         """Nothing to show."""

@@ -104,6 +104,9 @@ class Stages:
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._begun
         self._begun = now
 
+    def expect(self, costs: Sequence[float]) -> None:
+        """Nothing."""
+
     def advance(self, detail: str = "") -> None:
         """Nothing."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,6 +120,11 @@ class Site:
     def shiftable(self) -> bool:
         """Whether a shift can be applied: every operator's own quantizer sees the tensor, and its bias is what is added."""
         return self.mode != "left" and all(operator.plain and not operator.raw for operator in self.operators)
+
+    @property
+    def weight_count(self) -> int:
+        """Numbers in the weights of its operators: multiply-adds of one row."""
+        return sum(o.in_channels * o.out_channels * math.prod(o.kernel) // o.groups for o in self.operators)
 
 
 @dataclass(frozen=True, kw_only=True)

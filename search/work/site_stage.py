@@ -86,17 +86,21 @@ class SiteStage:
             AlphasmithError: A site failed for good, here or elsewhere.
             Interrupted: ``stop`` said so; what ran has ended after its batch and is on record.
         """
-        total = len(self._source.order)
-        self._progress.stage("searching sites", total)
-        if done := self._board.done():
-            if self._board.driving:
-                self._results |= self._keeper.recall()
-                if bad := sorted(done - self._board.done()):
-                    sites = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-                    self._progress.note(
-                        f"{len(bad)} recorded results are gone, damaged or of another version ({sites}); their sites are searched again"
-                    )
-                done = self._board.done()
+        total, done, bad = len(self._source.order), self._board.done(), list[str]()
+        if done and self._board.driving:
+            self._results |= self._keeper.recall()
+            bad = sorted(done - self._board.done())
+            done = self._board.done()
+        to_come = [name for name in self._source.order if name not in done]
+        self._progress.stage("searching sites", len(to_come))
+        if self._board.driving:  # others would have to fetch the sites for it
+            self._progress.expect([self._source.site(name).weight_count for name in to_come])
+        if bad:
+            sites = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+            self._progress.note(
+                f"{len(bad)} recorded results are gone, damaged or of another version ({sites}); their sites are searched again"
+            )
+        if done or bad:
             self._progress.note(f"{len(done)} of {total} sites are on record and not searched again")
         pause = _POLL
         while True:

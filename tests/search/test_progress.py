@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphasmith.search.progress import PlainLines, TerminalBars, for_terminal
+from alphasmith.objectives.errors import InputError
+from alphasmith.search.progress import PlainLines, TerminalBars, TimeLeft, for_terminal
 
 #: What a bar writes to move and colour what it draws.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -75,14 +78,26 @@ def test_units_done_are_seen_at_every_width(width: int, name: str, total: int, d
 
 
 def test_a_stage_that_ended_is_a_line() -> None:
-    screen, ticks = Screen(), itertools.count(step=2.0)
-    with TerminalBars(screen, clock=lambda: next(ticks)) as bars:
+    screen, now = Screen(), [0.0]
+    with TerminalBars(screen, clock=lambda: now[0]) as bars:
         bars.stage("starting")
+        now[0] = 2.0
         bars.stage("calibrating", 4)
         for _ in range(4):
+            now[0] += 5.0
             bars.advance()
     frames = screen.frames()
-    assert frames.index("starting, 2 s") < frames.index("calibrating 4/4, 2 s")
+    assert frames.index("starting, 2 s") < frames.index("calibrating 4/4, 20 s")
+
+
+def test_a_stage_at_work_says_what_is_left() -> None:
+    screen, now = Screen(), [0.0]
+    with suppress(InterruptedError), TerminalBars(screen, clock=lambda: now[0]) as bars:
+        bars.stage("calibrating", 4)
+        now[0] = 5.0
+        bars.advance()
+        raise InterruptedError  # drawn once more
+    assert any(" 1/4 " in line and line.endswith("15 s left") for line in screen.frames())
 
 
 def test_a_stage_that_failed_is_not_said_to_have_ended() -> None:
@@ -91,3 +106,77 @@ def test_a_stage_that_failed_is_not_said_to_have_ended() -> None:
         bars.stage("calibrating", 4)
         raise InterruptedError
     assert not [line for line in screen.frames() if line.startswith("calibrating")]
+
+
+def told(durations: Sequence[float], costs: Sequence[float] | None = None) -> tuple[list[float], list[float]]:
+    """Time left as estimated after each unit but the last, and as it was."""
+    left = TimeLeft(len(durations), 0.0)
+    if costs is not None:
+        left.expect(costs)
+    assert left.seconds(0.0) is None
+    estimates = []
+    for now in itertools.accumulate(durations):
+        left.advance(now)
+        estimates.append(left.seconds(now) or 0.0)
+    assert estimates[-1] == 0
+    return estimates[:-1], [math.fsum(durations[done:]) for done in range(1, len(durations))]
+
+
+def worst(estimates: Sequence[float], truth: Sequence[float]) -> float:
+    return max(max(guess / true, true / guess) for guess, true in zip(estimates, truth, strict=True))
+
+
+#: Weights and seconds of the sites of one block of an encoder (q k v, o, fc1, fc2).
+BLOCK = ((1152 * 384, 1.9), (384 * 384, 1.4), (1536 * 384, 1.8), (384 * 1536 + 1, 2.9))
+
+
+@given(blocks=st.integers(2, 8), noise=st.lists(st.floats(0.75, 1.3), min_size=32, max_size=32))
+def test_sites_of_different_cost_are_estimated_within_a_factor_of_two(blocks: int, noise: list[float]) -> None:
+    costs, seconds = zip(*(BLOCK * blocks), strict=True)
+    estimates, truth = told([s * n for s, n in zip(seconds, noise, strict=False)], costs)
+    assert worst(estimates, truth) < 2
+
+
+def test_costly_sites_at_the_end_are_seen_coming() -> None:
+    # A convolutional network: few weights at first, many at last.
+    costs = [float(4**stage) for stage in range(5) for _ in range(3)]
+    durations = [0.5 + 0.02 * cost for cost in costs]
+    estimates, truth = told(durations, costs)
+    blind, _ = told(durations)
+    assert worst(estimates[4:], truth[4:]) < 2
+    assert worst(blind[4:], truth[4:]) > 2
+
+
+@given(
+    fixed=st.floats(0.01, 10),
+    slope=st.floats(0, 10),
+    costs=st.lists(st.sampled_from([1.0, 2.0, 5.0, 40.0]), min_size=4, max_size=30),
+)
+def test_a_part_that_grows_with_the_cost_is_learned_from_two_kinds(
+    fixed: float, slope: float, costs: list[float]
+) -> None:
+    costs = [1.0, 40.0, *costs]
+    durations = [fixed + slope * cost for cost in costs]
+    estimates, truth = told(durations, costs)
+    assert estimates[1:] == pytest.approx(truth[1:], rel=1e-6)
+
+
+def test_what_units_take_lately_counts_most() -> None:
+    # A refinement: whole candidates first, then such as are computed in part and stopped early.
+    durations = [8.0, 8.0, 5.0, 5.0, 5.0, 10.0, 5.0, 5.0, 5.0, 5.0, 5.0, 3.0, 3.0, 3.0]
+    estimates, truth = told(durations)
+    assert worst(estimates[1:], truth[1:]) < 2
+    mean = [math.fsum(durations[:done]) / done * (len(durations) - done) for done in range(2, len(durations))]
+    assert worst(estimates[1:], truth[1:]) < worst(mean, truth[1:])
+
+
+def test_time_that_passes_is_not_left() -> None:
+    left = TimeLeft(3, 0.0)
+    left.advance(10.0)
+    assert [left.seconds(now) for now in (10.0, 14.0, 100.0)] == [20.0, 16.0, 0.0]
+
+
+@pytest.mark.parametrize("costs", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan]])
+def test_costs_that_fit_no_stage_are_refused(costs: list[float]) -> None:
+    with pytest.raises(InputError, match="costs"):
+        TimeLeft(2, 0.0).expect(costs)

@@ -20,6 +20,7 @@ from alphasmith.search import RunConfig, RunResult, resume
 from alphasmith.search.inputs.calibration_cache import CalibrationCache
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.launch import recorder
+from alphasmith.search.progress import Silent
 from alphasmith.search.site import result as site_result
 from alphasmith.search.site.result import SiteResult
 from alphasmith.storage.database.connection import open_existing
@@ -47,7 +48,7 @@ from tests.support.run_cases import (
 _CONFIG = "SELECT config, artifacts FROM alphasmith_run"
 
 
-class Notes:
+class Notes(Silent):
     """A progress that remembers what it was told."""
 
     def __init__(self) -> None:

@@ -271,7 +271,7 @@ def test_nobody_claims_a_site_while_its_late_result_is_being_written(database: D
                 return kept
             return super().keep(claim, site, result)
 
-    watching = cast(Board, SimpleNamespace(claim=watched, done=mine.done, fence=mine.fence))
+    watching = cast(Board, SimpleNamespace(claim=watched, done=mine.done, fence=mine.fence, driving=False))
     results = stage(database, watching, run_id, Source("a", "b"), Scripted(frozen), Slow(mine, run_id, {}))
     assert results == {"a": 1.0, "b": 1.0}
     assert mine.tickets()[0].attempts == 3
