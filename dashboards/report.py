@@ -28,7 +28,7 @@ from alphasmith.dashboards.figures.sites import (
 )
 from alphasmith.dashboards.site_table import BASELINES, SITE_TABLE, site_rows
 from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
-from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice, run_verdict, whole_model
+from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice, run_verdict, swept_alpha, whole_model
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import duration, listed, number
 from alphasmith.storage.output.manifest import Manifest
@@ -335,6 +335,7 @@ def _metrics(output: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "columns": [column.heading for column in found.columns or OUTPUT_COLUMNS],
         "rows": rows,
+        "swept": swept_alpha(output),
         "kept": "" if kept == "ours" else VARIANT_NAMES.get(kept, kept),
     }
 

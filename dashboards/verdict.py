@@ -125,6 +125,19 @@ def whole_model(output: Content) -> WholeModel:
     )
 
 
+def swept_alpha(output: Content) -> str:
+    """Which one alpha the whole model was scored with, e.g. ``one alpha for the model: 0.85, the best of 10 at its output``.
+
+    Args:
+        output: The manifest's ``output``.
+
+    Returns:
+        Empty where none was swept.
+    """
+    sweep = output.get("sweep")
+    return f"one alpha for the model: {sweep['alpha']:g}, the best of {sweep['trials']} at its output" if sweep else ""
+
+
 def advice(manifest: Content) -> list[str]:
     """What to do about the rest: where the error comes from, what stays float, what was not measured; a sentence each.
 

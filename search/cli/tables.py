@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphasmith.dashboards.text import is_outside, verdict_of_refinement
-from alphasmith.dashboards.verdict import advice, run_verdict, whole_model
+from alphasmith.dashboards.verdict import advice, run_verdict, swept_alpha, whole_model
 from alphasmith.objectives.sites.coverage import Coverage, CoveredWeight, percent
 from alphasmith.objectives.text import (
     counted,
@@ -113,14 +113,14 @@ def finished_text(manifest: Manifest, trials: int, storage: str, folder: Path, w
     """
     width = width or output_width()
     content = manifest.model_dump(mode="json")
-    kept, refinement = manifest.output.kept, content["refinement"]
+    output, refinement, kept = content["output"], content["refinement"], manifest.output.kept
     reasons = [f"kept {kept}: {g.reason}" for g in manifest.guard if g.proposed == "ours"] if kept != "ours" else []
     told = {Coverage(weights=tuple(CoveredWeight(**w.model_dump()) for w in manifest.weights)).account()}
     told.update(guard.reason for guard in manifest.guard)
     rest = [*advice(content), *(note for note in manifest.notes if note not in told)]
     return _blocks(
         sentences([run_verdict(content)], width),
-        [model_table(content["output"], width), *sentences([*reasons, *_refinement(refinement)], width)],
+        [model_table(output, width), *sentences([swept_alpha(output), *reasons, *_refinement(refinement)], width)],
         [sites_table(manifest.sites, width)],
         [groups_table(manifest.groups, width)],
         sentences(["what is left to do, and what to know:", *(f"- {line}" for line in rest)] if rest else [], width),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphasmith.dashboards.verdict import advice, run_verdict, whole_model
+from alphasmith.dashboards.verdict import advice, run_verdict, swept_alpha, whole_model
 
 PAYLOAD = {"weights_float": 400, "weights_quantized": 100, "other": 30, "model_float": 500, "model_given": 500}
 METRIC = {
@@ -64,6 +64,14 @@ def test_the_table_has_the_variants_that_were_scored() -> None:
     assert (first, of_first[0], of_first[-1]) == ("perplexity (lower is better)", "48.24", "49.31")
     assert (of_second[0], of_second[-1]) == ("0.9700", "failed")
     assert [column.heading for column in whole_model(LOSSES).columns] == [*headings[:3], *headings[4:]]
+
+
+def test_the_swept_alpha_is_told() -> None:
+    assert (
+        swept_alpha({"sweep": {"alpha": 0.85, "trials": 10}})
+        == "one alpha for the model: 0.85, the best of 10 at its output"
+    )
+    assert swept_alpha({"sweep": None}) == swept_alpha({}) == ""
 
 
 def shares(*values: float | None, key: str = "share") -> list[dict[str, Any]]:
