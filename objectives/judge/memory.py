@@ -8,6 +8,7 @@ import platform
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ _JUDGE_WEIGHTS = 256 * 2**20
 #: Bytes per element of one parameter while it is smoothed in float64 and quantized, and while it is folded.
 _REBUILT = 32
 _FOLDED = 20
-#: Most bytes that are worth remembering, and the part of the outputs that weights may take beside them.
-_REMEMBERED_MOST = 2**30
+#: Bytes that are remembered at most, or as many as the model has if these are more; and the part of the outputs that weights
+#: may take beside them.
+_REMEMBERED_MOST = 2**28
 _KEPT_WEIGHTS = 3
 #: Thread pools, packing buffers and lazily loaded code of the numeric libraries; 4 to 27 MiB were measured.
 _LIBRARIES = 32 * 2**20
@@ -215,11 +217,12 @@ class _Predictor:
     def __init__(self, model: nn.Module, sites: Sequence[Site], demand: MemoryDemand) -> None:
         self._demand = demand
         size = demand.batch.size if demand.batch_size is None else demand.batch_size
-        self._forward, self._largest, made = _forward_bytes(model, demand.batch, size)
-        kept = made * demand.remembered // size
-        self.worth_remembering = min(kept + kept // _KEPT_WEIGHTS, _REMEMBERED_MOST)
+        self._forward, self._largest, passed = _forward_bytes(model, demand.batch, size)
+        kept = passed * demand.remembered // size
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
         self._parameters = demand.model_copies * sum(t.nbytes for t in tensors)
+        most = max(_REMEMBERED_MOST, sum(t.nbytes for t in tensors))
+        self.worth_remembering = min(kept + kept // _KEPT_WEIGHTS, most)
         self._copy64 = sum(8 * t.numel() if t.is_floating_point() else t.nbytes for t in tensors)
         watched = [(site, part_layouts(model, site)) for site in sites if not unwatchable(site)]
         self._channels = sum(site.channels for site, _ in watched)
@@ -342,11 +345,21 @@ class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.peak = 0
         self.largest = 0
-        self.made = 0
+        self.passed = 0
         self._now = 0
         # A storage keeps its Python object as long as it lives, so the object's id stands for it.
         self._known = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
         self._live: dict[int, int] = {}
+        self._passed: set[int] = set()
+
+    def passes(self, values: Iterable[Any]) -> None:
+        """Count the storages of tensors in ``passed``, each once."""
+        for value in values:
+            if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                key = id(value.untyped_storage())
+                if key in self._live and key not in self._passed:
+                    self._passed.add(key)
+                    self.passed += self._live[key]
 
     def add(self, values: Iterable[Any]) -> None:
         """Count the storages of tensors that are not counted yet."""
@@ -360,12 +373,12 @@ class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-
             self._live[id(storage)] = size
             weakref.finalize(storage, self._forget, id(storage)).atexit = False
             self._now += size
-            self.made += size
             self.peak = max(self.peak, self._now)
             self.largest = max(self.largest, size)
 
     def _forget(self, key: int) -> None:
         self._now -= self._live.pop(key)
+        self._passed.discard(key)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -377,10 +390,10 @@ class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-
 
 
 def _forward_bytes(model: nn.Module, batch: Batch, size: int) -> tuple[int, int, int]:
-    """Peak of live activations, the largest of them, and all of them together, in a forward of ``size`` samples [bytes]."""
+    """Peak of live activations, the largest, and those between modules, in a forward of ``size`` samples [bytes]."""
     one = _measure(model, batch)
     if size <= batch.size:
-        return one.peak, one.largest, one.made
+        return one.peak, one.largest, one.passed
     two = _measure(model, _doubled(batch))
     steps = (size - batch.size) / max(batch.size, 1)
 
@@ -390,7 +403,7 @@ def _forward_bytes(model: nn.Module, batch: Batch, size: int) -> tuple[int, int,
     return (
         extrapolated(one.peak, two.peak),
         extrapolated(one.largest, two.largest),
-        extrapolated(one.made, two.made),
+        extrapolated(one.passed, two.passed),
     )
 
 
@@ -412,7 +425,14 @@ def _doubled(batch: Batch) -> Batch:
 def _measure(model: nn.Module, batch: Batch) -> _StorageMeter:
     meter = _StorageMeter(known=(*model.parameters(), *model.buffers()))
     meter.add(tree_leaves((batch.args, dict(batch.kwargs))))
-    with evaluating(model), torch.no_grad(), meter:
+
+    def passed(_: nn.Module, inputs: Any, output: Any) -> None:
+        meter.passes(tree_leaves((inputs, output)))
+
+    with evaluating(model), torch.no_grad(), ExitStack() as hooks, meter:
+        for module in model.modules():
+            if any(parameter is not None for parameter in module._parameters.values()):
+                hooks.callback(module.register_forward_hook(passed).remove)
         call(model, batch)
     return meter
 

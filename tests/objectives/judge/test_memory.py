@@ -155,7 +155,7 @@ def test_what_is_remembered_takes_memory_that_is_left(samples: int, spare: int) 
     plan = fit_rows(model, sites, rows=64, budget=bare.total + spare, demand=_demand(batch, remembered=samples))
     assert plan.total <= bare.total + spare
     assert (plan.rows, plan.proof, plan.candidate) == (bare.rows, bare.proof, bare.candidate + plan.remembered)
-    # Every tensor that a forward takes or makes, and a third for weights.
+    # Every tensor that an operator takes or returns, and a third for weights.
     assert plan.remembered <= samples * 4 * (16 + 64 + 64 + 8) * 4 // 3
     assert spare or plan.remembered == 0
     if samples and spare > 10**6:
