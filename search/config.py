@@ -280,6 +280,8 @@ class SearchConfig(_Section):
             with a ``margin`` on it; several: the best one on held-out rows, which are too few to show the rare rows that the first one allows for.
         range_percentile: Percentile of the largest magnitude of a row that the range ``percentile`` covers.
         range_margin: Factor of the range ``margin`` on the abs-max.
+        objective: What the search at a site lowers (scope ``site``). ``site``: the error of its output, every row and output alike.
+            ``output``: its predicted part of the error of the model's output, by weights of rows and outputs (formula fA10).
         loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric (1 is as good
             as the float model, lower is better). A metric scores search and guard alike on its own data: keep a test set.
         single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha, where the noise model does
@@ -311,6 +313,7 @@ class SearchConfig(_Section):
     range: RangeStatistics = ("tail",)
     range_percentile: float = Field(default=99.9, gt=0, le=100)
     range_margin: float = Field(default=1.1, ge=1, le=4)
+    objective: Literal["site", "output"] = "site"
     loss: OutputLoss = "mse"
     single_alphas: int = Field(default=21, ge=3, le=10_001)
     device: Annotated[Label, Field(max_length=64)] | None = None

@@ -40,6 +40,8 @@ from alphasmith.objectives.sites.types import Operator, Site
 from alphasmith.objectives.smoothing import ChannelRange
 
 _STATE_VERSION = 2
+#: Tensors of a part beside its rows; those that are not there mean None.
+_OF_ROWS = ("sample", "sample_low", "sample_high", "row_weight", "output_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ class Calibration:
             parts = []
             for j, part in enumerate(record.parts):
                 parts.append({"operators": list(part.operators), "kernel_volume": part.kernel_volume})
-                tensors |= _present(f"{i}.{j}", part, ("x", "sample", "sample_low", "sample_high"))
+                tensors |= _present(f"{i}.{j}", part, ("x", *_OF_ROWS))
             tensors |= _present(f"{i}", record, ("low", "high", "rms", "percentile"))
             sites.append({"name": name, "rows_seen": record.rows_seen, "parts": parts})
         structure = {
@@ -219,9 +221,7 @@ class Calibration:
                             operators=tuple(part["operators"]),
                             x=state[f"{i}.{j}.x"],
                             kernel_volume=part["kernel_volume"],
-                            sample=state.get(f"{i}.{j}.sample"),
-                            sample_low=state.get(f"{i}.{j}.sample_low"),
-                            sample_high=state.get(f"{i}.{j}.sample_high"),
+                            **{name: state.get(f"{i}.{j}.{name}") for name in _OF_ROWS},
                         )
                         for j, part in enumerate(entry["parts"])
                     ),
@@ -419,6 +419,8 @@ def _site_part(part: PartRows, operators: Sequence[Operator], parameters: Mappin
         sample=part.sample,
         sample_low=part.sample_low,
         sample_high=part.sample_high,
+        row_weight=part.row_weight,
+        output_weight=part.output_weight,
     )
 
 

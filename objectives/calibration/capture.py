@@ -66,6 +66,8 @@ class PartRows:
         sample_low: (S, C) float32 smallest value per channel of every sampled input of the convolution, at most 0 where it
             pads with zeros; None for linear.
         sample_high: (S, C) float32 likewise the largest value, at least 0 where it pads with zeros.
+        row_weight: (T,) float32 what an error in each row counts at the model's output; None: not known, all alike.
+        output_weight: (O,) float32 likewise at each output of the operators.
     """
 
     operators: tuple[str, ...]
@@ -74,6 +76,8 @@ class PartRows:
     sample: torch.Tensor | None = None
     sample_low: torch.Tensor | None = None
     sample_high: torch.Tensor | None = None
+    row_weight: torch.Tensor | None = None
+    output_weight: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@
 - ``model_objective``: exact loss of a whole candidate model: its output against the float model's on identical data
 - ``output_shares``: what every site adds to the error of the model's output, predicted from gradients and measured
 - ``producer_noise``: what a site's scales do to the weights that produce its input, in the loss of a candidate
+- ``sensitivity``: what an error in a row and at an output of a site counts at the model's output
 - ``site_objective``: exact loss of a site: its rows and weights quantized under given scales
 """
 
@@ -26,5 +27,6 @@ __all__ = [
     "model_objective",
     "output_shares",
     "producer_noise",
+    "sensitivity",
     "site_objective",
 ]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from alphasmith.objectives.calibration.capture import evaluating
 from alphasmith.objectives.judge.losses import squared_sum
+from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output
+from alphasmith.objectives.text import error_line, size_text
+
+#: Gradients alive at a time, as multiples of the largest output of an operator.
+_LIVE = 4
 
 Operators = Mapping[str, Mapping[str, nn.Module]]
 """Site -> operator -> its quantized form, as ``CandidateModel.alone`` makes them."""
@@ -80,7 +86,56 @@ def weight_of(rows: Tensor, loss: Literal["mse", "kl"]) -> float:
     return squared_sum(rows) if loss == "mse" else rows.numel() / max(1, rows.shape[-1] if rows.dim() else 1)
 
 
-class SavedBytes:
+def single_samples(model: nn.Module, batches: Sequence[Batch], most: int) -> list[Batch]:
+    """The first samples one by one, those without a real position left out; whole batches where the model takes no single one."""
+    first = batches[0]
+    if first.size > 1:
+        try:
+            with torch.no_grad(), evaluating(model):
+                call(model, first.narrow(0, 1))
+        except CALL_ERRORS:
+            return list(batches[: max(1, most // first.size)])
+    found: list[Batch] = []
+    for batch in batches:
+        for index in range(min(batch.size, most - len(found))):
+            sample = batch.narrow(index, index + 1)
+            if sample.mask is None or bool(sample.mask.any()):
+                found.append(sample)
+    return found
+
+
+def obstacle(model: nn.Module, operators: Operators, samples: Sequence[Batch], memory: int | None) -> str:
+    """Why gradients cannot be carried back, as far as a forward pass of the largest sample tells, or empty.
+
+    Nothing of its graph is kept: only the bytes are counted that the graph, and errors of the operators' outputs, would take.
+    """
+    saved = _SavedBytes(model)
+    sizes = [0]
+
+    def size_up(_: str, __: nn.Module, ___: Any, ____: Any, output: Tensor) -> Tensor:
+        sizes.append(output.numel() * max(4, output.element_size()))
+        return watched(output) if torch.is_grad_enabled() else output
+
+    sample = max(samples, key=_numbers)
+    try:
+        with frozen(model), torch.enable_grad(), hooked(model, operators, size_up), saved.counting():
+            carries = main_output(call(model, sample)).requires_grad
+    except CALL_ERRORS as error:  # it ran without gradients before: whatever it raises now is about them
+        return f"the model does not run with gradients ({error_line(error)})"
+    if not carries:
+        return "the model's output carries no gradient"
+    need = saved.total + sum(sizes) + _LIVE * max(sizes)
+    if memory is not None and need > memory:
+        return f"a backward pass needs {size_text(need)} of memory, and {size_text(max(0, memory))} are left for it"
+    return ""
+
+
+def _numbers(batch: Batch) -> int:
+    values = (*batch.args, *batch.kwargs.values())
+    return sum(value.numel() for value in values if isinstance(value, Tensor))
+
+
+class _SavedBytes:
     """Counts what a forward pass would keep for its backward pass, and keeps none of it.
 
     Args:

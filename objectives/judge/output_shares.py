@@ -14,10 +14,11 @@ from alphasmith.objectives.calibration.capture import evaluating
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge._output_gradients import (
     Operators,
-    SavedBytes,
     direction,
     frozen,
     hooked,
+    obstacle,
+    single_samples,
     watched,
     weight_of,
 )
@@ -26,7 +27,7 @@ from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.smoothing import Smoothing
-from alphasmith.objectives.text import counted, error_line, size_text
+from alphasmith.objectives.text import counted, error_line
 
 #: Samples that shares are computed from, and random projections of each one's output.
 SAMPLES = 16
@@ -35,8 +36,6 @@ PROJECTIONS = 4
 MEASURED = 3
 MEASURED_INSTEAD = 12
 MEASURED_SAMPLES = 8
-#: Gradients alive at a time, as multiples of the largest output of an operator.
-_LIVE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ def output_shares(
             raise InputError(name, f"{value} is below 1", "give a positive number")
     operators = candidate.alone(smoothings)
     model = candidate.model
-    single = _samples(model, batches, samples)
+    single = single_samples(model, batches, samples)
     if not single:
         raise InputError("batches", "hold padding alone", "give batches with real positions")
     if memory is not None:
@@ -188,32 +187,6 @@ class _Pass:
         self._loss: Literal["mse", "kl"] = loss
         self._tallies = {site: _Tally() for site in operators}
         self._weight = 0.0
-
-    def obstacle(self, sample: Batch, memory: int | None) -> str:
-        """Why gradients cannot be carried back, as far as a forward pass tells, or empty; the graph is not kept."""
-        saved = SavedBytes(self._model)
-        sizes = [0]
-
-        def size_up(_: str, __: nn.Module, ___: Any, ____: Any, output: Tensor) -> Tensor:
-            sizes.append(output.numel() * max(4, output.element_size()))
-            return watched(output) if torch.is_grad_enabled() else output
-
-        try:
-            with (
-                frozen(self._model),
-                torch.enable_grad(),
-                hooked(self._model, self._operators, size_up),
-                saved.counting(),
-            ):
-                carries = main_output(call(self._model, sample)).requires_grad
-        except CALL_ERRORS as error:  # it ran without gradients before: whatever it raises now is about them
-            return f"the model does not run with gradients ({error_line(error)})"
-        if not carries:
-            return "the model's output carries no gradient"
-        need = saved.total + sum(sizes) + _LIVE * max(sizes)
-        if memory is not None and need > memory:
-            return f"a backward pass needs {size_text(need)} of memory, and {size_text(max(0, memory))} are left for it"
-        return ""
 
     def observe(self, sample: Batch) -> None:
         """Run one sample forward without gradients: site losses alone."""
@@ -286,7 +259,7 @@ def _predict(
     step: Callable[[], None],
 ) -> _Prediction:
     run = _Pass(model, operators, loss)
-    failure = run.obstacle(max(samples, key=_numbers), memory)
+    failure = obstacle(model, operators, samples, memory)
     for index, sample in enumerate(samples):
         step()
         if failure:
@@ -349,26 +322,3 @@ def _difference(rows: Tensor, reference: Tensor, loss: Literal["mse", "kl"]) -> 
         return squared_sum(rows.to(torch.float32) - reference.to(torch.float32))
     except NonFiniteError:
         return math.inf
-
-
-def _samples(model: nn.Module, batches: Sequence[Batch], most: int) -> list[Batch]:
-    """The first samples one by one, those without a real position left out; whole batches where the model takes no single one."""
-    first = batches[0]
-    if first.size > 1:
-        try:
-            with torch.no_grad(), evaluating(model):
-                call(model, first.narrow(0, 1))
-        except CALL_ERRORS:
-            return list(batches[: max(1, most // first.size)])
-    found: list[Batch] = []
-    for batch in batches:
-        for index in range(min(batch.size, most - len(found))):
-            sample = batch.narrow(index, index + 1)
-            if sample.mask is None or bool(sample.mask.any()):
-                found.append(sample)
-    return found
-
-
-def _numbers(batch: Batch) -> int:
-    values = (*batch.args, *batch.kwargs.values())
-    return sum(value.numel() for value in values if isinstance(value, Tensor))

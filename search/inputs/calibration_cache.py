@@ -70,6 +70,8 @@ class CalibrationCache:
             "percentile": search.percentile,
             "torch": torch.__version__,
         }
+        if search.objective == "output":
+            made_from["weights"] = search.objective
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     def load(self, sites: Sequence[Site], rows: int) -> tuple[Calibration, Calibration] | None:

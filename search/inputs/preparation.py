@@ -33,6 +33,7 @@ from alphasmith.objectives.text import listed, matches, size_text
 from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import search_device
 from alphasmith.search.inputs._plain_model import float_output, plain_model, with_stacks_that_answer
+from alphasmith.search.inputs._weighed_rows import weigh_rows
 from alphasmith.search.inputs.calibration_cache import CalibrationCache
 from alphasmith.search.inputs.hardware import Scarcity, required_budget, scarcity, target_budget
 from alphasmith.search.inputs.task import Task, score_float
@@ -282,6 +283,9 @@ def prepare(
     else:
         calibration = record("calibrating", task.calibration, search.seed)
         held_out = record("held-out rows", task.held_out, search.seed + 1)
+        if search.objective == "output" and search.scope == "site":
+            splits = ((calibration, task.calibration, search.seed), (held_out, task.held_out, search.seed + 1))
+            calibration, held_out = weigh_rows(config, found.model, watched, splits, plan, progress, stop)
         if known is not None:
             known.save(watched, plan.rows, calibration, held_out)
     missing = {**calibration.missing, **held_out.missing}

@@ -75,7 +75,11 @@ class PublishedSite:
                 raise InputError(f"site {self.site.name}", problem, "search that site first")
             weights.fold(before, smoothings[before.name])
         data = self.calibration.site_data(self.site, weights, producers=self.producers)
-        return data, self.held_out.site_data(self.site, weights, ranges_from=self.calibration, producers=self.producers)
+        reserve = self.held_out.site_data(self.site, weights, ranges_from=self.calibration, producers=self.producers)
+        if not self.depends_on or all(part.output_weight is None for part in data.parts):
+            return data, reserve
+        pristine = self.calibration.site_data(self.site, self.weights)
+        return _in_folded_outputs(data, pristine), _in_folded_outputs(reserve, pristine)
 
     def weights_state(self) -> dict[str, Tensor]:
         """The site, its weights and what it depends on as tensors, e.g. for safetensors."""
@@ -105,6 +109,22 @@ class PublishedSite:
             depends_on=kept.depends_on,
             producers=kept.producers,
         )
+
+
+def _in_folded_outputs(data: SiteData, pristine: SiteData) -> SiteData:
+    """Weights of outputs that were found in the float model, for weights whose rows are divided by other sites' scales s.
+
+    What such an output is off by, the next site multiplies by s: an error counts s^2 times as much.
+    """
+    parts = []
+    for part, before in zip(data.parts, pristine.parts, strict=True):
+        weight = part.output_weight
+        if weight is not None:
+            size, was = (torch.linalg.vector_norm(p.weight, dim=1, dtype=torch.float64) for p in (part, before))
+            divided = torch.where((size > 0) & (was > 0), was / size, 1.0)
+            weight = (weight * divided.square()).to(torch.float32)
+        parts.append(replace(part, output_weight=weight))
+    return replace(data, parts=tuple(parts))
 
 
 def publish(

@@ -47,6 +47,21 @@ def test_whoever_writes_into_anothers_weights_comes_first(tmp_path: Path) -> Non
         assert sorted_.index(f"{layer}.self_attn.o_proj") < sorted_.index(f"{layer}.self_attn.q_proj")
 
 
+def test_the_objective_at_the_output_weighs_the_rows_of_both_splits(tmp_path: Path) -> None:
+    values = {"search": {"objective": "output"}}
+    found = prepared(tmp_path, tiny_llama(), tokens(), values)
+    plain = prepared(tmp_path, tiny_llama(), tokens())
+    for weighed, without in ((found.calibration, plain.calibration), (found.held_out, plain.held_out)):
+        assert set(weighed.sites) == set(without.sites)
+        for name, record in weighed.sites.items():
+            for part, same in zip(record.parts, without.sites[name].parts, strict=True):
+                assert torch.equal(part.x, same.x)
+                assert part.row_weight is not None
+                # Every output of the head is one of the model.
+                assert (float(part.row_weight.std()) > 0) == (name != "lm_head")
+                assert same.row_weight is None
+
+
 def test_splits_are_disjoint_and_depend_on_the_seed(tmp_path: Path) -> None:
     def split(seed: int) -> Task:
         return load_task(settings(tmp_path, {"search": {"seed": seed}}), model=seeded(Mlp), batches=vectors())

@@ -18,7 +18,7 @@ from alphasmith.objectives.calibration.producers import Producers
 from alphasmith.objectives.calibration.site_data import SiteData
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.memory import activation_bytes
-from alphasmith.objectives.judge.site_objective import linear_site_data
+from alphasmith.objectives.judge.site_objective import SiteObjective, linear_site_data
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.discovery import discover
@@ -176,6 +176,41 @@ def test_earlier_winners_change_weights_and_nothing_else(name: str) -> None:
         assert same(tuple(p.x for p in before.parts), tuple(p.x for p in after.parts))
         touched += changed
     assert touched
+
+
+@pytest.mark.parametrize("name", ["llama", "fork", "conv-net"])
+def test_what_earlier_winners_divide_outputs_by_does_not_change_what_they_count(name: str) -> None:
+    case = surveyed(name)
+    plain = {site.name: Smoothing(scales=torch.ones(site.channels)) for site in case.sites}
+    found = winners(case.sites, 7)
+
+    def weighed(calibration: Calibration) -> Calibration:
+        records = {}
+        for number, site in enumerate(case.sites):
+            record = calibration.sites[site.name]
+            data = calibration.site_data(site, case.tensors)
+            parts = zip(record.parts, data.parts, strict=True)
+            records[site.name] = replace(
+                record,
+                parts=tuple(
+                    replace(part, output_weight=0.1 + torch.rand(len(of.weight), generator=seed_of(number)))
+                    for part, of in parts
+                ),
+            )
+        return replace(calibration, sites=records)
+
+    case = replace(case, calibration=weighed(case.calibration), held_out=weighed(case.held_out))
+    changed = 0
+    for one in published(case, case.sites):
+        for before, after in zip(one.data(plain), one.data(found), strict=True):
+            energies = [SiteObjective(data, Scheme()).reference_energy for data in (before, after)]
+            assert energies[1] == pytest.approx(energies[0], rel=1e-4)
+        changed += bool(one.depends_on)
+    assert changed
+
+
+def seed_of(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
 
 
 def test_a_winner_that_is_not_there_is_named() -> None:
