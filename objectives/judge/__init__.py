@@ -1,6 +1,5 @@
 """The exact loss of a candidate, at a site and at the output; proof and memory.
 
-- ``_output_gradients``: gradients of random projections of the output at the outputs of its operators
 - ``_module_calls``: calls of a model's modules: intercepted, compared, and traced for what they read, take and leave behind
 - ``_prefix``: outputs of a model's modules under one candidate, returned in the place of computing them again for others
 - ``_site_kernel``: squared output errors of quantized rows: the arithmetic behind the exact judge of one site
@@ -11,9 +10,7 @@
 - ``losses``: losses between two outputs on identical data: formula fA5 and its relative and divergence forms
 - ``memory``: peak memory of a run: predicted before it starts, fitted to a budget, measured afterwards
 - ``model_objective``: exact loss of a whole candidate model: its output against the float model's on identical data
-- ``output_shares``: what every site adds to the error of the model's output, predicted from gradients and measured
 - ``producer_noise``: what a site's scales do to the weights that produce its input, in the loss of a candidate
-- ``sensitivity``: what an error in a row and at an output of a site counts at the model's output
 - ``site_objective``: exact loss of a site: its rows and weights quantized under given scales
 """
 
@@ -25,8 +22,6 @@ __all__ = [
     "losses",
     "memory",
     "model_objective",
-    "output_shares",
     "producer_noise",
-    "sensitivity",
     "site_objective",
 ]

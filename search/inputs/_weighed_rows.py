@@ -9,8 +9,8 @@ from torch import nn
 
 from alphasmith.objectives.calibration.calibrate import Calibration
 from alphasmith.objectives.judge.memory import MemoryPlan
-from alphasmith.objectives.judge.sensitivity import unweighed, weighed
 from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.sensitivity.row_weights import unweighed, weighed
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import search_device

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.equivalence import Equivalence, fold_and_prove
 from alphasmith.objectives.judge.memory import measured_peak
-from alphasmith.objectives.judge.output_shares import MEASURED_SAMPLES, SAMPLES, OutputShares, output_shares
 from alphasmith.objectives.literals import Baseline, Variant
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.plan import QuantizationSummary
+from alphasmith.objectives.sensitivity.output_shares import MEASURED_SAMPLES, SAMPLES, OutputShares, output_shares
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.stored_types import rounding_limit, told
 from alphasmith.search.config import RunConfig

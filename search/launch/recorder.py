@@ -18,9 +18,9 @@ from torch import Tensor
 from alphasmith.dashboards.report import render_report
 from alphasmith.dashboards.study_views import annotate_study, study_note
 from alphasmith.dashboards.text import verdict_of_refinement
-from alphasmith.objectives.judge.output_shares import OutputShares
 from alphasmith.objectives.model.hf_folder import architecture_names, save_folder
 from alphasmith.objectives.model.plain_operators import bake_plain
+from alphasmith.objectives.sensitivity.output_shares import OutputShares
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.config import RunConfig
 from alphasmith.search.inputs.preparation import PreparedModel

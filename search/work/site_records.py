@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from alphasmith.objectives.judge.output_shares import OutputShares
+from alphasmith.objectives.sensitivity.output_shares import OutputShares
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.site.result import SiteResult
 from alphasmith.search.study.alpha_ranges import AlphaRange

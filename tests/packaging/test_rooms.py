@@ -20,7 +20,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"calibration"},
         {"quantization"},
         {"judge"},
-        {"noise"},
+        {"noise", "sensitivity"},
         {"demo"},
     ],
     "storage": [

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from alphasmith.dashboards.study_views import HISTORY_ID, LOSSES_ID
 from alphasmith.objectives.errors import InputError, IntegrityError
-from alphasmith.objectives.judge.output_shares import MEASURED
 from alphasmith.objectives.model.loading import parameters_digest
+from alphasmith.objectives.sensitivity.output_shares import MEASURED
 from alphasmith.objectives.smoothing import SCALE_MAX, SCALE_MIN, Smoothing
 from alphasmith.search import RunResult, load_quantized, load_smoothed, run
 from alphasmith.search.checkpoints.verification import undo, verify

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.calibration.calibrate import Calibration, calibrate
-from alphasmith.objectives.judge.sensitivity import unweighed, weighed
 from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.sensitivity.row_weights import unweighed, weighed
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Site
 from tests.support.quantized_models import block_example, pixels_example

@@ -21,9 +21,9 @@ from alphasmith.objectives.calibration.capture import (
     part_layouts,
     part_seed,
 )
-from alphasmith.objectives.judge._output_gradients import direction, frozen, hooked, obstacle, single_samples, watched
 from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
+from alphasmith.objectives.sensitivity._gradients import direction, frozen, hooked, obstacle, single_samples, watched
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.text import counted, error_line
 

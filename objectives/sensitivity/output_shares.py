@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.calibration.capture import evaluating
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from alphasmith.objectives.judge._output_gradients import (
+from alphasmith.objectives.judge.losses import divergences, squared_sum
+from alphasmith.objectives.judge.model_objective import real_rows
+from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
+from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.sensitivity._gradients import (
     Operators,
     direction,
     frozen,
@@ -22,10 +26,6 @@ from alphasmith.objectives.judge._output_gradients import (
     watched,
     weight_of,
 )
-from alphasmith.objectives.judge.losses import divergences, squared_sum
-from alphasmith.objectives.judge.model_objective import real_rows
-from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
-from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import counted, error_line
 

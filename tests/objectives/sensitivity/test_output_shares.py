@@ -15,14 +15,14 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.judge import output_shares as module
-from alphasmith.objectives.judge._output_gradients import direction, weight_of
 from alphasmith.objectives.judge.losses import divergences
 from alphasmith.objectives.judge.model_objective import ModelObjective
-from alphasmith.objectives.judge.output_shares import OutputShares, output_shares
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.sensitivity import output_shares as module
+from alphasmith.objectives.sensitivity._gradients import direction, weight_of
+from alphasmith.objectives.sensitivity.output_shares import OutputShares, output_shares
 from tests.support.quantized_models import SCHEMES, Example, block_example, pixels_example, shifted
 
 EXAMPLES = [block_example(), shifted(block_example()), pixels_example(), shifted(pixels_example())]

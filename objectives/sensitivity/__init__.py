@@ -1,0 +1,8 @@
+"""What the model's output feels of the error of a site, a row, an output: gradients of random projections.
+
+- ``_gradients``: gradients of random projections of the output at the outputs of its operators, and the memory they take
+- ``output_shares``: what every site adds to the error of the model's output, predicted from gradients and measured
+- ``row_weights``: what an error in a row and at an output of a site counts at the model's output
+"""
+
+__all__ = ["output_shares", "row_weights"]
