@@ -12,6 +12,7 @@
 - ``noise``: the model of rounding noise, its optimum, the limit per channel
 - ``quantization``: what is deployed: schemes, quantizers, integer operators, their files
 - ``reading``: what strangers wrote: paths, files and JSON, read within bounds, refused in one line
+- ``sensitivity``: what the model's output feels of the error of a site, a row, an output
 - ``sites``: sites: which operators read which tensor, and what can absorb a scale
 - ``smoothing``: smoothing scales from channel statistics and alphas: formula fA1, its one home
 - ``stored_types``: the types a model's tensors came in: searched in float32, kept in its own type again
@@ -31,6 +32,7 @@ __all__ = [
     "noise",
     "quantization",
     "reading",
+    "sensitivity",
     "sites",
     "smoothing",
     "stored_types",

@@ -23,7 +23,7 @@ from alphasmith.objectives.calibration.capture import (
 )
 from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
-from alphasmith.objectives.sensitivity._gradients import direction, frozen, hooked, obstacle, single_samples, watched
+from alphasmith.objectives.sensitivity._gradients import direction, frozen, hooked, obstacle, watched
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.text import counted, error_line
 
@@ -54,7 +54,7 @@ def weighed(
 ) -> Weighed:
     """Weigh the calibrated rows and the outputs of every site by what the model's output feels. Source: formula fA10.
 
-    Every sample runs once forward and, with one random projection of its output, once backward; squared gradients at the
+    Every batch runs once forward and, with one random projection of every sample's output, once backward; squared gradients at the
     outputs of a site's operators are summed over its rows and over its outputs. Rows are found again by their names (the
     sample and the place within it), as calibration drew them.
 
@@ -65,8 +65,8 @@ def weighed(
         batches: The data that were calibrated on, in that order.
         seed: What the rows were drawn with.
         loss: Loss at the output: ``mse`` or ``kl``.
-        memory: Most bytes of one sample's graph; None: no bound.
-        step: Called before every sample; may raise to leave.
+        memory: Most bytes of a graph: samples run one by one where that of a batch needs more; None: no bound.
+        step: Called after every sample; may raise to leave.
     """
     parts = [
         _Part(site.name, index, model, layout, seed, kept=calibration.sites[site.name].parts[index].x.shape[0])
@@ -76,12 +76,13 @@ def weighed(
     ]
     operators = {f"{part.site}/{part.index}": part.operators for part in parts}
     by_key = dict(zip(operators, parts, strict=True))
-    samples = single_samples(model, batches, sum(batch.size for batch in batches))
     with evaluating(model), unfused_attention():
-        reason = obstacle(model, operators, samples, memory) if samples else "the data hold padding alone"
+        # Whole batches where their graph fits: rows and directions are the same one by one.
+        single = obstacle(model, operators, batches, memory) != ""
+        reason = obstacle(model, operators, _one_by_one(batches), memory) if single else ""
         if not reason:
             try:
-                _collect(model, operators, by_key, batches, loss, seed, step, single=samples[0].size == 1)
+                _collect(model, operators, by_key, batches, loss, seed, step, single=single)
             except CALL_ERRORS as error:  # kernels without a derivative say so in many ways
                 reason = f"gradients cannot be carried back through the model ({error_line(error)})"
     if reason:
@@ -238,19 +239,38 @@ def _collect(
         return parts[key].see(module, output, current)
 
     for batch in batches:
-        for sample in [batch.narrow(i, i + 1) for i in range(batch.size)] if single else [batch]:
-            step()
-            current.start(sample)
-            if sample.mask is None or bool(sample.mask.any()):
+        for some in _one_by_one([batch]) if single else [batch]:
+            current.start(some)
+            if some.mask is None or bool(some.mask.any()):
                 for part in parts.values():
                     part.start()
-                generator = torch.Generator().manual_seed((seed << 20) + current.number)
                 with frozen(model), torch.enable_grad(), hooked(model, operators, see):
-                    rows = real_rows(main_output(call(model, sample)), sample)
-                    torch.autograd.backward(rows, direction(rows.detach(), loss, generator))
+                    output = main_output(call(model, some))
+                    rows = real_rows(output, some)
+                    wanted = _directions(output.detach(), some, loss, (seed << 20) + current.first)
+                    torch.autograd.backward(rows, wanted)
                 for part in parts.values():
                     part.end()
             current.end()
+            for _ in range(some.size):
+                step()
+
+
+def _directions(output: Tensor, batch: Batch, loss: Literal["mse", "kl"], seed: int) -> Tensor:
+    """Random directions of the real rows of an output, each sample's own where samples can be told apart."""
+    if output.dim() == 0 or output.shape[0] != batch.size:
+        return direction(real_rows(output, batch), loss, torch.Generator().manual_seed(seed))
+    found = []
+    for index in range(batch.size):
+        sample = batch.narrow(index, index + 1)
+        if sample.mask is None or bool(sample.mask.any()):
+            rows = real_rows(output[index : index + 1], sample)
+            found.append(direction(rows, loss, torch.Generator().manual_seed(seed + index)))
+    return torch.cat(found)
+
+
+def _one_by_one(batches: Sequence[Batch]) -> list[Batch]:
+    return [batch.narrow(index, index + 1) for batch in batches for index in range(batch.size)]
 
 
 def _normalised(parts: Sequence[PartRows]) -> tuple[PartRows, ...] | None:

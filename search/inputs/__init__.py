@@ -1,6 +1,7 @@
 """What a run works on: model and data, sites, hardware, calibration.
 
 - ``_plain_model``: the model that is searched: plain operators in place of what hides its products
+- ``_weighed_rows``: calibration rows with weights in units of the model's output
 - ``calibration_cache``: calibration rows and statistics in the artifact store
 - ``hardware``: the budget of the machine that will run the model, and how scarce it is
 - ``permission``: code that a record names: it runs only where whoever starts the process names it, too

@@ -163,3 +163,19 @@ def test_what_no_gradient_reaches_stays_as_it_was() -> None:
     small = weighed(calibration, model, sites, batches_of(), seed=0, memory=1)
     assert "memory" in small.reason
     assert small.calibration is calibration
+
+
+def test_too_little_memory_for_a_batch_changes_no_weight() -> None:
+    model, sites = tail()
+    batches = [Batch(args=(torch.cat([batch.args[0] for batch in batches_of(8)]),))]
+    whole = weigh(model, sites, batches)
+    least = next(m for m in range(500, 40_000, 100) if not _refused(model, sites, batches, m))
+    tight = weigh(model, sites, batches, memory=least)
+    for name, record in whole.sites.items():
+        torch.testing.assert_close(record.parts[0].row_weight, tight.sites[name].parts[0].row_weight)
+    assert not _refused(model, sites, batches, None)
+
+
+def _refused(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], memory: int | None) -> bool:
+    calibration = calibrate(model, sites, batches, rows=4, seed=3)
+    return weighed(calibration, model, sites, batches, seed=3, memory=memory).reason != ""
