@@ -100,8 +100,8 @@ def traced(candidate: CandidateModel, forward: Callable[[], Tensor], budget: int
 
 
 def _random_states() -> list[Tensor]:
-    """States of the global generators of every device."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    """States of the global generators of every device in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
 def _listened(model: nn.Module, operators: Collection[nn.Module]) -> dict[str, nn.Module]:

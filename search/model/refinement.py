@@ -147,10 +147,14 @@ def refine(
     )
 
 
-def scores_to_come(sites: Sequence[RefinableSite], search: SearchConfig, context: StudyContext) -> int:
-    """How many candidate models :func:`refine` scores: the winners twice, the probes that are not on record, and the trials."""
+def costs_to_come(sites: Sequence[RefinableSite], search: SearchConfig, context: StudyContext) -> list[float]:
+    """Relative cost of every candidate model that :func:`refine` scores, in order.
+
+    The winners, on the held-out batches and, to be remembered, on those of the search; probes that are not on record, of which
+    much is remembered; and the trials, which change all sites or those of a kind.
+    """
     probes = len(_swaps(sites, search.refine_trials // 2)) if context.noted(_REOPENED) is None else 0
-    return 2 + probes + search.refine_trials
+    return [1.0, 2.0] + [0.8] * probes + [1.5] * search.refine_trials
 
 
 def _nobody() -> None:

@@ -15,7 +15,7 @@ from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import search_device
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.model._refinement_space import RefinableSite
-from alphasmith.search.model.refinement import RefinementResult, refine, scores_to_come
+from alphasmith.search.model.refinement import RefinementResult, costs_to_come, refine
 from alphasmith.search.progress import Progress
 from alphasmith.search.site.result import SiteResult
 from alphasmith.search.study.candidates import BASELINES, Candidate
@@ -49,7 +49,9 @@ def refine_sites(
     """
     by_name = {s.name: s for s in prepared.sites}
     sites = [_refinable(by_name[name], result) for name, result in results.items()]
-    progress.stage("refining at the output", scores_to_come(sites, config.search, context))
+    costs = costs_to_come(sites, config.search, context)
+    progress.stage("refining at the output", len(costs))
+    progress.expect(costs)
     with judge.candidate.restored():  # sites are scored again on the float weights
         context = replace(context, on_trial=lambda _: progress.advance())
         refinement = refine(sites, judge, reserve, config.search, context=context, on_score=progress.advance)

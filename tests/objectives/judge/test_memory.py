@@ -148,6 +148,7 @@ def test_what_only_saves_time_is_given_up_before_rows() -> None:
         assert 0 in (plan.dense, plan.float64)
 
 
+@settings(deadline=None)
 @given(samples=st.integers(0, 10**6), spare=st.integers(0, 10**7))
 def test_what_is_remembered_takes_memory_that_is_left(samples: int, spare: int) -> None:
     model, sites, batch = _model()

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge.equivalence import fold_and_prove
 from alphasmith.objectives.media.batch import Batch
-from alphasmith.objectives.quantization._operator import QuantizedOperator
+from alphasmith.objectives.quantization._operator import OperatorTensors, QuantizedOperator
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.payload import payload
 from alphasmith.objectives.quantization.scheme import Scheme
@@ -286,3 +288,53 @@ def test_folded_weights_are_those_of_folding_one_site_after_the_other() -> None:
             eager |= {name: value for name, value in changed.items() if name not in consumers}
     assert all(torch.equal(lazy[name], value) for name, value in eager.items())
     assert lazy["out.weight"] is pristine["out.weight"]
+
+
+@pytest.mark.parametrize("example", [block_example(), pixels_example()])
+def test_the_way_back_to_the_favourite_quantizes_nothing(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = CandidateModel(copy.deepcopy(example.model), example.sites, example.ranges, Scheme())
+    candidate.apply(example.smoothings)
+    expected = [candidate(*batch.args) for batch in example.batches]
+    candidate.favour(example.smoothings, 2**20)
+    quantized: list[QuantizedOperator] = []
+    requantize = QuantizedOperator.requantize
+
+    def counted(self: QuantizedOperator, tensors: OperatorTensors) -> None:
+        quantized.append(self)
+        requantize(self, tensors)
+
+    monkeypatch.setattr(QuantizedOperator, "requantize", counted)
+    for name in example.smoothings:
+        others = {key: value for key, value in example.smoothings.items() if key != name}
+        candidate.apply(others)
+        assert 0 < len(quantized) < len(candidate.operators)  # the weights of one site, once
+        assert candidate.favoured_bytes > 0
+        quantized.clear()
+        candidate.apply(example.smoothings)
+        assert quantized == []
+        assert candidate.favoured_bytes == 0
+        assert all(
+            torch.equal(candidate(*batch.args), before) for batch, before in zip(example.batches, expected, strict=True)
+        )
+
+
+@settings(deadline=None, max_examples=30)
+@given(limit=st.integers(0, 600), order=st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_no_more_is_kept_for_the_favourite_than_allowed(limit: int, order: list[int]) -> None:
+    example = block_example()
+    candidate, fresh = (
+        CandidateModel(copy.deepcopy(example.model), example.sites, example.ranges, Scheme()) for _ in range(2)
+    )
+    names = list(example.smoothings)
+    candidate.favour(example.smoothings, limit)
+    for position in order:
+        # The favourite, one site less, none at all.
+        kept = (
+            {} if position == 0 else {n: s for n, s in example.smoothings.items() if n != names[position % len(names)]}
+        )
+        for smoothings in (example.smoothings, kept):
+            candidate.apply(smoothings)
+            fresh.reset()
+            fresh.apply(smoothings)
+            assert candidate.favoured_bytes <= limit
+            assert torch.equal(candidate(*example.batches[0].args), fresh(*example.batches[0].args))
