@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,7 @@ def run_text(shown: ShownRun, width: int | None = None) -> str:
         lines.append("its manifest.json cannot be read from here: the whole model's figures and sizes are in it")
     return _blocks(
         sentences([*lines, *_refinement(record.refinement)], width),
-        [sites_table(shown.sites, width)],
+        [sites_table(shown.sites, width, weighted=_weighted(record.config))],
         [groups_table(shown.groups, width)],
     )
 
@@ -121,11 +121,17 @@ def finished_text(manifest: Manifest, trials: int, storage: str, folder: Path, w
     return _blocks(
         sentences([run_verdict(content)], width),
         [model_table(output, width), *sentences([swept_alpha(output), *reasons, *_refinement(refinement)], width)],
-        [sites_table(manifest.sites, width)],
+        [sites_table(manifest.sites, width, weighted=_weighted(manifest.config))],
         [groups_table(manifest.groups, width)],
         sentences(["what is left to do, and what to know:", *(f"- {line}" for line in rest)] if rest else [], width),
         sentences(_facts(manifest, trials, storage, folder), width),
     )
+
+
+def _weighted(config: Mapping[str, Any]) -> bool:
+    """Whether losses of sites are in units of the model's output, by a configuration on record."""
+    search = config.get("search")
+    return isinstance(search, Mapping) and search.get("objective") == "output" and search.get("scope") == "site"
 
 
 def _blocks(*blocks: Sequence[str]) -> str:
@@ -247,12 +253,13 @@ _COLUMNS = (
 )
 
 
-def sites_table(sites: Sequence[SiteRecord], width: int | None = None) -> str:
+def sites_table(sites: Sequence[SiteRecord], width: int | None = None, *, weighted: bool = False) -> str:
     """Held-out losses per site and what was chosen there, those of the largest share of the output error first.
 
     Args:
         sites: In forward order, which stays where no shares are known.
         width: Most characters of a line; None: those of standard output. Where it is short, columns are left out.
+        weighted: Whether the losses weigh rows and outputs by what the model's output feels (``search.objective``).
 
     Returns:
         Empty without sites; sites that are not folded follow with their reasons.
@@ -273,7 +280,7 @@ def sites_table(sites: Sequence[SiteRecord], width: int | None = None) -> str:
     lines = []
     if shown:
         body = [[name, *row] for name, row in zip(short, cells, strict=True)]
-        title = f"{order}; relative squared error on held-out rows"
+        title = f"{order}; {'weighted' if weighted else 'relative'} squared error on held-out rows"
         headings = ["site", *(column.heading for column in columns)]
         lines.append(table(headings, body, title=title, width=width, texts=(_CHOSEN,)))
     if len(found) > MOST_SITES:

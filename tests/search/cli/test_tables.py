@@ -131,6 +131,17 @@ def test_a_result_begins_with_its_verdict() -> None:
     )
 
 
+@pytest.mark.parametrize("objective", ["site", "output"])
+def test_losses_in_units_of_the_output_are_said_to_be_weighted(objective: str) -> None:
+    content = share_of(site_frame(3))
+    losses = {"identity": 8e-3, "alpha_0.5": 4e-4, "best_single": 2.5e-4, "best_single_alpha": 0.65, "ours": 2e-4}
+    content["sites"][0]["losses"] = {"search": losses, "held_out": losses}
+    content["config"]["search"] = {"scope": "site", "objective": objective}
+    text = texts.finished_text(finished(content), 1, "sqlite:///runs.db", Path.cwd() / "out", 80)
+    assert ("weighted squared error on held-out rows" in text) == (objective == "output")
+    assert ("relative squared error on held-out rows" in text) == (objective == "site")
+
+
 def test_what_the_guard_decided_is_said_once() -> None:
     content = share_of(site_frame(3))
     content["output"]["kept"] = "alpha_0.5"
