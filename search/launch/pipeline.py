@@ -297,6 +297,7 @@ def _search(launch: _Launch) -> SearchOutcome:
         if config.search.scope == "site":
             sites = _search_sites(launch, writer)
             if config.search.refine and sites:
+                launch.progress.stage("outputs of the float model")  # no part of the time that sites take
                 judge = ModelObjective(
                     candidate,
                     [b.to(device) for b in task.calibration],

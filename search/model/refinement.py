@@ -151,10 +151,10 @@ def costs_to_come(sites: Sequence[RefinableSite], search: SearchConfig, context:
     """Relative cost of every candidate model that :func:`refine` scores, in order.
 
     The winners, on the held-out batches and, to be remembered, on those of the search; probes that are not on record, of which
-    much is remembered; and the trials, which change all sites or those of a kind.
+    much is remembered; and the trials, of which the first is the winners again and the others change all sites or those of a kind.
     """
     probes = len(_swaps(sites, search.refine_trials // 2)) if context.noted(_REOPENED) is None else 0
-    return [1.0, 2.0] + [0.8] * probes + [1.5] * search.refine_trials
+    return [1.0, 2.0] + [0.8] * probes + [0.01] + [1.5] * (search.refine_trials - 1)
 
 
 def _nobody() -> None:
