@@ -32,7 +32,7 @@ from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice,
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import duration, listed, number
 from alphasmith.storage.output.manifest import Manifest
-from alphasmith.storage.runs.data_frames import REFINEMENT, WHOLE_MODEL, groups_frame, sites_frame, trials_frame
+from alphasmith.storage.runs.data_frames import AT_OUTPUT, WHOLE_MODEL, groups_frame, sites_frame, trials_frame
 from alphasmith.storage.runs.records import TrialRecord
 
 #: Key of a variant's figure -> that of its loss in a search over the whole model.
@@ -161,7 +161,7 @@ def render_page(
     ]
     if trials is not None:
         # Trials of the refinement have losses of the model's output, not of a site.
-        of_sites = trials[trials["site"] != REFINEMENT] if "site" in trials.columns else trials
+        of_sites = trials[~trials["site"].isin(AT_OUTPUT)] if "site" in trials.columns else trials
         figures.append(_figure("history", trial_history(of_sites)))
     rows = site_rows(site_frame)
     environment = jinja2.Environment(
@@ -181,7 +181,7 @@ def render_page(
         library=get_plotlyjs().replace("\r\n", "\n"),
         verdict=run_verdict(manifest),
         sentence=_at_sites(site_frame, output),
-        tiles=_tiles(site_frame, manifest.get("refinement") or {}, trials),
+        tiles=_tiles(site_frame, manifest, trials),
         asked=_asked(manifest, site_frame),
         metrics=_metrics(output),
         advice=advice(manifest),
@@ -284,7 +284,7 @@ def _listed(parts: Sequence[str]) -> str:
     return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts) or "no baseline was scored"
 
 
-def _tiles(sites: pd.DataFrame, refinement: Mapping[str, Any], trials: pd.DataFrame | None) -> list[tuple[str, str]]:
+def _tiles(sites: pd.DataFrame, manifest: Mapping[str, Any], trials: pd.DataFrame | None) -> list[tuple[str, str]]:
     done = _searched(sites)
     tiles: list[tuple[str, str]] = []
     for column, label in (("identity", "of the loss without smoothing"), ("best_single", "of the best single alpha")):
@@ -297,19 +297,21 @@ def _tiles(sites: pd.DataFrame, refinement: Mapping[str, Any], trials: pd.DataFr
         tiles.append((f"{100 * closed:.0f} %", "of the way from best single alpha to the limit (median site)"))
     folded = int((sites["mode"] == "fold").sum())
     tiles.append((f"{folded} of {len(sites)}", "sites folded: no work at run time"))
-    return [*tiles, _effort(sites, refinement, trials)]
+    return [*tiles, _effort(sites, manifest, trials)]
 
 
-def _effort(sites: pd.DataFrame, refinement: Mapping[str, Any], trials: pd.DataFrame | None) -> tuple[str, str]:
-    """Time of all searches and their trials: at the sites, over the whole model, and of the refinement at the output."""
+def _effort(sites: pd.DataFrame, manifest: Mapping[str, Any], trials: pd.DataFrame | None) -> tuple[str, str]:
+    """Time of all searches and their trials: at the sites, over the whole model, and of sweep and refinement at the output."""
     seconds, count = float(sites["seconds"].sum()), int(pd.to_numeric(sites["trials"]).sum())
     if trials is not None and {"site", "seconds"} <= set(trials.columns):
         whole = trials[trials["site"] == WHOLE_MODEL]
         seconds, count = seconds + float(whole["seconds"].sum()), count + len(whole)
-    at_output = float(refinement.get("seconds") or 0)
+    sweep = (manifest.get("output") or {}).get("sweep")
+    parts_at_output = [part for part in (sweep, manifest.get("refinement")) if part]
+    at_output = sum(float(part.get("seconds") or 0) for part in parts_at_output)
     total = seconds + at_output
-    count += int(refinement.get("trials") or 0)
-    parts = f" ({duration(at_output)} of it the refinement at the output)" if at_output else ""
+    count += sum(int(part.get("trials") or 0) for part in parts_at_output)
+    parts = f" ({duration(at_output)} of it at the output)" if at_output else ""
     return duration(total), f"of search{parts}, {count} trials"
 
 
@@ -349,6 +351,7 @@ def _refinement(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     for site, change in (entry.get("changed") or {}).items():
         alike.setdefault(str(change), []).append(str(site))
     facts = facts_of({"reason": entry.get("reason")}) if entry.get("accepted") else []  # the sentence has it otherwise
+    facts += [(f"study of {step['name']}", verdict_of_refinement(step)) for step in entry.get("steps") or ()]
     facts += [(f"alphas of {kind}", f"{delta:+.3f}") for kind, delta in (entry.get("deltas") or {}).items()]
     facts += [(f"now {change}", listed(sites, 8)) for change, sites in alike.items()]
     facts += facts_of({key: entry.get(key) for key in ("trials", "seconds")})

@@ -9,11 +9,13 @@ SiteMode = Literal["fold", "explicit", "left"]
 #: What becomes of a weight.
 WeightStatus = Literal["quantized", "float"]
 #: Where a candidate comes from; that of the winner is the winner's kind.
-CandidateKind = Literal["identity", "alpha_0.5", "best_single", "noise_model", "sampler", "refined", "reused"]
-#: What every winner is compared with.
-Baseline = Literal["identity", "alpha_0.5", "best_single"]
+CandidateKind = Literal[
+    "identity", "alpha_0.5", "one_alpha", "best_single", "noise_model", "sampler", "refined", "reused"
+]
+#: What every winner is compared with; ``one_alpha`` is one alpha for the whole model, the best at its output.
+Baseline = Literal["identity", "alpha_0.5", "one_alpha", "best_single"]
 #: What the model's output is scored with: the baselines, and the winners of the search.
-Variant = Literal["identity", "alpha_0.5", "best_single", "ours"]
+Variant = Literal["identity", "alpha_0.5", "one_alpha", "best_single", "ours"]
 #: Whether every site has its own search, or the model has one.
 Scope = Literal["site", "model"]
 #: What a search at the model's output lowers.
@@ -23,8 +25,10 @@ OutputLoss = Literal["mse", "kl", "task"]
 GroupMethod = Literal["range", "kmeans", "outlier", "multi_outlier", "mean_difference"]
 #: What is taken of the activations of a channel.
 ChannelStatistic = Literal["absmax", "percentile", "rms"]
-#: How the static range of an activation is set.
-RangeStatistic = Literal["tail", "absmax", "percentile", "margin"]
+#: How a search may set the static range of an activation.
+SearchedRange = Literal["tail", "absmax", "percentile", "margin"]
+#: How it is set in the end; ``output``: as the model's output asked for, clipped or widened.
+RangeStatistic = Literal[SearchedRange, "output"]
 #: What is subtracted from every channel before it is scaled.
 ShiftStatistic = Literal["none", "mean", "middle"]
 

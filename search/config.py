@@ -21,8 +21,8 @@ from alphasmith.objectives.literals import (
     GroupMethod,
     MediaKind,
     OutputLoss,
-    RangeStatistic,
     Scope,
+    SearchedRange,
     ShiftStatistic,
 )
 from alphasmith.objectives.quantization.scheme import (
@@ -71,7 +71,7 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
 GroupMethods = Annotated[tuple[GroupMethod, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
 ChannelStatistics = Annotated[tuple[ChannelStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
 ShiftStatistics = Annotated[tuple[ShiftStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
-RangeStatistics = Annotated[tuple[RangeStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
+RangeStatistics = Annotated[tuple[SearchedRange, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
 Bytes = Annotated[int, Field(gt=0, lt=2**63), BeforeValidator(parse_bytes)]
 #: Numbers of things: more would not fit into what holds them (columns of databases, indices of tensors).
 MANY = 10**7
@@ -155,7 +155,7 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Media: what kind, where, how many. Calibration, held-out and proof samples are disjoint.
+    """Media: what kind, where, how many. Calibration, tuning, held-out and proof samples are disjoint.
 
     Attributes:
         kind: Kind of media; ``auto`` looks at the files.
@@ -170,6 +170,8 @@ class DataConfig(_Section):
         metric_name: Which of several numbers is the task metric; None: the first.
         metric_goal: Whether a higher (``max``) or a lower (``min``) metric is better.
         samples: Calibration samples.
+        tuning: Samples on which choices at the model's output are made: their extremes set no range, so that a choice that clips
+            unseen data is seen to. 0: the calibration samples.
         held_out: Samples that judge the winner.
         proof: Samples on which float equivalence is proven; used for nothing else.
         batch_size: Samples per forward call at most. Changes memory and time only: a run continues with another one.
@@ -188,6 +190,7 @@ class DataConfig(_Section):
     metric_name: Annotated[Label, Field(max_length=512)] | None = None
     metric_goal: Literal["max", "min"] = "max"
     samples: int = Field(default=64, gt=0, le=MANY)
+    tuning: int = Field(default=32, ge=0, le=MANY)
     held_out: int = Field(default=32, gt=0, le=MANY)
     proof: int = Field(default=8, gt=0, le=MANY)
     batch_size: int = Field(default=8, gt=0, le=2**16)
@@ -288,12 +291,13 @@ class SearchConfig(_Section):
             not find it.
         device: Torch device of the search; None: the first GPU, else the CPU.
         threads: CPU threads of the search at most; None: as many as torch takes (``OMP_NUM_THREADS``). Small sites are searched on one in any case.
-        guard: ``site``: every site is at least as good as identity and its best single alpha on held-out rows, and the
-            whole model is no worse than without smoothing at its output.
-            ``output``: as well, the whole model falls back to the best baseline when that has a lower held-out output loss.
-        refine: After the sites (scope ``site``), a small study at the model's output over what site losses cannot see. Its
-            winner is kept only if the held-out output loss falls by more than its paired standard error.
-        refine_trials: Trials of that study.
+        guard: ``output``: the whole model falls back to a baseline (no smoothing, alpha 0.5, one alpha for the whole model,
+            the best single alpha of every site) when that has a lower held-out loss at the output. ``site``: it does only
+            where the winners of the sites are worse than no smoothing.
+        refine: After the sites (scope ``site``), two studies at the model's output over what site losses cannot see: of kinds of
+            sites, then of the sites with the largest losses. What each finds is kept only if the held-out output loss falls by
+            more than its paired standard error.
+        refine_trials: Trials of each of them at most.
         reuse: Start the search at a site from the winner that an earlier run in the same storage recorded for it under the same
             scheme (scope ``site``).
     """
@@ -318,9 +322,9 @@ class SearchConfig(_Section):
     single_alphas: int = Field(default=21, ge=3, le=10_001)
     device: Annotated[Label, Field(max_length=64)] | None = None
     threads: int | None = Field(default=None, ge=1, le=2**14)
-    guard: Literal["site", "output"] = "site"
+    guard: Literal["site", "output"] = "output"
     refine: bool = True
-    refine_trials: int = Field(default=8, ge=4, le=MANY)
+    refine_trials: int = Field(default=60, ge=4, le=MANY)
     reuse: bool = True
 
 

@@ -27,7 +27,7 @@ _MODEL = {
 }
 _STEPS, _RATE, _BATCH = 400, 1e-3, 64
 _NOISE = 0.3  # added to training pixels; one to three points of accuracy on so few images
-_TEST, _CALIBRATION, _HELD_OUT, _PROOF = 500, 128, 96, 32
+_TEST, _CALIBRATION, _TUNING, _HELD_OUT, _PROOF = 500, 128, 64, 96, 32
 _GAINS = (40.0, 60.0)
 _EVALUATION_BATCH = 100
 _PROCESSOR = {
@@ -46,7 +46,7 @@ def image_demo(seed: int, cache_dir: Path, progress: Progress | None = None) -> 
     """The digits demo: 8x8 images, 17 tokens, 4 layers of width 64, ten classes.
 
     500 images are test data. The model is trained on the rest but for 96 held-out and 32 proof images; calibration uses
-    128 of the training images.
+    128 of the training images, tuning 64 others.
     """
     pixels, labels = _digits()
     # The division into splits does not depend on the seed: metrics of different seeds are on the same test data.
@@ -85,6 +85,7 @@ def image_demo(seed: int, cache_dir: Path, progress: Progress | None = None) -> 
         model=spiked,
         splits=Splits(
             calibration=_batches(pixels, labels, training[:_CALIBRATION]),
+            tuning=_batches(pixels, labels, training[_CALIBRATION : _CALIBRATION + _TUNING]),
             held_out=_batches(pixels, labels, held_out),
             proof=_batches(pixels, labels, proof),
         ),

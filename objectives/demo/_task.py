@@ -27,7 +27,7 @@ class DemoTask:
         name: ``image`` or ``text``.
         description: What it is, for the user; says that the outliers are synthetic.
         model: Trained, in evaluation mode, with outliers.
-        splits: Calibration, held-out and proof batches; none of them is in the metric's test data.
+        splits: Calibration, tuning, held-out and proof batches; none of them is in the metric's test data.
         metric: Task metric of a model that is called as ``model`` is, on test data nothing else uses.
         metric_name: ``accuracy`` (share) or ``perplexity`` (per token).
         higher_is_better: Direction of the metric.
@@ -49,6 +49,11 @@ class DemoTask:
     def calibration(self) -> tuple[Batch, ...]:
         """Batches for statistics and trials."""
         return tuple(self.splits.calibration)
+
+    @property
+    def tuning(self) -> tuple[Batch, ...]:
+        """Batches for choices at the model's output."""
+        return tuple(self.splits.tuning)
 
     @property
     def held_out(self) -> tuple[Batch, ...]:
@@ -102,7 +107,7 @@ def write_hf_folder(task: DemoTask, folder: Path) -> Path:
 
 
 def write_media(task: DemoTask, folder: Path) -> Path:
-    """Write the calibration, held-out and proof samples of a demo as files, as a user would have them.
+    """Write the calibration, tuning, held-out and proof samples of a demo as files, as a user would have them.
 
     Images become PNG files that give exactly the same tensors again; text becomes ``text.jsonl``.
 
@@ -117,7 +122,7 @@ def write_media(task: DemoTask, folder: Path) -> Path:
         InputError: The folder holds something, or cannot be written.
     """
     _make_folder(folder)
-    batches = (*task.calibration, *task.held_out, *task.proof)
+    batches = (*task.calibration, *task.tuning, *task.held_out, *task.proof)
     try:
         if task.name == "image":
             pixels = torch.cat([batch.kwargs["pixel_values"] for batch in batches])

@@ -145,19 +145,20 @@ class CandidateBatch:
         return any(not self._failures[index] and self._rows[index] < self._scorer.rows for index in stack)
 
 
-def is_behind(errors: Tensor, others: Tensor) -> bool:
-    """Whether a candidate's loss is above another's by more than ``CONFIDENCE`` paired standard errors: it may stop.
+def is_behind(errors: Tensor, others: Tensor, confidence: float = CONFIDENCE) -> bool:
+    """Whether a candidate's loss is above another's by more than ``confidence`` paired standard errors: it may stop.
 
     Args:
         errors: Its errors, one per row or sample.
         others: The other's on the same ones; where the lengths differ, those both have are compared.
+        confidence: Paired standard errors.
 
     Raises:
         InputError: There is nothing to compare.
         NonFiniteError: An error is not finite.
     """
     difference, deviation = paired_difference(errors, others.to(errors), 1.0)
-    return difference > 0 and difference > CONFIDENCE * deviation
+    return difference > 0 and difference > confidence * deviation
 
 
 def paired_difference(errors_a: Tensor, errors_b: Tensor, energy: float) -> tuple[float, float]:

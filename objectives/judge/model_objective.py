@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge._prefix import PrefixCache
-from alphasmith.objectives.judge.candidate_batch import is_behind
+from alphasmith.objectives.judge.candidate_batch import CONFIDENCE, is_behind
 from alphasmith.objectives.judge.losses import divergences, relative_loss
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
@@ -204,19 +204,23 @@ class ModelObjective:
         *,
         incumbent: Tensor | None = None,
         protected: int = 0,
+        fewest: int = FEWEST_STEPS,
+        confidence: float = CONFIDENCE,
     ) -> list[ModelScore]:
         """Score several candidates on the same samples and give up those that are clearly behind.
 
         Samples are worked through in rounds that double, and all candidates take part in a round before the next one, so
         that each is built anew once per round only. A candidate stops as soon as its loss is above that of another by more
-        than ``CONFIDENCE`` standard errors of the paired differences, on the samples of ``FEWEST_STEPS`` steps or more that
-        both have seen. Who is stopped, and when, does not depend on the batches. A task metric cannot be raced: then every
+        than ``confidence`` standard errors of the paired differences, on the samples of ``fewest`` steps or more that both have
+        seen. Who is stopped, and when, does not depend on the batches. A task metric cannot be raced: then every
         candidate is scored in full.
 
         Args:
             candidates: As for :meth:`loss`, each.
             incumbent: What :meth:`sample_errors` returned for the candidate to beat, or None.
             protected: The first so many candidates are never stopped.
+            fewest: Steps of the first round, in which nothing is stopped.
+            confidence: Paired standard errors.
 
         Returns:
             One score per candidate, in order.
@@ -229,14 +233,16 @@ class ModelObjective:
         runs = [_Run(self, candidate) for candidate in candidates]
         self.evaluations += len(runs)
         ends = _steps(self._weights.numel())
-        for first, last in _rounds(len(ends)):
+        for first, last in _rounds(len(ends), fewest):
             for number, run in enumerate(runs):
                 rivals = [r for r in runs if r is not run]
                 for index in range(first, last):
-                    if index >= FEWEST_STEPS and number >= protected:
+                    if index >= fewest and number >= protected:
                         others = [r.errors for r in rivals if not r.failure]
                         others += [] if incumbent is None else [incumbent]
-                        run.stopped = run.stopped or any(run.is_behind(other) for other in others)
+                        run.stopped = run.stopped or any(
+                            run.is_behind(other, fewest * STEP, confidence) for other in others
+                        )
                     if run.stopped or run.failure:
                         break
                     try:
@@ -312,12 +318,10 @@ class _Run:
         self._losses.append(relative_loss(math.fsum(self.errors.tolist()), self._objective.weight_of(samples)))
         return self._losses[-1]
 
-    def is_behind(self, other: Tensor) -> bool:
-        """Whether the errors lie above another candidate's on the same samples, beyond the paired standard error."""
+    def is_behind(self, other: Tensor, fewest: int, confidence: float) -> bool:
+        """Whether the errors lie above another candidate's on ``fewest`` common samples or more, beyond the paired standard error."""
         common = min(self.errors.numel(), other.numel())
-        if common < FEWEST_STEPS * STEP:
-            return False
-        return is_behind(self.errors, other)
+        return common >= fewest and is_behind(self.errors, other, confidence)
 
     def score(self) -> ModelScore:
         """How it ended."""
@@ -380,9 +384,9 @@ def _steps(samples: int) -> tuple[int, ...]:
     return (*range(STEP, samples, STEP), samples)
 
 
-def _rounds(steps: int) -> Iterator[tuple[int, int]]:
-    """First and last step (exclusive) of every round of a race."""
-    first, last = 0, min(FEWEST_STEPS, steps)
+def _rounds(steps: int, fewest: int) -> Iterator[tuple[int, int]]:
+    """First and last step (exclusive) of every round of a race whose first one has ``fewest`` steps."""
+    first, last = 0, min(fewest, steps)
     while first < steps:
         yield first, last
         first, last = last, min(2 * last, steps)

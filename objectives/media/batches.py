@@ -125,15 +125,17 @@ class MediaBatches(Sequence[Batch]):
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Three disjoint sets of samples.
+    """Four disjoint sets of samples.
 
     Attributes:
-        calibration: Statistics, reservoirs and trials come from here.
+        calibration: Statistics, ranges and rows of sites come from here.
+        tuning: Choices at the model's output are made here: on data whose extremes set no range. May be empty.
         held_out: The guard scores the winner here; no trial sees it.
         proof: Used by the equivalence proof only.
     """
 
     calibration: MediaBatches
+    tuning: MediaBatches
     held_out: MediaBatches
     proof: MediaBatches
 
@@ -153,9 +155,15 @@ def plan_batches(numbers: Sequence[int], size: int, alike: Sequence[Hashable] = 
 
 
 def split_batches(
-    batches: Sequence[Batch], held_out: float = 0.25, proof: float = 0.125, *, size: int | None = None, seed: int = 0
+    batches: Sequence[Batch],
+    held_out: float = 0.25,
+    proof: float = 0.125,
+    *,
+    tuning: float = 0.0,
+    size: int | None = None,
+    seed: int = 0,
 ) -> Splits:
-    """Divide samples into calibration, held-out and proof, none in two of them, then put them into batches.
+    """Divide samples into calibration, tuning, held-out and proof, none in two of them, then put them into batches.
 
     Samples are dealt out one by one in an order drawn from ``seed``, so that data sorted by class lands in every split, and
     the batches they came in, or go into, change nothing about it.
@@ -164,6 +172,7 @@ def split_batches(
         batches: What ``load_media`` or ``in_memory`` returned; read lazily where it is lazy.
         held_out: Samples for the guard: a share in (0, 1), or a whole number of samples.
         proof: Samples for the equivalence proof, likewise.
+        tuning: Samples for choices at the model's output, likewise; none of them where a share is below half a sample, or 0.
         size: Samples in a batch at most; None: as many as in the largest of ``batches``.
         seed: Draws the order.
 
@@ -175,7 +184,8 @@ def split_batches(
     """
     given = as_media(batches)
     wanted = {"held_out": _count(held_out, given.samples, "held_out"), "proof": _count(proof, given.samples, "proof")}
-    calibration = given.samples - sum(wanted.values())
+    tuned = round(tuning * given.samples) if 0 < tuning < 1 else int(tuning)
+    calibration = given.samples - sum(wanted.values()) - tuned
     if calibration < 1:
         raise InputError(
             "data.samples",
@@ -186,9 +196,10 @@ def split_batches(
     numbers = sorted(number for batch in given.plan for number in batch)
     order = [numbers[int(i)] for i in np.random.default_rng(seed).permutation(given.samples)]
     most = max(given.sizes) if size is None else size
-    first, second = calibration, calibration + wanted["held_out"]
+    first, second = calibration + tuned, calibration + tuned + wanted["held_out"]
     return Splits(
-        calibration=given.regrouped(order[:first], most),
+        calibration=given.regrouped(order[:calibration], most),
+        tuning=given.regrouped(order[calibration:first], most),
         held_out=given.regrouped(order[first:second], most),
         proof=given.regrouped(order[second:], most),
     )

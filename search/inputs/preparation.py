@@ -250,7 +250,7 @@ def prepare(
         percentiles="percentile" in search.statistic,
         outputs=_output_bytes(found, task, config),
         float64_limit=FLOAT64_LIMIT,
-        remembered=sum(batch.size for batch in task.calibration),
+        remembered=sum(batch.size for batch in task.judging),
         stacked=sum(
             found.model.get_parameter(o.weight).numel() for site in found.sites for o in site.operators if o.stacked
         ),
@@ -340,7 +340,7 @@ def _output_bytes(found: Survey, task: Task, config: RunConfig) -> int:
     with torch.no_grad():
         one = main_output(call(found.model, found.example)).nbytes
     compared = list(task.held_out) + (
-        list(task.calibration) if config.search.scope == "model" or config.search.refine else []
+        list(task.judging) if config.search.scope == "model" or config.search.refine else []
     )
     return one * (sum(b.size for b in compared) + 4 * max(b.size for b in compared))
 

@@ -55,7 +55,8 @@ class Task:
         name: Display name of the model, without any path.
         loaded: The float model and where it came from; never changed.
         kind: Origin, for the manifest.
-        calibration: Batches that statistics, rows and trials come from.
+        calibration: Batches that statistics, ranges and rows come from.
+        tuning: Batches on which choices at the model's output are made; empty where there are too few samples.
         held_out: Batches that judge winners.
         proof: Batches on which float equivalence is proven, used for nothing else.
         metric: Task metric, or None.
@@ -68,12 +69,18 @@ class Task:
     loaded: LoadedModel
     kind: ModelKind
     calibration: Sequence[Batch]
+    tuning: Sequence[Batch]
     held_out: Sequence[Batch]
     proof: Sequence[Batch]
     metric: Metric | None
     data_digest: str
     notes: tuple[str, ...] = ()
     companions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def judging(self) -> Sequence[Batch]:
+        """Batches that candidate models are judged on in a search: ``tuning``, or ``calibration`` where that is empty."""
+        return self.tuning or self.calibration
 
 
 def score_float(model: nn.Module, metric: Metric | None, progress: Progress) -> float | None:
@@ -158,10 +165,11 @@ def _demo(config: RunConfig) -> Task:
         loaded=wrap_module(demo.model),
         kind="demo",
         calibration=demo.calibration,
+        tuning=demo.tuning,
         held_out=demo.held_out,
         proof=demo.proof,
         metric=Metric(demo.metric_name, demo.higher_is_better, demo.metric),
-        data_digest=data_digest([*demo.calibration, *demo.held_out, *demo.proof]),
+        data_digest=data_digest([*demo.calibration, *demo.tuning, *demo.held_out, *demo.proof]),
         notes=(demo.description,),
         companions=demo.files,
     )
@@ -169,7 +177,7 @@ def _demo(config: RunConfig) -> Task:
 
 def _batches(config: RunConfig, loaded: LoadedModel, given: Iterable[Any] | None) -> MediaBatches:
     data = config.data
-    wanted = data.samples + data.held_out + data.proof
+    wanted = data.samples + data.tuning + data.held_out + data.proof
     arguments = Arguments.of(loaded.model)
     if given is not None:
         return as_media(in_memory(given, limit=wanted, arguments=arguments))
@@ -234,21 +242,22 @@ def _split(
 ) -> Task:
     data = config.data
     total = batches.samples
-    wanted = data.samples + data.held_out + data.proof
+    wanted = data.samples + data.tuning + data.held_out + data.proof
     notes = (*loaded.notes, *batches.notes)
-    held_out, proof = float(data.held_out), float(data.proof)
+    held_out, proof, tuning = float(data.held_out), float(data.proof), float(data.tuning)
     if total < wanted:
         # Fewer samples than asked for: keep the proportions.
-        held_out, proof = held_out / wanted, proof / wanted
+        held_out, proof, tuning = held_out / wanted, proof / wanted, tuning / wanted
         notes += (f"{total} samples instead of {wanted}: splits keep their proportions",)
-    splits = split_batches(batches, held_out, proof, size=data.batch_size, seed=config.search.seed)
-    # Held-out and proof batches are read several times.
+    splits = split_batches(batches, held_out, proof, tuning=tuning, size=data.batch_size, seed=config.search.seed)
+    # Tuning, held-out and proof batches are read several times.
     reserve = list(splits.held_out)
     return Task(
         name=name,
         loaded=loaded,
         kind=kind,
         calibration=splits.calibration,
+        tuning=list(splits.tuning),
         held_out=reserve,
         proof=list(splits.proof),
         metric=_metric(config, loaded, metric, reserve),

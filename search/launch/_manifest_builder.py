@@ -21,8 +21,9 @@ from alphasmith.search.inputs.hardware import HardwareBudget
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.inputs.task import Task
 from alphasmith.search.launch._outcome import Products, SearchOutcome
-from alphasmith.search.model.refinement import RefinementResult
+from alphasmith.search.model.refinement import RefinementResult, Step
 from alphasmith.search.model.search import ModelResult
+from alphasmith.search.model.sweep import Sweep
 from alphasmith.search.study.guard import Overruled
 from alphasmith.search.study.space import SearchSpace
 from alphasmith.search.work.site_records import group_records, site_record
@@ -47,6 +48,8 @@ from alphasmith.storage.output.entries import (
     ShiftEditEntry,
     SiteEntry,
     SkippedEntry,
+    StepEntry,
+    SweepEntry,
     WeightEntry,
 )
 from alphasmith.storage.output.manifest import Manifest
@@ -178,18 +181,34 @@ def scale_tensors(sites: Sequence[Site], smoothings: Mapping[str, Smoothing]) ->
 
 def refinement_entry(refinement: RefinementResult) -> RefinementEntry:
     """What the refinement at the output did, as manifest and storage keep it."""
+    overall = refinement.overall
     return RefinementEntry(
         accepted=refinement.accepted,
-        before=refinement.before,
-        after=refinement.after,
-        difference=refinement.difference,
-        standard_error=refinement.standard_error,
+        before=overall.before,
+        after=overall.after,
+        difference=overall.difference,
+        standard_error=overall.standard_error,
         reason=refinement.reason,
-        deltas=dict(refinement.deltas),
         changed=dict(refinement.changed),
-        trials=len(refinement.results),
+        steps=tuple(_step(step) for step in refinement.steps),
+        trials=sum(len(step.results) for step in refinement.steps),
         seconds=refinement.seconds,
-        study=refinement.study_name,
+    )
+
+
+def _step(step: Step) -> StepEntry:
+    return StepEntry(
+        accepted=step.accepted,
+        before=step.before,
+        after=step.after,
+        difference=step.difference,
+        standard_error=step.standard_error,
+        reason=step.reason,
+        name=step.name,
+        units=dict(step.units),
+        trials=len(step.results),
+        seconds=step.seconds,
+        study=step.study_name,
     )
 
 
@@ -273,6 +292,7 @@ def _output(found: SearchOutcome, task: Task) -> OutputEntry:
                 float_model=values.get("float"),
                 naive=values.get("identity"),
                 alpha_half=values.get("alpha_0.5"),
+                one_alpha=values.get("one_alpha"),
                 best_single=values.get("best_single"),
                 ours=values.get("ours"),
             ),
@@ -281,6 +301,8 @@ def _output(found: SearchOutcome, task: Task) -> OutputEntry:
     return OutputEntry(
         naive=losses.get("identity"),
         alpha_half=losses.get("alpha_0.5"),
+        one_alpha=losses.get("one_alpha"),
+        sweep=None if found.sweep is None else _sweep(found.sweep),
         best_single=losses.get("best_single"),
         ours=losses.get("ours"),
         kept=found.fallback or "ours",
@@ -288,6 +310,16 @@ def _output(found: SearchOutcome, task: Task) -> OutputEntry:
         search=None if found.whole is None else found.whole.search,
         held_out=None if found.whole is None else found.whole.held_out,
         metrics=metrics,
+    )
+
+
+def _sweep(sweep: Sweep) -> SweepEntry:
+    return SweepEntry(
+        alpha=sweep.alpha,
+        loss=sweep.loss,
+        trials=len(sweep.results),
+        seconds=sweep.seconds,
+        study=sweep.study_name,
     )
 
 

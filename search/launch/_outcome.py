@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from alphasmith.search.inputs.task import Task
 from alphasmith.search.interruption import leave
 from alphasmith.search.model.refinement import RefinementResult
 from alphasmith.search.model.search import ModelResult
+from alphasmith.search.model.sweep import Sweep
 from alphasmith.search.model.variants import Doubt, ModelScores
 from alphasmith.search.progress import Progress
 from alphasmith.search.site.result import SiteResult
@@ -46,6 +47,8 @@ class SearchOutcome:
         scores: Whole-model figures of all variants.
         refinement: What the refinement at the output decided; None where it was off. Its changes are in ``sites`` and
             ``smoothings`` already.
+        sweep: The sweep of one alpha for the whole model (scope ``site``); None where there was none.
+        swept: Results of the sites under that alpha, where it is what the output guard fell back to.
         doubt: A simpler variant that the held-out samples cannot tell from what would be kept; None where they can.
         shares: What every site adds to the error of the model's output, with what is kept; None: not known.
         notes: What people should know of the search, e.g. that there are fewer groups than asked for.
@@ -60,11 +63,15 @@ class SearchOutcome:
     notes: tuple[str, ...] = ()
     doubt: Doubt | None = None
     shares: OutputShares | None = None
+    sweep: Sweep | None = None
+    swept: Mapping[str, SiteResult] = field(default_factory=dict)
 
     def kept(self, result: R) -> R:
         """The result of a site or of the model as it was kept: after a fallback, with the baseline in the winner's place."""
         if self.fallback is None:
             return result
+        if self.fallback == "one_alpha":  # only sites have it: over the whole model the best single alpha is the same
+            return self.swept[result.name] if isinstance(result, SiteResult) else result
         k = len(result.ranges)
         alphas = {"identity": None, "alpha_0.5": (DEFAULT_ALPHA,) * k, "best_single": (result.best_single_alpha,) * k}
         field = {"identity": "identity", "alpha_0.5": "alpha_half", "best_single": "best_single"}[self.fallback]

@@ -44,14 +44,16 @@ from alphasmith.search.launch._lookup import (
 from alphasmith.search.launch._outcome import SearchOutcome, produce, with_shares
 from alphasmith.search.launch.recorder import RunRecorder, RunResult, conclude, written_before
 from alphasmith.search.model.refinement import RefinementResult
-from alphasmith.search.model.refinement_stage import refine_sites
-from alphasmith.search.model.search import ModelResult, SiteStatistics, search_model
+from alphasmith.search.model.refinement_stage import refine_sites, with_one_alpha
+from alphasmith.search.model.search import ModelResult, ModelScales, SiteStatistics, search_model
+from alphasmith.search.model.sweep import SWEEP_TRIALS, Sweep, sweep_alpha
 from alphasmith.search.model.variants import best_variant, kept_variant, score_variants, task_loss, within_noise
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.site.result import SiteResult
 from alphasmith.search.site.settings import SiteSettings
 from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
 from alphasmith.search.study.candidates import TrialResult
+from alphasmith.search.study.types import StudyContext
 from alphasmith.search.study.writer import Writer
 from alphasmith.search.work.plan import plan_sites
 from alphasmith.search.work.session import RunHandle
@@ -60,6 +62,7 @@ from alphasmith.search.work.site_sources import PreparedSites
 from alphasmith.search.work.site_stage import SiteStage
 from alphasmith.storage.artifacts.run_artifacts import RunArtifacts
 from alphasmith.storage.database.connection import Database, check_writable, find_database, opened
+from alphasmith.storage.runs.data_frames import ONE_ALPHA
 from alphasmith.storage.runs.records import RunRecord
 
 
@@ -290,22 +293,17 @@ def _search(launch: _Launch) -> SearchOutcome:
     }
     sites: dict[str, SiteResult] = {}
     whole: ModelResult | None = None
+    sweep: Sweep | None = None
     refinement: RefinementResult | None = None
     kind = config.search.loss if config.search.scope == "model" else "mse"
     reserve = ModelObjective(candidate, held_out, loss=_output_loss(config, task, launch.float_metric))
     with Writer() as writer:
         if config.search.scope == "site":
             sites = _search_sites(launch, writer)
-            if config.search.refine and sites:
-                launch.progress.stage("outputs of the float model")  # no part of the time that sites take
-                judge = ModelObjective(
-                    candidate,
-                    [b.to(device) for b in task.calibration],
-                    loss="mse",
-                    remembered=prepared.plan.remembered,
-                )
-                context = launch.handle.study_context("refinement", writer, device=str(device), stop=launch.stop)
-                sites, refinement = refine_sites(config, prepared, sites, judge, reserve, context, launch.progress)
+            if sites:
+                sites, sweep, refinement = _search_output(launch, sites, ModelScales(statistics), reserve, writer)
+            if sweep is not None:
+                smoothings["one_alpha"] = _single(statistics, sweep.alpha)
             smoothings["best_single"] = {n: r.best_single for n, r in sites.items()}
             smoothings["ours"] = {n: r.smoothing for n, r in sites.items()}
         else:
@@ -332,6 +330,9 @@ def _search(launch: _Launch) -> SearchOutcome:
         notes += (doubt.reason,)
     for note in notes:
         launch.progress.note(f"warning: {note}")
+    swept = {}
+    if kept == "one_alpha" and sweep is not None:
+        swept = with_one_alpha(config, prepared, sites, smoothings["one_alpha"], sweep)
     found = SearchOutcome(
         sites=sites,
         whole=whole,
@@ -341,6 +342,8 @@ def _search(launch: _Launch) -> SearchOutcome:
         scores=scores,
         refinement=refinement,
         notes=notes,
+        sweep=sweep,
+        swept=swept,
     )
     found = with_shares(found, config, task, prepared, candidate, launch.progress, launch.stop)
     launch.recorder.outcome(found)
@@ -374,13 +377,37 @@ def _search_sites(launch: _Launch, writer: Writer) -> dict[str, SiteResult]:
     return stage.results()
 
 
+def _search_output(
+    launch: _Launch, sites: dict[str, SiteResult], scales: ModelScales, reserve: ModelObjective, writer: Writer
+) -> tuple[dict[str, SiteResult], Sweep | None, RefinementResult | None]:
+    """What follows the searches of the sites at the model's output: one alpha swept, then from coarse to fine."""
+    config, task, prepared = launch.config, launch.task, launch.prepared
+    device = search_device(config)
+    launch.progress.stage("outputs of the float model")  # no part of the time that the sweep takes
+    judge = ModelObjective(
+        launch.candidate, [b.to(device) for b in task.judging], loss="mse", remembered=prepared.plan.remembered
+    )
+
+    def context(of: str) -> StudyContext:
+        return launch.handle.study_context(of, writer, device=str(device), stop=launch.stop)
+
+    launch.progress.stage("one alpha for the whole model", SWEEP_TRIALS)
+    heard = replace(context(ONE_ALPHA), on_trial=lambda _: launch.progress.advance())
+    with launch.candidate.restored():
+        sweep = sweep_alpha(scales, judge, config.search, heard)
+    if not config.search.refine:
+        return sites, sweep, None
+    sites, refinement = refine_sites(config, prepared, sites, scales, sweep, judge, reserve, context, launch.progress)
+    return sites, sweep, refinement
+
+
 def _search_whole(
     launch: _Launch, statistics: Mapping[str, SiteStatistics], reserve: ModelObjective, writer: Writer
 ) -> ModelResult:
     config, task, prepared = launch.config, launch.task, launch.prepared
     device = search_device(config)
     loss = _output_loss(config, task, launch.float_metric)
-    judge = ModelObjective(launch.candidate, [b.to(device) for b in task.calibration], loss=loss)
+    judge = ModelObjective(launch.candidate, [b.to(device) for b in task.judging], loss=loss)
 
     def shipped() -> ModelWork:
         return ModelWork(
@@ -389,7 +416,7 @@ def _search_whole(
             ranges=input_ranges(prepared),
             scheme=config.scheme.build(),
             skip=skip_patterns(config, prepared),
-            batches=tuple(task.calibration),
+            batches=tuple(task.judging),
             loss=loss,
         )
 

@@ -43,7 +43,7 @@ from alphasmith.storage.output.entries import MetricEntry, OutputEntry
 from alphasmith.storage.output.manifest import FILE_NAME, Manifest
 from alphasmith.storage.output.output_folder import OutputFolder
 from alphasmith.storage.output.result_folder import ResultFolder
-from alphasmith.storage.runs.data_frames import REFINEMENT, sites_frame, trials_frame
+from alphasmith.storage.runs.data_frames import AT_OUTPUT, sites_frame, trials_frame
 from alphasmith.storage.runs.records import TrialRecord
 
 #: Files of a Hugging Face folder, beside configuration and weights, that a smoothed copy needs to be used like the original.
@@ -273,10 +273,12 @@ def _annotate(handle: RunHandle, manifest: Manifest, sites: pd.DataFrame, trials
     for name, mine in trials.groupby("study_name"):
         of = str(mine["site"].iloc[0])
         study = optuna.load_study(study_name=str(name), storage=handle.optuna_storage)
-        shown = sites if of in ("model", REFINEMENT) else sites[sites["site"] == of]
+        shown = sites if of == "model" or of in AT_OUTPUT else sites[sites["site"] == of]
         facts = {"run": handle.id, "scheme": manifest.scheme.name, "model": manifest.model.name}
-        if of == REFINEMENT and manifest.refinement is not None:
-            facts["outcome"] = verdict_of_refinement(manifest.refinement.model_dump())
+        steps = () if manifest.refinement is None else manifest.refinement.steps
+        for step in steps:
+            if step.study == name:
+                facts["outcome"] = verdict_of_refinement(step.model_dump())
         annotate_study(study, sites=shown, trials=mine, note=study_note(of, shown, facts))
 
 

@@ -15,6 +15,12 @@ from alphasmith.search.study.trial import C, Outcome, Pruning, State, Trial, bes
 class OutputScorer(Generic[C]):
     """Output losses of candidate models, batch by batch, against the best one so far.
 
+    Attributes:
+        judge: Loss at the model's output on the search batches.
+        racer: Scores several candidates against each other.
+        clock: Seconds, monotonic.
+        best: Score of the best candidate so far; None: none is known.
+
     Args:
         judge: Loss at the model's output on the search batches.
         smoothings: Candidate -> what it does to every site.
@@ -32,11 +38,11 @@ class OutputScorer(Generic[C]):
         racer: Racer | None = None,
         best: ModelScore | None = None,
     ) -> None:
-        self._judge = judge
-        self._racer: Racer = racer or judge
+        self.judge = judge
+        self.racer: Racer = racer or judge
         self._smoothings = smoothings
-        self._clock = clock
-        self._best: ModelScore | None = None
+        self.clock = clock
+        self.best: ModelScore | None = None
         self._learn(best)
 
     def score(self, candidates: Sequence[C], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
@@ -52,35 +58,35 @@ class OutputScorer(Generic[C]):
     def _score(self, candidates: Sequence[C], protected: int, pruning: Pruning | None) -> list[Outcome]:
         if pruning is not None:
             return [self._pruned(i, c, None if i < protected else pruning) for i, c in enumerate(candidates)]
-        began = self._clock()
+        began = self.clock()
         scores = race_all(
-            self._racer,
+            self.racer,
             [self._smoothings(c) for c in candidates],
-            incumbent=None if self._best is None or not self._best.samples else self._best.errors,
+            incumbent=None if self.best is None or not self.best.samples else self.best.errors,
             protected=protected,
         )
         # A candidate that broke down at once took about one batch, too.
-        seconds, work = self._clock() - began, [len(score.losses) or 1 for score in scores]
+        seconds, work = self.clock() - began, [len(score.losses) or 1 for score in scores]
         for score in scores:
             self._learn(score)
         return [outcome_of(s, seconds * batches / sum(work)) for s, batches in zip(scores, work, strict=True)]
 
     def _improves(self, loss: float | None) -> bool:
-        known = None if self._best is None else self._best.loss
+        known = None if self.best is None else self.best.loss
         return loss is not None and (known is None or loss < known)
 
     def _learn(self, score: ModelScore | None) -> None:
         if score is not None and self._improves(score.loss):
-            self._best = score
+            self.best = score
 
     def _pruned(self, index: int, candidate: C, pruning: Pruning | None) -> Outcome:
         """One candidate, stopped where an Optuna pruner says so."""
-        began = self._clock()
+        began = self.clock()
         steps: list[tuple[int, float]] = []
         state: State = "COMPLETE"
         reason = ""
         try:
-            for step, loss in enumerate(self._judge.losses(self._smoothings(candidate)), start=1):
+            for step, loss in enumerate(self.judge.losses(self._smoothings(candidate)), start=1):
                 steps.append((step, loss))
                 if pruning is not None and pruning(index, step, loss):
                     state = "PRUNED"
@@ -88,7 +94,7 @@ class OutputScorer(Generic[C]):
         except NonFiniteError as error:
             state, reason = "FAIL", str(error)
         loss_found = steps[-1][1] if state == "COMPLETE" else None
-        return Outcome(state=state, loss=loss_found, seconds=self._clock() - began, reason=reason, steps=tuple(steps))
+        return Outcome(state=state, loss=loss_found, seconds=self.clock() - began, reason=reason, steps=tuple(steps))
 
 
 def outcome_of(score: ModelScore, seconds: float) -> Outcome:

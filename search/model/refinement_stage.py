@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,15 +10,20 @@ import torch
 from alphasmith.objectives.calibration.site_data import SiteData, to_device
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.judge.site_objective import SiteObjective
+from alphasmith.objectives.literals import Variant
 from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import search_device
 from alphasmith.search.inputs.preparation import PreparedModel
-from alphasmith.search.model._refinement_space import RefinableSite
+from alphasmith.search.model._settings import SearchedSite, Setting
 from alphasmith.search.model.refinement import RefinementResult, costs_to_come, refine
+from alphasmith.search.model.search import ModelScales
+from alphasmith.search.model.sweep import Sweep
 from alphasmith.search.progress import Progress
 from alphasmith.search.site.result import SiteResult
-from alphasmith.search.study.candidates import BASELINES, Candidate
+from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
+from alphasmith.search.study.candidates import Candidate
 from alphasmith.search.study.types import StudyContext
 from alphasmith.search.work.site_sources import PreparedSites
 from alphasmith.storage.runs.entries import Losses
@@ -28,9 +33,11 @@ def refine_sites(
     config: RunConfig,
     prepared: PreparedModel,
     results: Mapping[str, SiteResult],
+    scales: ModelScales,
+    sweep: Sweep | None,
     judge: ModelObjective,
     reserve: ModelObjective,
-    context: StudyContext,
+    contexts: Callable[[str], StudyContext],
     progress: Progress,
 ) -> tuple[dict[str, SiteResult], RefinementResult]:
     """Look at the winners of all sites together, at the output; changed sites come back re-scored on their own rows.
@@ -39,54 +46,129 @@ def refine_sites(
         config: The run's configuration.
         prepared: Sites and calibration.
         results: Winner of every searched site.
+        scales: One alpha -> smoothing of every site.
+        sweep: The best alpha for the whole model; None: there is none.
         judge: Loss at the output on the search batches; its model is the float model again afterwards.
         reserve: The same on held-out batches.
-        context: Where the study is recorded, and when it is left.
+        contexts: Name of a study -> where it is recorded, and when it is left.
         progress: Receives stages and notes.
 
     Raises:
-        Interrupted: ``context.stop`` said so.
+        Interrupted: ``stop`` of a context said so.
     """
     by_name = {s.name: s for s in prepared.sites}
-    sites = [_refinable(by_name[name], result) for name, result in results.items()]
-    costs = costs_to_come(sites, config.search, context)
-    progress.stage("refining at the output", len(costs))
+    alphas = {name: _alphas(result, sweep) for name, result in results.items()}
+    sites = [_searched(by_name[name], result, scales, alphas[name]) for name, result in results.items()]
+    costs = costs_to_come(config.search)
+    left = len(costs)
+    progress.stage("refining at the output", left)
     progress.expect(costs)
+
+    def heard(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        progress.advance()
+
+    def context(name: str) -> StudyContext:
+        return replace(contexts(name), on_trial=heard)
+
     with judge.candidate.restored():  # sites are scored again on the float weights
-        context = replace(context, on_trial=lambda _: progress.advance())
-        refinement = refine(sites, judge, reserve, config.search, context=context, on_score=progress.advance)
+        refinement = refine(
+            sites,
+            judge,
+            reserve,
+            config.search,
+            static=config.scheme.build().static,
+            contexts=context,
+            on_score=heard,
+        )
+    for _ in range(left):  # studies that ended early
+        progress.advance()
     progress.note(f"refinement: {refinement.reason}")
     final = dict(results)
-    if refinement.accepted:
-        for name, smoothing in refinement.smoothings.items():
-            if name in refinement.changed:
-                candidate = _changed(results[name], refinement, name)
-                final[name] = replace(results[name], candidate=candidate, smoothing=smoothing)
-        _rescore(config, prepared, final, refinement.changed)
+    for name in refinement.changed:
+        setting = refinement.settings[name]
+        candidate = _changed(results[name], setting, alphas[name])
+        final[name] = replace(results[name], candidate=candidate, smoothing=refinement.smoothings[name])
+    _rescore(config, prepared, final, refinement.changed)
     return final, refinement
 
 
-def _refinable(site: Site, result: SiteResult) -> RefinableSite:
-    return RefinableSite(
+def _alphas(result: SiteResult, sweep: Sweep | None) -> dict[Variant, float]:
+    """The choices that are one alpha for the whole site."""
+    known: dict[Variant, float] = {"alpha_0.5": DEFAULT_ALPHA, "best_single": result.best_single_alpha}
+    return known if sweep is None else {**known, "one_alpha": sweep.alpha}
+
+
+def _searched(site: Site, result: SiteResult, scales: ModelScales, alphas: Mapping[Variant, float]) -> SearchedSite:
+    plain = {kind: smoothing for kind, smoothing in result.plain.items() if kind in ("alpha_0.5", "best_single")}
+
+    def single(choice: Variant) -> Callable[[float], Smoothing]:
+        """One alpha, as the baseline of the site's own study where that is what it is."""
+        known, alpha = plain.get(choice), alphas[choice]
+
+        def moved(shift: float) -> Smoothing:
+            if shift == 0.0 and known is not None:
+                return known
+            return scales.of_site(site.name, min(1.0, max(0.0, alpha + shift)))
+
+        return moved
+
+    choices: dict[Variant, Callable[[float], Smoothing]] = {
+        "identity": lambda _: result.plain["identity"],
+        **{choice: single(choice) for choice in alphas},
+        "ours": lambda shift: result.moved(shift)[1],
+    }
+    return SearchedSite(
         name=site.name,
         operators=tuple(o.name for o in site.operators),
-        rescale=lambda delta: result.moved(delta)[1],
-        choices={"ours": result.smoothing, **{kind: result.plain[kind] for kind in reversed(BASELINES)}},
+        choices=choices,
         loss=result.held_out_loss,
     )
 
 
-def _changed(result: SiteResult, refinement: RefinementResult, name: str) -> Candidate:
+def _changed(result: SiteResult, setting: Setting, alphas: Mapping[Variant, float]) -> Candidate:
     """The candidate that the refinement put in the place of a site's winner."""
-    choice = refinement.changed[name]
-    if choice in BASELINES:
-        return next(replace(r.candidate, kind="refined") for r in result.results if r.candidate.kind == choice)
-    kind = next(kind for kind, names in refinement.kinds.items() if name in names)
-    return result.moved(refinement.deltas[kind])[0]
+    if setting.choice == "ours":
+        candidate = replace(result.moved(setting.shift)[0], kind="refined")
+    elif setting.choice == "identity":
+        candidate = Candidate("refined", None)
+    else:
+        alpha = min(1.0, max(0.0, alphas[setting.choice] + setting.shift))
+        candidate = Candidate("refined", (alpha,) * len(result.ranges))
+    return candidate if setting.range == 1 else replace(candidate, range="output")
+
+
+def with_one_alpha(
+    config: RunConfig,
+    prepared: PreparedModel,
+    results: Mapping[str, SiteResult],
+    smoothings: Mapping[str, Smoothing],
+    sweep: Sweep,
+) -> dict[str, SiteResult]:
+    """Results of all sites with one alpha for the whole model in the place of their winners, scored on their own rows.
+
+    Args:
+        config: The run's configuration.
+        prepared: Sites and calibration.
+        results: Winner of every searched site.
+        smoothings: What that alpha does to every site.
+        sweep: Where it comes from.
+    """
+    final = {
+        name: replace(
+            result,
+            candidate=Candidate("one_alpha", (sweep.alpha,) * len(result.ranges)),
+            smoothing=smoothings[name],
+        )
+        for name, result in results.items()
+    }
+    _rescore(config, prepared, final, final.keys())
+    return final
 
 
 def _rescore(
-    config: RunConfig, prepared: PreparedModel, results: dict[str, SiteResult], changed: Mapping[str, str]
+    config: RunConfig, prepared: PreparedModel, results: dict[str, SiteResult], changed: Collection[str]
 ) -> None:
     """Put the losses of changed sites, on their own rows, into their results."""
     source = PreparedSites(prepared)

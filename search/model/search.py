@@ -87,16 +87,20 @@ class ModelScales:
 
     def __call__(self, alphas: Sequence[float] | None) -> dict[str, Smoothing]:
         """Smoothing of every site; None: identity."""
-        return {
-            n: Smoothing(
-                scales=group_scales(s.activation, s.weight, alphas, self._labels[n], ties=s.ties, producer=s.producer)
-            )
-            for n, s in self._sites.items()
-        }
+        return {name: self._smoothing(name, alphas) for name in self._sites}
 
     def single(self, alpha: float) -> dict[str, Smoothing]:
         """Smoothings of one alpha for the whole model."""
         return self((alpha,) * self.k)
+
+    def of_site(self, name: str, alpha: float) -> Smoothing:
+        """Smoothing of one site under one alpha."""
+        return self._smoothing(name, (alpha,) * self.k)
+
+    def _smoothing(self, name: str, alphas: Sequence[float] | None) -> Smoothing:
+        s = self._sites[name]
+        scales = group_scales(s.activation, s.weight, alphas, self._labels[name], ties=s.ties, producer=s.producer)
+        return Smoothing(scales=scales)
 
 
 def search_model(

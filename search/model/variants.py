@@ -31,12 +31,13 @@ _ONE_SIGMA = 0.8413447460685429
 _NAMES = {
     "identity": "without smoothing",
     "alpha_0.5": "with alpha 0.5",
+    "one_alpha": "with one alpha for the whole model",
     "best_single": "with the best single alpha",
     "ours": "with the winners of the search",
 }
 
 #: From the simplest to the richest.
-VARIANTS: tuple[Variant, ...] = ("identity", "alpha_0.5", "best_single", "ours")
+VARIANTS: tuple[Variant, ...] = ("identity", "alpha_0.5", "one_alpha", "best_single", "ours")
 
 
 @dataclass(frozen=True, kw_only=True)

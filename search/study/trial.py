@@ -38,6 +38,7 @@ class Outcome:
         seconds: Time spent on it [s].
         reason: Why it failed; empty otherwise.
         steps: (step, loss) on growing subsets of the data.
+        better: Whether the loss falls below that of the candidate to beat by more than its paired standard error; None: not asked.
     """
 
     state: State
@@ -45,6 +46,7 @@ class Outcome:
     seconds: float
     reason: str = ""
     steps: tuple[tuple[int, float], ...] = ()
+    better: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class Trial(Generic[C]):
         loss: Loss on all search data; None unless complete.
         seconds: Time spent in the objective [s].
         reason: Why it failed; empty otherwise.
+        better: As in :class:`Outcome`.
     """
 
     number: int
@@ -66,6 +69,7 @@ class Trial(Generic[C]):
     loss: float | None
     seconds: float
     reason: str = ""
+    better: bool | None = None
 
     @classmethod
     def of(cls, number: int, candidate: C, recorded: FrozenTrial) -> Trial[C]:
@@ -77,6 +81,7 @@ class Trial(Generic[C]):
             loss=recorded.value if recorded.state == TrialState.COMPLETE else None,
             seconds=recorded.user_attrs.get("seconds", 0.0),
             reason=recorded.user_attrs.get("reason", ""),
+            better=recorded.user_attrs.get("better"),
         )
 
 
@@ -93,6 +98,8 @@ def recorded_trial(
     attributes: dict[str, Any] = {"candidate": kind, "seconds": outcome.seconds}
     if outcome.state == "FAIL":
         attributes["reason"] = outcome.reason
+    if outcome.better is not None:
+        attributes["better"] = outcome.better
     trial = optuna.trial.create_trial(
         state=TrialState[outcome.state],
         value=outcome.loss,

@@ -276,8 +276,23 @@ class MetricEntry(Part):
     naive: float | None = None
     """Quantized without smoothing."""
     alpha_half: float | None = Field(default=None, alias="alpha_0.5")
+    one_alpha: float | None = None
     best_single: float | None = None
     ours: float | None = None
+
+
+class SweepEntry(Part):
+    """One alpha for the whole model, tried at its output as people do by hand."""
+
+    alpha: float
+    """The one with the lowest loss on the search data."""
+    loss: NonNegativeFloat
+    """That loss."""
+    trials: NonNegativeInt
+    seconds: Annotated[NonNegativeFloat, Volatile] = 0.0
+    """Time spent [s]."""
+    study: Annotated[str | None, Volatile] = None
+    """Optuna study."""
 
 
 class OutputEntry(Part):
@@ -290,6 +305,10 @@ class OutputEntry(Part):
     """Quantized without smoothing."""
     alpha_half: NonNegativeFloat | None = Field(default=None, alias="alpha_0.5")
     """With alpha 0.5 everywhere."""
+    one_alpha: NonNegativeFloat | None = None
+    """With one alpha for the whole model, the best of a sweep at the output (scope ``site``)."""
+    sweep: SweepEntry | None = None
+    """How that alpha was found; null where there was no sweep."""
     best_single: NonNegativeFloat | None = None
     """With the best single alpha of every site (scope ``site``) or of the model (scope ``model``)."""
     ours: NonNegativeFloat | None = None
@@ -358,24 +377,45 @@ class GuardEntry(Part):
     """Its loss on held-out rows."""
 
 
-class RefinementEntry(Part):
-    """A small study at the model's output, after the sites; kept only if the held-out loss falls beyond its standard error."""
+class Judged(Part):
+    """Two models at the output on held-out samples; the second is kept only if its loss is lower beyond the paired standard error."""
 
     accepted: bool
     before: NonNegativeFloat | None
-    """Held-out loss at the model's output with the winners of the sites; null where it is not finite."""
+    """Held-out loss at the model's output before; null where it is not finite."""
     after: NonNegativeFloat | None
-    """With what is kept; the same unless accepted."""
+    """With what was proposed."""
     difference: float | None
-    """``before`` minus the loss of the best trial, paired over held-out samples; null where no trial was better in the search."""
+    """``before`` minus ``after``, paired over held-out samples; null where one of them is not finite or nothing was proposed."""
     standard_error: NonNegativeFloat | None
     """Of the difference; null with it, or for one sample."""
     reason: str
     """Why it was accepted or not."""
+
+
+class StepEntry(Judged):
+    """One study of the refinement."""
+
+    name: Literal["kinds", "sites"]
+    """What got settings of its own: kinds of sites, or single sites."""
+    units: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Each of them -> its sites, in the order in which they were moved."""
+    trials: NonNegativeInt = 0
+    seconds: Annotated[NonNegativeFloat, Volatile] = 0.0
+    """Time spent [s]."""
+    study: Annotated[str | None, Volatile] = None
+    """Optuna study."""
+
+
+class RefinementEntry(Judged):
+    """Small studies at the model's output, after the sites: the winners of the sites before, what is kept after."""
+
+    steps: tuple[StepEntry, ...] = ()
+    """The studies, from coarse to fine; empty where an earlier version wrote the entry."""
     deltas: dict[str, float] = Field(default_factory=dict)
-    """Kind of site -> accepted shift of its alphas; kinds without one are left out."""
+    """Kind of site -> accepted shift of its alphas, where an earlier version wrote the entry."""
     changed: dict[str, str] = Field(default_factory=dict)
-    """Site -> what it has now, where that is not its winner: another candidate, or its winner with other alphas."""
+    """Site -> what it has now, where that is not its winner: another candidate, other alphas, a factor on its range."""
     trials: NonNegativeInt = 0
     seconds: Annotated[NonNegativeFloat, Volatile] = 0.0
     """Time spent [s]."""

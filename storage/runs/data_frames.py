@@ -15,8 +15,12 @@ _LOSSES = tuple(Losses.model_fields)
 _CALLED = {"name": "site", "study": "study_name", "index": "group"}
 _KINDS = {float: "float64", int: "int64", bool: "bool"}
 
-#: What trials of the refinement at the model's output name in place of a site.
-REFINEMENT = "refinement"
+#: What trials of the sweep of one alpha for the whole model name in place of a site; no module is called so.
+ONE_ALPHA = "one alpha"
+#: Likewise trials of the refinement at the model's output: of kinds of sites, then of single sites.
+REFINEMENT_KINDS, REFINEMENT_SITES = "refinement: kinds", "refinement: sites"
+#: All of these, whose losses are of the model's output; ``refinement`` is what earlier versions called theirs.
+AT_OUTPUT = frozenset({ONE_ALPHA, REFINEMENT_KINDS, REFINEMENT_SITES, "refinement"})
 #: Likewise trials of a study over the whole model.
 WHOLE_MODEL = "model"
 
@@ -38,7 +42,7 @@ def groups_frame(sites: Iterable[SiteRecord], model_groups: Iterable[Group] = ()
 def trials_frame(trials: Iterable[TrialRecord]) -> pd.DataFrame:
     """One row per trial: site, study_name, number, kind, state, loss (NaN when none), seconds, reason, then its parameters.
 
-    The site of a trial over the whole model is ``model``, that of the refinement :data:`REFINEMENT`.
+    The site of a trial over the whole model is ``model``, those of the sweep and the refinement are in :data:`AT_OUTPUT`.
     """
     columns = ["site", "study_name", "number", "kind", "state", "loss", "seconds", "reason"]
     listed = list(trials)

@@ -186,10 +186,10 @@ def settings(folder: Path, values: Mapping[str, Any] | None = None) -> RunConfig
     plain: dict[str, Any] = {
         "storage": f"sqlite:///{folder / 'runs.db'}",
         "out": folder / "out",
-        "data": {"samples": 32, "held_out": 12, "proof": 4},
+        "data": {"samples": 32, "tuning": 0, "held_out": 12, "proof": 4},
         "groups": {"k": 2},
-        # The refinement at the output has tests of its own.
-        "search": {"trials": 5, "rows": 64, "single_alphas": 5, "refine": False},
+        # The guard and the refinement at the output have tests of their own.
+        "search": {"trials": 5, "rows": 64, "single_alphas": 5, "refine": False, "guard": "site"},
     }
     for key, value in (values or {}).items():
         plain[key] = {**plain.get(key, {}), **value} if isinstance(value, Mapping) else value

@@ -155,8 +155,9 @@ def test_demo_states_what_it_is(task: DemoTask) -> None:
     assert len(task.outliers) == 8  # two norms in each of four layers
     assert not task.model.training
     assert task.higher_is_better == (task.metric_name == "accuracy")
-    calibration, held_out, proof = (inputs(task, s) for s in (task.calibration, task.held_out, task.proof))
-    assert calibration.isdisjoint(held_out) and proof.isdisjoint(calibration | held_out)  # noqa: PT018
+    splits = [inputs(task, split) for split in (task.calibration, task.tuning, task.held_out, task.proof)]
+    assert all(splits)
+    assert len(set().union(*splits)) == sum(len(split) for split in splits), "no sample in two of them"
 
 
 def test_demo_splits_do_not_depend_on_the_seed_and_the_cache_is_used(
@@ -211,13 +212,13 @@ def test_demo_as_a_folder_and_files(task: DemoTask, tmp_path: Path) -> None:
     read = load_media(
         MediaSource(path=media, samples=999, max_length=64), model_folder=folder, model_config=loaded.config
     )
-    wanted = inputs(task, (*task.calibration, *task.held_out, *task.proof))
+    wanted = inputs(task, (*task.calibration, *task.tuning, *task.held_out, *task.proof))
     if task.name == "image":
         assert read.notes == ()
         found = {
             ((x * 0.5 + 0.5) * 255).round().byte().numpy().tobytes() for b in read for x in b.kwargs["pixel_values"]
         }
-        batches = (*task.calibration, *task.held_out, *task.proof)
+        batches = (*task.calibration, *task.tuning, *task.held_out, *task.proof)
         assert found == {
             ((x * 0.5 + 0.5) * 255).round().byte().numpy().tobytes() for b in batches for x in b.kwargs["pixel_values"]
         }

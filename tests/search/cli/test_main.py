@@ -26,7 +26,8 @@ from tests.support.run_cases import alphasmith, answer, saved_llama, tokens, wri
 SMALL = (
     *("--set", "search.trials=5", "--set", "search.rows=64", "--set", "search.single_alphas=5"),
     *("--set", "search.noise_model=false", "--set", "groups.k=2", "--set", "data.max_length=24"),
-    *("--set", "data.samples=24", "--set", "data.held_out=8", "--set", "data.proof=4"),
+    *("--set", "data.samples=20", "--set", "data.tuning=8", "--set", "data.held_out=8", "--set", "data.proof=4"),
+    *("--set", "search.refine_trials=8"),
 )
 #: The models of the shared folder beside the checkout, where there is one.
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -89,7 +90,7 @@ def test_progress_on_one_stream_and_the_result_on_the_other(place: Place) -> Non
     told = " ".join(run.stdout.split())  # lines are broken between words
     assert run_id(place) in told
     assert "results in out: smoothed/, quantized/, report.html, manifest.json" in told
-    assert "perplexity (lower is better)" in told
+    assert "; perplexity " in told, "the verdict has the metric"
     assert "of the whole model in float32): quantized weights" in told
     assert "% quantized (" in told
     assert "an embedding: its rows are looked up, not multiplied" in told
@@ -128,7 +129,10 @@ def test_list_and_show(place: Place, here: Path, capsys: pytest.CaptureFixture[s
     manifest = json.loads((here / "out" / "manifest.json").read_text())
     assert [s["site"] for s in details["sites"]] == [s["name"] for s in manifest["sites"]]
     refinement = manifest["refinement"]["trials"] if manifest["refinement"] else 0
-    assert details["trials"] == sum(s["trials"] for s in manifest["sites"]) + refinement
+    assert (
+        details["trials"]
+        == sum(s["trials"] for s in manifest["sites"]) + refinement + manifest["output"]["sweep"]["trials"]
+    )
     assert details["failed_trials"] == 0
     for site in details["sites"]:
         if site["winner"] != "refined":  # the output decided on those

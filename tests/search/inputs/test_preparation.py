@@ -64,23 +64,30 @@ def test_the_objective_at_the_output_weighs_the_rows_of_both_splits(tmp_path: Pa
 
 def test_splits_are_disjoint_and_depend_on_the_seed(tmp_path: Path) -> None:
     def split(seed: int) -> Task:
-        return load_task(settings(tmp_path, {"search": {"seed": seed}}), model=seeded(Mlp), batches=vectors())
+        values = {"data": {"samples": 24, "tuning": 8}, "search": {"seed": seed}}
+        return load_task(settings(tmp_path, values), model=seeded(Mlp), batches=vectors())
 
     task = split(0)
-    parts = [torch.cat([b.args[0] for b in part]) for part in (task.calibration, task.held_out, task.proof)]
-    assert [len(p) for p in parts] == [32, 12, 4]
+    splits = (task.calibration, task.tuning, task.held_out, task.proof)
+    parts = [torch.cat([b.args[0] for b in part]) for part in splits]
+    assert [len(p) for p in parts] == [24, 8, 12, 4]
     together = torch.cat(parts).flatten(1)
     assert len(together.unique(dim=0)) == 48
     assert task.data_digest == split(1).data_digest
-    assert not torch.equal(parts[2], torch.cat([b.args[0] for b in split(1).proof]))
-    assert torch.equal(parts[2], torch.cat([b.args[0] for b in split(0).proof]))
+    assert not torch.equal(parts[3], torch.cat([b.args[0] for b in split(1).proof]))
+    assert torch.equal(parts[3], torch.cat([b.args[0] for b in split(0).proof]))
+    assert task.judging == task.tuning
 
 
 def test_few_samples_keep_the_proportions(tmp_path: Path) -> None:
     task = load_task(settings(tmp_path), model=seeded(Mlp), batches=vectors(12))
-    sizes = [sum(b.size for b in part) for part in (task.calibration, task.held_out, task.proof)]
-    assert sizes == [8, 3, 1]
+    sizes = [sum(b.size for b in part) for part in (task.calibration, task.tuning, task.held_out, task.proof)]
+    assert sizes == [8, 0, 3, 1]
     assert task.notes == ("12 samples instead of 48: splits keep their proportions",)
+    assert task.judging == task.calibration, "where there is nothing else to judge candidates on"
+    tuned = load_task(settings(tmp_path, {"data": {"tuning": 16}}), model=seeded(Mlp), batches=vectors(32))
+    sizes = [sum(b.size for b in part) for part in (tuned.calibration, tuned.tuning, tuned.held_out, tuned.proof)]
+    assert sizes == [16, 8, 6, 2]
 
 
 def test_the_survey_works_on_a_private_copy(tmp_path: Path) -> None:

@@ -69,13 +69,13 @@ def taken(batches: Any, model: nn.Module | None = None) -> Task:
 
 def inputs(task: Task) -> list[list[float]]:
     """Every sample of every split, sorted."""
-    splits = (*task.calibration, *task.held_out, *task.proof)
+    splits = (*task.calibration, *task.tuning, *task.held_out, *task.proof)
     return sorted(row for b in splits for value in (*b.args, *b.kwargs.values()) for row in value.tolist())
 
 
 def labels(task: Task) -> list[int]:
     """The labels of every sample, sorted."""
-    splits = (*task.calibration, *task.held_out, *task.proof)
+    splits = (*task.calibration, *task.tuning, *task.held_out, *task.proof)
     return sorted(row for b in splits if b.labels is not None for row in b.labels.tolist())
 
 

@@ -87,6 +87,7 @@ def test_accuracy_of_an_image_classifier_from_the_command_line(tmp_path: Path, m
     image_folder(tmp_path / "pictures")
     sets = [
         "data.samples=24",
+        "data.tuning=0",
         "data.held_out=12",
         "data.proof=4",
         "search.trials=4",

@@ -67,7 +67,9 @@ def refining(example: Example, candidate: CandidateModel, patch: pytest.MonkeyPa
 
     patch.setattr(refinement_stage, "refine", refine)
     judge = ModelObjective(candidate, example.batches)
-    refinement_stage.refine_sites(RunConfig(), UNUSED, {}, judge, judge, StudyContext(), Silent())
+    refinement_stage.refine_sites(
+        RunConfig(), UNUSED, {}, UNUSED, None, judge, judge, lambda _: StudyContext(), Silent()
+    )
 
 
 @pytest.mark.parametrize("stage", [scoring_variants, producing, refining])

@@ -1,10 +1,11 @@
-"""Whole-model refinement: kinds, order of trials, and a held-out judge that nothing gets past."""
+"""Whole-model refinement: kinds, moves, order of trials, and a held-out judge that nothing gets past."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, cast
@@ -12,10 +13,13 @@ from typing import Literal, cast
 import optuna
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge.model_objective import ModelObjective, ModelScore
+from alphasmith.objectives.literals import Variant
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.scheme import Scheme
@@ -23,18 +27,20 @@ from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
 from alphasmith.search.config import SearchConfig
 from alphasmith.search.interruption import Interrupted, never
-from alphasmith.search.model._refinement_space import (
-    DELTA_MAX,
+from alphasmith.search.model._settings import (
     KINDS_MAX,
     OTHER_KINDS,
     Change,
-    RefinableSite,
+    SearchedSite,
+    Setting,
+    SettingSpace,
     site_kinds,
 )
 from alphasmith.search.model.refinement import RefinementResult, refine
 from alphasmith.search.study.study_record import StoredLog
 from alphasmith.search.study.trial import Trial
 from alphasmith.search.study.types import StudyContext
+from alphasmith.storage.runs.data_frames import REFINEMENT_KINDS, REFINEMENT_SITES
 from tests.support.quantized_models import Example, block_example
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -46,25 +52,33 @@ def smoothing(alpha: float) -> Smoothing:
     return Smoothing(scales=torch.tensor([alpha], dtype=torch.float32).exp())
 
 
-def site(name: str, alpha: float, *, single: float | None = None, loss: float = 0.0) -> RefinableSite:
-    """A site won by ``alpha``; its best single alpha is the same unless given."""
-    choices = {"ours": alpha, "best_single": alpha if single is None else single, "alpha_0.5": 0.5}
-    return RefinableSite(
-        name=name,
-        operators=(name,),
-        rescale=lambda delta: smoothing(min(1.0, max(0.0, alpha + delta))),
-        choices={choice: smoothing(value) for choice, value in choices.items()} | {"identity": smoothing(0.0)},
-        loss=loss,
-    )
+def moved(alpha: float) -> Callable[[float], Smoothing]:
+    return lambda shift: smoothing(min(1.0, max(0.0, alpha + shift)))
+
+
+def site(
+    name: str, alpha: float, *, single: float | None = None, one: float | None = None, loss: float = 0.0
+) -> SearchedSite:
+    """A site won by ``alpha``; its best single alpha is the same unless given; ``one`` is that of the whole model."""
+    choices: dict[Variant, Callable[[float], Smoothing]] = {
+        "identity": lambda _: smoothing(0.0),
+        "alpha_0.5": moved(0.5),
+        "best_single": moved(alpha if single is None else single),
+        "ours": moved(alpha),
+    }
+    if one is not None:
+        choices["one_alpha"] = moved(one)
+    return SearchedSite(name=name, operators=(name,), choices=choices, loss=loss)
 
 
 class Bowl:
-    """An output whose loss is 1 plus the squared distance of the alphas to a target, scattered over samples."""
+    """An output whose loss is 1 plus the squared distance of alphas and log ranges to a target, scattered over samples."""
 
     def __init__(
         self,
         targets: Mapping[str, float],
         *,
+        ranges: Mapping[str, float] | None = None,
         seed: int = 0,
         samples: int = SAMPLES,
         scatter: float = 0.1,
@@ -72,6 +86,7 @@ class Bowl:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.targets = targets
+        self.ranges = ranges or {}
         self.weight = 7.0 * samples
         self.evaluations = 0
         self.seen: list[dict[str, float]] = []
@@ -85,6 +100,8 @@ class Bowl:
         if self.broken(alphas):
             raise NonFiniteError("the candidate's output on batch 0 is NaN or infinite")
         distance = sum((alphas[name] - target) ** 2 for name, target in self.targets.items())
+        for name, target in self.ranges.items():
+            distance += math.log(smoothings[name].range_factor / target) ** 2
         return 7.0 * (1 + distance + distance * self._noise)
 
     def race(
@@ -92,8 +109,9 @@ class Bowl:
         candidates: Sequence[Mapping[str, Smoothing]],
         *,
         incumbent: Tensor | None = None,
-        confidence: float = 3.0,
         protected: int = 0,
+        fewest: int = 3,
+        confidence: float = 3.0,
     ) -> list[ModelScore]:
         scores = []
         for index, candidate in enumerate(candidates):
@@ -127,30 +145,38 @@ def settings(trials: int, seed: int = 0) -> SearchConfig:
 
 
 def play(
-    sites: Sequence[RefinableSite], judge: Bowl, reserve: Bowl, *, trials: int = 16, probes: int = 16, seed: int = 0
+    sites: Sequence[SearchedSite],
+    judge: Bowl,
+    reserve: Bowl,
+    *,
+    trials: int = 40,
+    static: bool = True,
+    contexts: Callable[[str], StudyContext] | None = None,
 ) -> RefinementResult:
     ticks = itertools.count()
     return refine(
         sites,
         cast(ModelObjective, judge),
         cast(ModelObjective, reserve),
-        settings(trials, seed),
-        probes=probes,
-        context=StudyContext(clock=lambda: float(next(ticks))),
+        settings(trials),
+        static=static,
+        contexts=contexts or (lambda _: StudyContext(clock=lambda: float(next(ticks)))),
     )
+
+
+def alphas_of(result: RefinementResult) -> dict[str, float]:
+    return {name: float(s.scales.log()) for name, s in result.smoothings.items()}
+
+
+def trials_of(result: RefinementResult) -> list[Trial[Change]]:
+    return [trial for step in result.steps for trial in step.results]
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds
 
 
-def named(*operators: str, loss: float = 0.0) -> RefinableSite:
-    return RefinableSite(
-        name=operators[0],
-        operators=operators,
-        rescale=lambda delta: smoothing(0.5),
-        choices={"ours": smoothing(0.5)},
-        loss=loss,
-    )
+def named(*operators: str, loss: float = 0.0) -> SearchedSite:
+    return SearchedSite(name=operators[0], operators=operators, choices={"ours": moved(0.5)}, loss=loss)
 
 
 def test_kinds_are_the_last_names_of_the_operators_without_layer_numbers() -> None:
@@ -206,90 +232,108 @@ def test_nothing_changes_where_the_winners_are_best() -> None:
     assert not result.accepted
     assert "nothing tried" in result.reason
     assert result.changed == {}
-    assert result.deltas == {}
-    assert result.reopened == ()
-    assert result.before == result.after == pytest.approx(1.0)
-    assert result.difference is None
-    assert {n: float(s.scales.log()) for n, s in result.smoothings.items()} == pytest.approx(targets)
+    assert set(result.settings.values()) == {Setting()}
+    assert result.overall.before == result.overall.after == pytest.approx(1.0)
+    assert result.overall.difference == 0
+    assert alphas_of(result) == pytest.approx(targets)
 
 
-def test_a_bad_winner_is_reopened_and_replaced() -> None:
-    targets = {f"layers.{i}.fc": 0.5 + 0.02 * i for i in range(6)}
-    sites = [site(n, a) for n, a in targets.items()]
-    sites[2] = site("layers.2.fc", 1.0, single=0.55)
+def test_a_kind_with_bad_winners_takes_another_choice() -> None:
+    targets = {"layers.0.fc": 0.3, "layers.1.fc": 0.9, "layers.0.gate": 0.35, "layers.1.gate": 0.55}
+    sites = [site(n, a if n.endswith("fc") else 1.0, single=a) for n, a in targets.items()]
     result = play(sites, Bowl(targets), Bowl(targets, seed=1))
     assert result.accepted
-    assert result.reopened[0] == "layers.2.fc"
-    assert result.changed["layers.2.fc"] == "best_single"
-    assert result.before is not None
-    assert result.after is not None
-    assert result.difference == pytest.approx(result.before - result.after)
-    assert result.standard_error is not None
-    assert result.difference is not None
-    assert result.difference > result.standard_error > 0
-    assert result.after == pytest.approx(Bowl(targets, seed=1).loss(_alphas(result)))
+    assert alphas_of(result) == pytest.approx(targets)
+    assert {result.settings[name].choice for name in targets if name.endswith("gate")} == {"best_single"}
+    overall = result.overall
+    assert overall.before is not None
+    assert overall.after is not None
+    assert overall.difference == pytest.approx(overall.before - overall.after)
+    assert overall.standard_error is not None
+    assert overall.difference is not None
+    assert overall.difference > overall.standard_error > 0
+    assert overall.after == pytest.approx(Bowl(targets, seed=1).loss(alphas_of(result)))
+
+
+def test_a_single_bad_site_is_mended_by_the_second_step() -> None:
+    targets = {f"layers.{i}.fc": 0.4 if i % 2 else 0.6 for i in range(8)}
+    bad = "layers.3.fc"
+    sites = [site(n, 0.6 if n == bad else a, loss=float(n == bad)) for n, a in targets.items()]
+    result = play(sites, Bowl(targets), Bowl(targets, seed=1))
+    coarse, fine = result.steps
+    assert (coarse.name, fine.name) == ("kinds", "sites")
+    assert fine.accepted
+    assert next(iter(fine.units)) == bad, "the largest loss first"
+    assert alphas_of(result)[bad] == pytest.approx(0.4, abs=0.06)
+    assert fine.after is not None
+    assert fine.before is not None
+    assert fine.after - 1 < (fine.before - 1) / 2
 
 
 def test_a_kind_that_sits_too_low_is_moved_and_the_other_is_not() -> None:
     targets = {f"layers.{i}.{kind}": 0.7 for i in range(4) for kind in ("up", "down")}
     sites = [site(name, 0.55 if name.endswith("up") else 0.7) for name in targets]
-    result = play(sites, Bowl(targets), Bowl(targets, seed=1), probes=0)
+    result = play(sites, Bowl(targets), Bowl(targets, seed=1))
     assert result.accepted
-    assert result.reopened == ()
-    assert 0.05 < result.deltas["up"] <= DELTA_MAX
-    assert abs(result.deltas.get("down", 0.0)) < 0.1
-    assert all(words.startswith("alphas ") for words in result.changed.values())
+    assert set(result.changed) == {name for name in targets if name.endswith("up")}
+    assert alphas_of(result) == pytest.approx(targets)
+    assert all("alphas +0.150" in words for words in result.changed.values())
 
 
-def test_the_plain_baseline_of_the_whole_model_can_win() -> None:
-    targets = {f"layers.{i}.fc": 0.2 + 0.1 * i for i in range(8)}
-    sites = [site(name, 0.9 - target, single=target) for name, target in targets.items()]
-    result = play(sites, Bowl(targets), Bowl(targets, seed=1), trials=3, probes=0)
+@pytest.mark.parametrize("static", [True, False])
+def test_static_ranges_are_clipped_and_widened_where_the_output_gains(static: bool) -> None:
+    targets = {f"layers.{i}.{kind}": 0.6 for i in range(2) for kind in ("up", "down")}
+    ranges = {name: 0.64 if name.endswith("up") else 1.15 for name in targets}
+    sites = [site(name, 0.6) for name in targets]
+    result = play(sites, Bowl(targets, ranges=ranges), Bowl(targets, ranges=ranges, seed=1), static=static)
+    found = {name: s.range_factor for name, s in result.smoothings.items()}
+    assert found == (pytest.approx(ranges) if static else dict.fromkeys(targets, 1.0))
+    assert result.accepted == static
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "one"), [("best_single", None, None), ("identity", 0.0, None), ("one_alpha", 0.85, 0.85)]
+)
+def test_a_plain_choice_for_the_whole_model_can_win(kind: Variant, target: float | None, one: float | None) -> None:
+    targets = {f"layers.{i}.fc": 0.2 + 0.1 * i if target is None else target for i in range(8)}
+    single = {name: value if target is None else 0.4 for name, value in targets.items()}
+    sites = [site(name, 0.9 - 0.1 * i, single=single[name], one=one) for i, name in enumerate(targets)]
+    result = play(sites, Bowl(targets), Bowl(targets, seed=1), trials=5)
     assert result.accepted
-    assert set(result.changed.values()) == {"best_single"}
-    assert result.deltas == {}
-    assert _alphas(result) == pytest.approx(targets)
-
-
-def test_no_smoothing_at_all_can_win() -> None:
-    targets = {f"layers.{i}.fc": 0.0 for i in range(8)}  # alpha 0 stands for identity here
-    sites = [site(name, 0.9 - 0.05 * i, single=0.5) for i, name in enumerate(targets)]
-    result = play(sites, Bowl(targets), Bowl(targets, seed=1), trials=4, probes=0)
-    assert result.accepted
-    assert set(result.changed.values()) == {"identity"}
+    assert {setting.choice for setting in result.settings.values()} == {kind}
+    assert alphas_of(result) == pytest.approx(targets)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_acceptance_never_raises_the_held_out_loss(seed: int) -> None:
+def test_what_is_kept_is_never_worse_on_held_out_data_beyond_its_scatter(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     alphas, search, held_out = torch.rand(3, 5, generator=generator).tolist()
     names = [f"layers.{i}.fc{i % 2}" for i in range(5)]
     judge, reserve = (Bowl(dict(zip(names, t, strict=True)), seed=s) for t, s in ((search, 1), (held_out, 2)))
     sites = [site(n, a, single=s) for n, a, s in zip(names, alphas, search, strict=True)]
-    result = play(sites, judge, reserve, seed=seed)
-    assert result.before is not None
-    assert result.after is not None
-    after = reserve.loss(_alphas(result))
-    assert after == pytest.approx(result.after, rel=1e-4)
-    assert after < result.before if result.accepted else result.after == result.before
+    result = play(sites, judge, reserve)
+    overall = result.overall
+    assert overall.before is not None
+    assert overall.after is not None
+    assert reserve.loss(alphas_of(result)) == pytest.approx(overall.after, rel=1e-4)
+    assert overall.after <= overall.before + (overall.standard_error or 0.0)
     if not result.accepted:
-        assert result.changed == {}
-        assert _alphas(result) == pytest.approx(dict(zip(names, alphas, strict=True)), abs=1e-6)
+        assert overall.after == overall.before
+        assert alphas_of(result) == pytest.approx(dict(zip(names, alphas, strict=True)), abs=1e-6)
 
 
-def test_a_gain_within_its_standard_error_is_refused() -> None:
-    targets = {"a": 0.5, "b": 0.5}
-    sites = [site("a", 0.9), site("b", 0.5)]
-    noisy = Bowl(targets, seed=3, scatter=200.0)
-    result = play(sites, Bowl(targets), noisy)
-    assert result.difference is not None
-    assert result.standard_error is not None
-    assert result.difference < result.standard_error
-    assert not result.accepted
-    assert "held-out output loss" in result.reason
-    single = play(sites, Bowl(targets), Bowl(targets, samples=1))
+def test_a_gain_within_its_standard_error_is_refused_unless_the_choice_is_simpler() -> None:
+    targets = {"a": 0.62, "b": 0.3}
+    ours = [site("a", 0.7), site("b", 0.3)]
+    noisy = Bowl(targets, seed=3, scatter=2000.0)
+    refused = play(ours, Bowl(targets), noisy)
+    assert not refused.accepted
+    assert "within its standard error" in refused.reason or "does not fall" in refused.reason
+    simpler = play([site("a", 0.7, single=0.62), site("b", 0.3)], Bowl(targets), noisy)
+    assert {setting.choice for setting in simpler.settings.values()} == {"best_single"}
+    single = play(ours, Bowl(targets), Bowl(targets, samples=1))
     assert not single.accepted
-    assert single.standard_error is None
+    assert single.steps[0].standard_error is None
     assert "one held-out sample" in single.reason
 
 
@@ -301,11 +345,11 @@ def test_non_finite_candidates_are_failed_trials_with_a_reason() -> None:
     sites = [site(name, 0.7, single=0.9) for name in targets]
     judge = Bowl(targets, broken=lambda alphas: max(alphas.values()) > 0.75)
     result = play(sites, judge, Bowl(targets, seed=1))
-    failed = [r for r in result.results if r.state == "FAIL"]
+    failed = [r for r in trials_of(result) if r.state == "FAIL"]
     assert failed
     assert all(r.loss is None and "NaN" in r.reason for r in failed)
     assert result.accepted
-    assert max(_alphas(result).values()) <= 0.75
+    assert max(alphas_of(result).values()) <= 0.75
 
 
 def test_a_refinement_whose_trials_all_fail_changes_nothing() -> None:
@@ -313,9 +357,9 @@ def test_a_refinement_whose_trials_all_fail_changes_nothing() -> None:
     judge = Bowl(targets, broken=lambda alphas: True)
     result = play([site("a", 0.9)], judge, Bowl(targets))
     assert not result.accepted
-    assert result.reason == "every trial failed"
-    assert all(r.state == "FAIL" for r in result.results)
-    assert result.after == result.before
+    assert result.steps[0].reason == "every trial failed"
+    assert all(r.state == "FAIL" for r in trials_of(result))
+    assert result.overall.after == result.overall.before
 
 
 def test_winners_that_break_the_output_are_replaced() -> None:
@@ -326,9 +370,9 @@ def test_winners_that_break_the_output_are_replaced() -> None:
 
     result = play([site("a", 0.9), site("b", 0.5)], Bowl(targets, broken=broken), Bowl(targets, broken=broken))
     assert result.accepted
-    assert result.before is None
-    assert result.after == pytest.approx(1.0, abs=0.1)
-    assert result.results[0].state == "FAIL"
+    assert result.overall.before is None
+    assert result.overall.after == pytest.approx(1.0, abs=0.1)
+    assert result.steps[0].results[0].state == "FAIL"
 
 
 def test_a_best_trial_that_breaks_on_held_out_data_is_refused() -> None:
@@ -337,7 +381,7 @@ def test_a_best_trial_that_breaks_on_held_out_data_is_refused() -> None:
     result = play([site("a", 0.9)], Bowl(targets), reserve)
     assert not result.accepted
     assert "not finite on held-out" in result.reason
-    assert result.after == result.before
+    assert result.overall.after == result.overall.before
 
 
 @pytest.mark.parametrize(
@@ -346,10 +390,10 @@ def test_a_best_trial_that_breaks_on_held_out_data_is_refused() -> None:
         ([], 16, "sites"),
         ([named("a"), named("a")], 16, "sites"),
         ([named("a")], 0, "trials"),
-        ([RefinableSite(name="a", operators=("a",), rescale=smoothing, choices={})], 16, "sites"),
+        ([SearchedSite(name="a", operators=("a",), choices={})], 16, "sites"),
     ],
 )
-def test_what_cannot_be_refined_is_refused(sites: list[RefinableSite], trials: int, field: str) -> None:
+def test_what_cannot_be_refined_is_refused(sites: list[SearchedSite], trials: int, field: str) -> None:
     with pytest.raises(InputError, match=f"^{field}:"):
         play(sites, Bowl({}), Bowl({}), trials=trials)
 
@@ -357,82 +401,78 @@ def test_what_cannot_be_refined_is_refused(sites: list[RefinableSite], trials: i
 # -------------------------------------------------------------------------------------------------- order and record
 
 
-def test_baselines_come_first_and_the_budget_is_kept() -> None:
+def test_plain_choices_come_first_and_the_budget_is_kept() -> None:
     targets = {f"layers.{i}.{kind}": 0.6 for i in range(2) for kind in ("up", "down")}
-    sites = [site(name, 0.4, single=0.45) for name in targets]
+    sites = [site(name, 0.4, single=0.45, one=0.42) for name in targets]
     for trials in (1, 2, 3, 5, 16):
         judge = Bowl(targets)
-        result = play(sites, judge, Bowl(targets, seed=1), trials=trials, probes=3)
-        assert [r.number for r in result.results] == list(range(trials))
-        assert [r.candidate.kind for r in result.results][:3] == ["ours", "best_single", "alpha_0.5"][:trials]
-        assert all(r.state == "COMPLETE" for r in result.results[:3])  # baselines are never stopped
-        assert judge.evaluations == trials + 3
-        assert result.evaluations <= trials + 3 + 2
+        result = play(sites, judge, Bowl(targets, seed=1), trials=trials)
+        kinds, single = result.steps
+        assert [r.number for r in kinds.results] == list(range(len(kinds.results)))
+        plain = ["ours", "best_single", "one_alpha", "alpha_0.5", "identity"]
+        assert [r.candidate.kind for r in kinds.results][:5] == plain[:trials]
+        assert max(len(kinds.results), len(single.results)) <= trials
+        again = sum(bool(trial.better) for trial in single.results)  # what is to be remembered is scored once more
+        assert judge.evaluations == len(trials_of(result)) + again
+        assert result.evaluations <= judge.evaluations + 4
     assert judge.seen[0] == pytest.approx(dict.fromkeys(targets, 0.4))
-    first = judge.seen[4:6]  # after the winners and three probes
-    assert first == [pytest.approx(dict.fromkeys(targets, alpha)) for alpha in (0.45, 0.5)]
-    sampled = [r.candidate for r in result.results if r.candidate.kind == "sampler"]
-    assert sampled
-    assert all(change.rest == "ours" for change in sampled)
-    assert len({str(change) for change in sampled}) == len(sampled)
 
 
-def test_a_swap_within_its_scatter_is_not_reopened() -> None:
-    targets = {"layers.0.up": 0.5, "layers.0.down": 0.5}
-    sites = [site("layers.0.up", 0.9, single=0.6), site("layers.0.down", 0.55, single=0.52)]
-    calm, noisy = (play(sites, Bowl(targets, scatter=s), Bowl(targets), trials=3) for s in (0.1, 100.0))
-    assert calm.reopened == ("layers.0.up", "layers.0.down")
-    assert noisy.reopened == ()
+def test_a_unit_without_a_part_in_the_loss_is_left_soon() -> None:
+    sites = [site("layers.0.up", 0.42, loss=1.0), site("layers.0.pooler", 0.8)]
+    result = play(sites, Bowl({"layers.0.up": 0.5}), Bowl({"layers.0.up": 0.5}))
+    proposals = [r.candidate for r in result.steps[0].results if r.candidate.kind == "proposal"]
+    moves = [b for a, b in itertools.pairwise(proposals) if a.settings["pooler"] != b.settings["pooler"]]
+    assert 1 <= len(moves) <= 4
+    assert not result.steps[0].results[-1].better
 
 
-def test_moves_that_change_nothing_take_no_trial() -> None:
-    targets = {"layers.0.up": 0.5, "layers.0.down": 0.5}
-    stuck = replace(site("layers.0.down", 0.5), rescale=lambda delta: smoothing(0.5))
-    result = play([site("layers.0.up", 0.45), stuck], Bowl(targets), Bowl(targets))
-    proposals = [r.candidate for r in result.results if r.candidate.kind == "proposal"]
-    assert proposals
-    assert all(change.deltas["up"] != 0 or "alpha_0.5" in change.choices.values() for change in proposals)
-
-
-def test_a_seed_repeats_everything_and_another_does_not() -> None:
+def test_the_same_again_is_the_same() -> None:
     targets = {f"layers.{i}.{kind}": 0.6 for i in range(2) for kind in ("up", "down")}
     sites = [site(name, 0.4, single=0.45) for name in targets]
-    first, again, other = (
-        play(sites, Bowl(targets), Bowl(targets, seed=1), trials=20, seed=seed) for seed in (0, 0, 1)
-    )
-    assert [r.candidate for r in first.results] == [r.candidate for r in again.results]
-    assert (first.after, first.changed, first.deltas) == (again.after, again.changed, again.deltas)
-    assert [r.candidate for r in first.results] != [r.candidate for r in other.results]
+    first, again = (play(sites, Bowl(targets), Bowl(targets, seed=1)) for _ in range(2))
+    assert [r.candidate for r in trials_of(first)] == [r.candidate for r in trials_of(again)]
+    assert (first.overall, first.changed, first.settings) == (again.overall, again.changed, again.settings)
+
+
+def recorded(storage: optuna.storages.BaseStorage, stop: Callable[[], bool] = never) -> Callable[[str], StudyContext]:
+    """Contexts whose studies are kept in a storage."""
+    return lambda name: StudyContext(log=StoredLog(storage, name), name=name, stop=stop)
 
 
 def test_every_trial_is_an_optuna_trial_with_its_attributes() -> None:
     targets = {f"layers.{i}.fc": 0.5 for i in range(3)}
     sites = [site(n, 0.8, single=0.6) for n in targets]
     storage = optuna.storages.InMemoryStorage()
-    heard: list[Trial[Change]] = []
     judge = Bowl(targets, broken=lambda alphas: alphas["layers.1.fc"] < 0.4)
-    result = refine(
-        sites,
-        cast(ModelObjective, judge),
-        cast(ModelObjective, Bowl(targets)),
-        settings(10),
-        probes=16,
-        context=StudyContext(log=StoredLog(storage, "refinement"), name="refinement", on_trial=heard.append),
-    )
-    study = optuna.load_study(study_name="refinement", storage=storage)
-    assert result.study_name == "refinement"
-    assert tuple(heard) == result.results
-    assert study.user_attrs["device"] == "cpu"
-    assert set(study.user_attrs["kinds"]["fc"]) == set(targets)
-    assert [name for name, *_ in study.user_attrs["reopened"]] == list(result.reopened)
-    for trial, found in zip(study.trials, result.results, strict=True):
-        assert trial.state.name == found.state
-        assert trial.value == found.loss
-        assert trial.user_attrs["candidate"] == found.candidate.kind
-        assert trial.user_attrs["seconds"] == found.seconds
-        assert trial.user_attrs.get("reason", "") == found.reason
-    # Every trial has every parameter, so any sampler can learn from all of them.
-    assert len({frozenset(trial.params) for trial in study.trials}) == 1
+    result = play(sites, judge, Bowl(targets), contexts=recorded(storage))
+    for step, name in zip(result.steps, (REFINEMENT_KINDS, REFINEMENT_SITES), strict=True):
+        study = optuna.load_study(study_name=name, storage=storage)
+        assert step.study_name == name
+        assert study.user_attrs["device"] == "cpu"
+        assert {unit: tuple(names) for unit, names in study.user_attrs["units"].items()} == dict(step.units)
+        for trial, found in zip(study.trials, step.results, strict=True):
+            assert trial.state.name == found.state
+            assert trial.value == found.loss
+            assert trial.user_attrs["candidate"] == found.candidate.kind
+            assert trial.user_attrs["seconds"] == found.seconds
+            assert trial.user_attrs.get("reason", "") == found.reason
+            assert trial.user_attrs.get("better") == found.better
+        # Every trial has every parameter, so any sampler could learn from all of them.
+        assert len({frozenset(trial.params) for trial in study.trials}) == 1
+
+
+@given(
+    choice=st.sampled_from(["identity", "alpha_0.5", "best_single", "ours"]),
+    shift=st.floats(-1, 1),
+    factor=st.floats(0.25, 2),
+)
+def test_parameters_come_back_as_the_change_they_were_made_of(choice: Variant, shift: float, factor: float) -> None:
+    sites = [site("layers.0.up", 0.4), site("layers.0.down", 0.6)]
+    space = SettingSpace(sites, {s.name: (s.name,) for s in sites}, {s.name: Setting() for s in sites})
+    change = Change(settings={"layers.0.up": Setting(choice, shift, factor), "layers.0.down": Setting()})
+    assert space.candidate("proposal", space.params(change)) == change
+    assert all(d._contains(d.to_internal_repr(space.params(change)[n])) for n, d in space.distributions().items())
 
 
 # --------------------------------------------------------------------------------------------------- a real model
@@ -454,26 +494,26 @@ def loud_block() -> Example:
     return replace(example, ranges=example.ranges | {BAD: ChannelRange(found.low * factors, found.high * factors)})
 
 
-def real_site(example: Example, found: Site) -> RefinableSite:
+def real_site(example: Example, found: Site) -> SearchedSite:
     """A site won by alpha 0.5, or by identity where that is bad."""
     weights = [example.model.get_parameter(o.weight) for o in found.operators]
     columns = [w.abs().amax(1 if o.transposed else 0) for w, o in zip(weights, found.operators, strict=True)]
 
-    def single(alpha: float) -> Smoothing:
-        peaks = example.ranges[found.name].peaks()
-        return Smoothing(scales=smoothing_scales(peaks, torch.stack(columns).amax(0).detach(), alpha))
+    def single(alpha: float) -> Callable[[float], Smoothing]:
+        peaks, most = example.ranges[found.name].peaks(), torch.stack(columns).amax(0).detach()
+        return lambda shift: Smoothing(scales=smoothing_scales(peaks, most, min(1.0, max(0.0, alpha + shift))))
 
-    identity = Smoothing(scales=torch.ones(found.channels))
-    bad = found.name == BAD
-    return RefinableSite(
+    def identity(_: float) -> Smoothing:
+        return Smoothing(scales=torch.ones(found.channels))
+
+    return SearchedSite(
         name=found.name,
         operators=tuple(o.name for o in found.operators),
-        rescale=lambda delta: identity if bad else single(0.5 + delta),
         choices={
-            "ours": identity if bad else single(0.5),
-            "best_single": single(0.6),
-            "alpha_0.5": single(0.5),
             "identity": identity,
+            "alpha_0.5": single(0.5),
+            "best_single": single(0.6),
+            "ours": identity if found.name == BAD else single(0.5),
         },
     )
 
@@ -489,17 +529,17 @@ def test_a_real_model_is_refined_at_its_output(loss: Literal["mse", "kl"]) -> No
     candidate = CandidateModel(copy.deepcopy(example.model), example.sites, example.ranges, Scheme())
     judge, reserve = (ModelObjective(candidate, random_batches(seed), loss=loss) for seed in (1, 2))
     sites = [real_site(example, found) for found in example.sites]
-    first, again = (refine(sites, judge, reserve, settings(8, seed=3), probes=6) for _ in range(2))
+    first, again = (refine(sites, judge, reserve, settings(12, seed=3)) for _ in range(2))
     assert first.accepted
-    assert first.reopened[0] == BAD
     assert BAD in first.changed
-    assert first.before is not None
-    assert first.after is not None
-    assert first.after == pytest.approx(reserve.loss(first.smoothings))
-    assert first.after < first.before / 2
-    assert first.before == pytest.approx(reserve.loss({s.name: s.choices["ours"] for s in sites}))
-    assert [r.candidate for r in again.results] == [r.candidate for r in first.results]
-    assert again.after == first.after
+    before, after = first.overall.before, first.overall.after
+    assert before is not None
+    assert after is not None
+    assert after == pytest.approx(reserve.loss(first.smoothings))
+    assert after < before / 2
+    assert before == pytest.approx(reserve.loss({s.name: s.choices["ours"](0.0) for s in sites}))
+    assert [r.candidate for r in trials_of(again)] == [r.candidate for r in trials_of(first)]
+    assert again.overall == first.overall
     assert first.kinds == {"q,k": ("q",), "down": ("down",), "out": ("out",), "head": ("head",)}
 
 
@@ -512,60 +552,33 @@ def test_a_task_metric_cannot_be_refined() -> None:
     assert objective.evaluations == 0
 
 
-def _alphas(result: RefinementResult) -> dict[str, float]:
-    return {name: float(s.scales.log()) for name, s in result.smoothings.items()}
-
-
 def test_a_refinement_cut_anywhere_goes_on_as_if_nothing_had_happened() -> None:
-    targets = {f"layers.{i}.fc": 0.5 for i in range(3)}
+    targets = {f"layers.{i}.fc": 0.47 + 0.03 * i for i in range(3)}
     sites = [site(n, 0.8, single=0.6) for n in targets]
-
-    def refined(log: StoredLog | None, judge: Bowl, stop: Callable[[], bool] = never) -> RefinementResult:
-        return refine(
-            sites,
-            cast(ModelObjective, judge),
-            cast(ModelObjective, Bowl(targets)),
-            settings(10),
-            probes=16,
-            context=StudyContext(log=log, name="refinement", stop=stop),
-        )
-
-    undisturbed, whole = refined(None, judge := Bowl(targets)), judge.evaluations
-    for cut in range(1, 10):
+    undisturbed = play(sites, judge := Bowl(targets), Bowl(targets), trials=14)
+    whole = judge.evaluations
+    for cut in range(1, whole):
         storage = optuna.storages.InMemoryStorage()
         asked = iter(range(1000))
         with contextlib.suppress(Interrupted):
-            refined(StoredLog(storage, "refinement"), Bowl(targets), stop=lambda: next(asked) > cut)  # noqa: B023
-        log = StoredLog(storage, "refinement")
-        known = len(log.past.trials)
-        again = refined(log, judge := Bowl(targets))
-        assert [(r.candidate, r.loss, r.state) for r in again.results] == [
-            (r.candidate, r.loss, r.state) for r in undisturbed.results
+            stopped = recorded(storage, stop=lambda: next(asked) > cut)  # noqa: B023
+            play(sites, Bowl(targets), Bowl(targets), trials=14, contexts=stopped)
+        known = sum(len(storage.get_all_trials(study._study_id)) for study in storage.get_all_studies())
+        again = play(sites, judge := Bowl(targets), Bowl(targets), trials=14, contexts=recorded(storage))
+        assert [(r.candidate, r.loss, r.state, r.better) for r in trials_of(again)] == [
+            (r.candidate, r.loss, r.state, r.better) for r in trials_of(undisturbed)
         ]
-        assert (again.accepted, again.after, again.changed) == (
-            undisturbed.accepted,
-            undisturbed.after,
-            undisturbed.changed,
-        )
-        assert known <= 2 or judge.evaluations < whole, "what is on record is not scored again"
-        assert len(storage.get_all_trials(0)) == len(again.results)
+        assert (again.overall, again.changed) == (undisturbed.overall, undisturbed.changed)
+        assert judge.evaluations <= whole - known + 2, "what is on record is not scored again, but for the one to beat"
 
 
 def test_where_the_record_differs_from_the_replay_it_counts_as_it_is() -> None:
     targets = {f"layers.{i}.{kind}": 0.6 for i in range(2) for kind in ("up", "down")}
-    sites = [site(name, 0.4, single=0.45) for name in targets]
     storage = optuna.storages.InMemoryStorage()
-    heard: list[Trial[Change]] = []
-
-    def refined(trials: int, seed: int, judge: Bowl) -> RefinementResult:
-        context = StudyContext(log=StoredLog(storage, "refinement"), name="refinement", on_trial=heard.append)
-        model, reserve = cast(ModelObjective, judge), cast(ModelObjective, Bowl(targets))
-        return refine(sites, model, reserve, settings(trials, seed), probes=0, context=context)
-
-    before = refined(14, 0, Bowl(targets))
-    heard.clear()
-    after = refined(17, 1, judge := Bowl(targets))  # another seed, as another library version would be
-    assert after.results[:14] == before.results
-    assert [r.number for r in after.results] == list(range(17))
-    assert tuple(heard) == after.results
-    assert judge.evaluations == 1 + 1 + 3, "the winners, the best one on record, and what is new"
+    one, other = ([site(name, alpha, single=0.45) for name in targets] for alpha in (0.4, 0.35))
+    before = play(one, Bowl(targets), Bowl(targets), trials=14, contexts=recorded(storage))
+    # Other moves are asked for than those on record, as by another version.
+    after = play(other, Bowl(targets, broken=lambda a: False), Bowl(targets), trials=14, contexts=recorded(storage))
+    kinds = after.steps[0]
+    assert [r.loss for r in kinds.results[: len(before.steps[0].results)]] == [r.loss for r in before.steps[0].results]
+    assert [r.number for r in kinds.results] == list(range(len(kinds.results)))

@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from alphasmith.search import RunResult
 from alphasmith.search.config import SearchConfig
 from alphasmith.search.launch import pipeline
-from alphasmith.search.model import _refinement_verdict as refinement_verdict
-from alphasmith.search.model import refinement
+from alphasmith.search.model import _descent, _held_out
 from alphasmith.storage.database.connection import open_existing, optuna_storage
 from alphasmith.storage.output.entries import RefinementEntry
 from alphasmith.storage.output.manifest import Manifest, schema
-from alphasmith.storage.runs.data_frames import REFINEMENT
+from alphasmith.storage.runs.data_frames import ONE_ALPHA, REFINEMENT_KINDS, REFINEMENT_SITES
 from alphasmith.storage.runs.entries import SiteRecord
 from alphasmith.storage.runs.run_store import RunStore
 from tests.support.run_cases import Mlp, launch, seeded, vectors, with_loud_channels
@@ -27,10 +26,10 @@ from tests.support.run_cases import Mlp, launch, seeded, vectors, with_loud_chan
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path]:
-    """A finished run and its database; the best trial of the refinement is accepted and kept, whatever its scatter is."""
+    """A finished run and its database; every move of the refinement is accepted and kept, whatever its scatter is."""
     folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
-        for judge in (refinement, refinement_verdict):
+        for judge in (_descent, _held_out):
             patch.setattr(judge, "paired_difference", lambda *_: (1.0, 0.5))
         patch.setattr(pipeline, "kept_variant", lambda *_: "ours")
         result = launch(folder, with_loud_channels(seeded(Mlp)), vectors(), {"search": {"trials": 6, "refine": True}})
@@ -84,9 +83,11 @@ def test_the_refinement_is_kept_three_times(kept: tuple[RunResult, Path]) -> Non
     record = store.get(result.id)
     assert record.refinement is not None
     assert RefinementEntry.model_validate(record.refinement) == entry
-    trials = store.trials(result.id, study_name=f"{result.id}/{REFINEMENT}")
-    assert len(trials) == entry.trials == SearchConfig().refine_trials
-    assert trials[0].kind == "refined"
+    for step, of in zip(entry.steps, (REFINEMENT_KINDS, REFINEMENT_SITES), strict=True):
+        trials = store.trials(result.id, study_name=f"{result.id}/{of}")
+        assert 0 < len(trials) == step.trials <= SearchConfig().refine_trials
+        assert trials[0].kind == "refined"
+    assert entry.trials == sum(step.trials for step in entry.steps)
     assert entry.accepted
     refined = {site.name for site in store.sites(result.id) if site.winner == "refined"}
     assert refined == set(entry.changed) != set()
@@ -99,7 +100,7 @@ def test_trials_are_optunas(kept: tuple[RunResult, Path]) -> None:
     database = open_existing(f"sqlite:///{file}")
     storage = optuna_storage(database)
     records = RunStore(database).trials(result.id)
-    assert len({record.study_name for record in records}) == len(result.manifest.sites) + 1
+    assert len({record.study_name for record in records}) == len(result.manifest.sites) + 3
     for name in sorted({record.study_name for record in records}):
         study = optuna.load_study(study_name=name, storage=storage)
         mine = [record for record in records if record.study_name == name]
@@ -117,10 +118,11 @@ def test_every_study_says_how_its_sites_fared(kept: tuple[RunResult, Path]) -> N
     result, file = kept
     database = open_existing(f"sqlite:///{file}")
     storage = optuna_storage(database)
-    for of in (*(site.name for site in result.manifest.sites), REFINEMENT):
+    steps = (REFINEMENT_KINDS, REFINEMENT_SITES)
+    for of in (*(site.name for site in result.manifest.sites), ONE_ALPHA, *steps):
         study = optuna.load_study(study_name=f"{result.id}/{of}", storage=storage)
         note = get_note(study)
         assert "best single alpha " in note
         assert ", ours " in note
-        assert ("accepted" in note) == (of == REFINEMENT)
+        assert ("accepted" in note) == (of in steps)
     database.close()

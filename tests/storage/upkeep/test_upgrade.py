@@ -197,6 +197,8 @@ GROUP_NAMES = tuple("position" if name == "index" else name for name in Group.mo
 
 #: What a site of the first schema is since there are columns for it.
 NEWER_SITE = {
+    "share": None,
+    "share_measured": None,
     "shift": False,
     "range_statistic": "absmax",
     "range_factor": 1.0,
