@@ -365,5 +365,9 @@ def _noise_model(facts: Sequence[SearchFacts]) -> list[str]:
     return lines
 
 
-def _refinement(entry: Any) -> list[str]:
-    return [] if entry is None else [f"refinement at the output: {verdict_of_refinement(entry)}"]
+def _refinement(entry: Mapping[str, Any] | None) -> list[str]:
+    """What the output decided after the sites, and every study of it in a line."""
+    if entry is None:
+        return []
+    steps = [f"  {step['name']}: {verdict_of_refinement(step)}" for step in entry.get("steps") or ()]
+    return [f"refinement at the output: {verdict_of_refinement(entry)}", *steps]
