@@ -366,8 +366,9 @@ def _noise_model(facts: Sequence[SearchFacts]) -> list[str]:
 
 
 def _refinement(entry: Mapping[str, Any] | None) -> list[str]:
-    """What the output decided after the sites, and every study of it in a line."""
+    """What the output decided after the sites, and every study of it in a line where one changed something."""
     if entry is None:
         return []
-    steps = [f"  {step['name']}: {verdict_of_refinement(step)}" for step in entry.get("steps") or ()]
+    found = (entry.get("steps") or ()) if entry.get("accepted") else ()
+    steps = [f"  {step['name']}: {verdict_of_refinement(step)}" for step in found]
     return [f"refinement at the output: {verdict_of_refinement(entry)}", *steps]

@@ -142,6 +142,25 @@ def test_losses_in_units_of_the_output_are_said_to_be_weighted(objective: str) -
     assert ("relative squared error on held-out rows" in text) == (objective == "site")
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+def test_studies_at_the_output_are_told_where_one_changed_something(accepted: bool) -> None:
+    content = share_of(site_frame(3))
+    content["refinement"] |= {"accepted": accepted}
+    step = {"before": 1e-3, "after": 9e-4, "difference": 1e-4, "standard_error": 1e-5, "reason": "it falls"}
+    content["refinement"]["steps"] = [
+        {"name": "kinds", "accepted": True, **step},
+        {"name": "sites", "accepted": False, **step},
+    ]
+    lines = texts.finished_text(finished(content), 1, "sqlite:///runs.db", Path.cwd() / "out", 200).splitlines()
+    told = [line for line in lines if line.startswith(("  kinds: ", "  sites: "))]
+    if accepted:
+        kinds, sites = told
+        assert kinds == "  kinds: accepted: output loss 1.00e-3 -> 9.00e-4 (difference 1.00e-4 +- 1.00e-5)"
+        assert sites.startswith("  sites: not accepted: it falls")
+    else:
+        assert told == []
+
+
 def test_what_the_guard_decided_is_said_once() -> None:
     content = share_of(site_frame(3))
     content["output"]["kept"] = "alpha_0.5"
