@@ -136,6 +136,8 @@ class Calibration:
             ties=site.ties,
             producers=tuple(producers),
             rows_seen=ranges.record(site).rows_seen,
+            tops=ranges.record(site).tops,
+            samples_seen=ranges.record(site).samples_seen,
         )
 
     def only(self, site: Site | str) -> Calibration:
@@ -182,8 +184,9 @@ class Calibration:
             for j, part in enumerate(record.parts):
                 parts.append({"operators": list(part.operators), "kernel_volume": part.kernel_volume})
                 tensors |= _present(f"{i}.{j}", part, ("x", *_OF_ROWS))
-            tensors |= _present(f"{i}", record, ("low", "high", "rms", "percentile"))
-            sites.append({"name": name, "rows_seen": record.rows_seen, "parts": parts})
+            tensors |= _present(f"{i}", record, ("low", "high", "rms", "percentile", "tops"))
+            seen = {"rows_seen": record.rows_seen, "samples_seen": record.samples_seen}
+            sites.append({"name": name, **seen, "parts": parts})
         structure = {
             "version": _STATE_VERSION,
             "statistics": list(self.statistics),
@@ -216,6 +219,8 @@ class Calibration:
                     rms=state[f"{i}.rms"],
                     percentile=state.get(f"{i}.percentile"),
                     rows_seen=entry["rows_seen"],
+                    tops=state.get(f"{i}.tops"),
+                    samples_seen=entry.get("samples_seen", 0),
                     parts=tuple(
                         PartRows(
                             operators=tuple(part["operators"]),

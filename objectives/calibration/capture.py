@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from alphasmith.objectives.calibration.patches import ConvolutionTap, Window, gather_patches, kept_positions, pads
-from alphasmith.objectives.calibration.statistics import ChannelStatistics, RowReservoir, priorities
+from alphasmith.objectives.calibration.statistics import ChannelStatistics, RowReservoir, SampleExtremes, priorities
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.sites.types import Operator, Site
@@ -91,6 +91,8 @@ class SiteRecord:
         percentile: (C,) float32 percentile of the magnitudes, None unless it was asked for.
         rows_seen: Unpadded rows (positions, for convolutions) that passed.
         parts: One per set of operators that read the same rows.
+        tops: (2, k, C) float32: see ``SampleExtremes.tops``; None where it is not known which rows are of one sample.
+        samples_seen: Samples that these are the extremes of.
     """
 
     low: torch.Tensor
@@ -99,6 +101,8 @@ class SiteRecord:
     percentile: torch.Tensor | None
     rows_seen: int
     parts: tuple[PartRows, ...]
+    tops: torch.Tensor | None = None
+    samples_seen: int = 0
 
     @property
     def absmax(self) -> torch.Tensor:
@@ -265,6 +269,7 @@ class SiteWatch:
         self.name = name
         self.statistics = statistics
         self.parts = parts
+        self._extremes: SampleExtremes | None = SampleExtremes(statistics.channels)
         self._padded = False
         self._last: tuple[weakref.ref[torch.Tensor], int] | None = None
 
@@ -284,6 +289,10 @@ class SiteWatch:
             rows, ranks = rows[mask.flatten()], ranks[mask.flatten().cpu()]
         if self.is_new(x):
             self.statistics.update(rows)
+            samples = _by_sample(x, current)
+            padded = mask is not None and samples is not None and rows.shape[0] != samples.shape[:2].numel()
+            keep = mask.reshape(samples.shape[:2]) if padded and mask is not None and samples is not None else None
+            self._reach(samples, keep)
         part.reservoir.update(rows, ranks)
 
     def convolution(self, part: PartWatch, x: torch.Tensor, window: Window, current: CurrentBatch) -> None:
@@ -294,6 +303,7 @@ class SiteWatch:
             for b in range(x.shape[0]):
                 positions = x[b].flatten(1).T
                 self.statistics.update(positions if keep is None else positions[keep[b].flatten()])
+            self._reach(x.flatten(2).mT, None if keep is None else keep.flatten(1))
         self._padded = self._padded or pads(window)
         part.patches(x, window, keep, current)
 
@@ -307,7 +317,32 @@ class SiteWatch:
             percentile=None if percentile is None else self.statistics.percentile(percentile).cpu(),
             rows_seen=self.statistics.count,
             parts=tuple(part.rows() for part in self.parts),
+            tops=None if self._extremes is None else self._extremes.tops,
+            samples_seen=0 if self._extremes is None else self._extremes.seen,
         )
+
+    def _reach(self, samples: torch.Tensor | None, keep: torch.Tensor | None) -> None:
+        """Take in how far samples (B, L, C) reach; keep (B, L) masks padding. Without samples once, there are none for good."""
+        if samples is None or self._extremes is None:
+            self._extremes = None
+            return
+        if keep is None:
+            self._extremes.update(samples.amax(dim=1), samples.amin(dim=1))
+        else:
+            padding = ~keep.to(samples.device).unsqueeze(2)
+            high, low = (samples.masked_fill(padding, bound) for bound in (-math.inf, math.inf))
+            self._extremes.update(high.amax(dim=1), low.amin(dim=1))
+
+
+def _by_sample(x: torch.Tensor, current: CurrentBatch) -> torch.Tensor | None:
+    """(B, L, C) the rows of every sample in x (..., C), as ``RowNames`` tells them apart; None where it cannot."""
+    shape, size = x.shape[:-1], current.size
+    count = shape.numel()
+    if not shape or count % size or not count:
+        return None
+    if len(shape) > 1 and shape[0] != size and shape[1] == size:  # time is the first dimension
+        x = x.transpose(0, 1)
+    return x.reshape(size, -1, x.shape[-1])
 
 
 def unwatchable(site: Site) -> str:

@@ -84,6 +84,9 @@ class SiteData:
         ties: (C,) int64, see ``Site.ties``.
         producers: The quantized weights that the scales divide; empty where a norm takes them, or a division at run time.
         rows_seen: Rows that statistics and ranges were taken over; 0: those of the largest part.
+        tops: (2, k, C) float32, descending: the largest of what samples reach in every channel, and of minus what they reach down to. None: every
+            row is a sample of its own.
+        samples_seen: Samples that these were taken over.
     """
 
     name: str
@@ -94,6 +97,8 @@ class SiteData:
     ties: torch.Tensor
     producers: tuple[ProducerRows, ...] = ()
     rows_seen: int = 0
+    tops: torch.Tensor | None = None
+    samples_seen: int = 0
 
     @property
     def channels(self) -> int:

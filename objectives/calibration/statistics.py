@@ -223,6 +223,46 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+#: Largest values of samples that are kept of every channel and side.
+SAMPLE_TOPS = 17
+
+
+class SampleExtremes:
+    """The largest and smallest values that samples reach, per channel: rows of one sample are alike, samples are not.
+
+    Args:
+        channels: C, at least 1.
+        device: Where they are kept.
+    """
+
+    def __init__(self, channels: int, *, device: torch.device | str = "cpu") -> None:
+        self._tops = torch.full((2, 0, channels), -math.inf, dtype=torch.float32, device=device)
+        self._seen = 0
+
+    @property
+    def seen(self) -> int:
+        """Samples offered so far."""
+        return self._seen
+
+    @property
+    def tops(self) -> torch.Tensor:
+        """(2, k, C) float32, descending: the largest of the samples' largest values, and of minus their smallest ones; k = min(seen, 17)."""
+        return self._tops.clone()
+
+    def update(self, high: torch.Tensor, low: torch.Tensor) -> None:
+        """Offer samples.
+
+        Args:
+            high: (B, C) largest value of every channel in each sample, -inf in a sample without rows.
+            low: (B, C) smallest value likewise, inf in a sample without rows.
+        """
+        filled = torch.isfinite(high).all(dim=1)
+        new = torch.stack([high[filled], -low[filled]]).to(self._tops)
+        self._seen += int(filled.sum())
+        both = torch.cat([self._tops, new], dim=1)
+        self._tops = both.topk(min(SAMPLE_TOPS, both.shape[1]), dim=1).values
+
+
 class RowReservoir:
     """Uniform random sample, without replacement, of the rows of a stream, in bounded memory.
 

@@ -19,8 +19,10 @@ from alphasmith.objectives.calibration.site_layout import read_energies
 from alphasmith.objectives.quantization.scheme import QMAX, Scheme
 from alphasmith.objectives.smoothing import Smoothing
 
-#: Largest values of a channel that its tail is fitted to, at most this share of its rows.
-_EXCESSES, _SHARE = 16, 0.125
+#: Largest values of a channel that its tail is fitted to, at most these shares of its rows and of what its samples reach.
+_EXCESSES, _SHARE, _SAMPLE_SHARE = 16, 0.125, 0.25
+#: Place, among what samples reach, above which rows are counted that come together.
+_HIGH = 3
 #: Fewest excesses that tell the shape of a tail; with fewer it is taken to be exponential.
 _SHAPED = 8
 #: Shapes that are believed: the mean square of an excess is finite below 1/2.
@@ -29,8 +31,9 @@ _SHAPES = (-0.3, 0.3)
 #: tail. Largest multiple of the mean that a spacing counts as, where the shape is told.
 _TRIMMED, _CLUSTER = 2, 6.0
 #: Weight of what is expected to be clipped against rounding. Few rows are clipped, and those by much: above the weight 1 the
-#: expected loss hardly grows and the loss of unlucky rows falls (docs/performance.md).
-_CAUTION = 4.0
+#: expected loss hardly grows and the loss of unlucky rows falls (docs/performance.md). Where rows that come together are counted, which
+#: says rather too much than too little, less is enough.
+_CAUTION, _CAUTION_TOGETHER = 4.0, 2.0
 #: Widest range that is looked at, over the abs-max, and points of each of two grids up to there.
 _WIDEST, _POINTS = 4.0, 9
 #: e4m3 rounds in proportion to the value, which no range changes, down to its subnormal numbers, which are this far apart.
@@ -64,8 +67,6 @@ class UnseenClipping:
         self._mean, self._square = _moments(data)
         self._tails = _Tails.of(data, self._read)
         self.shape = self._tails.shape
-        # A tail that few values tell of deserves no weight beyond its own.
-        self._caution = max(1.0, _CAUTION * self._tails.told_by / _EXCESSES)
 
     @torch.no_grad()
     def error(self, logs: Tensor, factor: Tensor | float, shift: Tensor | None = None) -> Tensor:
@@ -128,7 +129,7 @@ class UnseenClipping:
         best = low
         for _ in range(2):
             grid = torch.linspace(low, high, _POINTS, dtype=torch.float64, device=device)
-            cost = self._rounding(logs, grid.exp(), shift) + self._caution * self.error(
+            cost = self._rounding(logs, grid.exp(), shift) + self._tails.caution * self.error(
                 logs.expand(_POINTS, -1), grid.exp(), shift
             )
             best = float(grid[int(cost.argmin())])
@@ -165,7 +166,7 @@ class _Tails:
         square: (2, 1, C) mean square of what exceeds it, over the rows that do.
         read: (C,) error at the output, over all rows, for every unit of it: rows that exceed it are as rare as they are.
         shape: Shape of all of them.
-        told_by: Spacings that each was fitted to.
+        caution: Weight of what is expected to be clipped against rounding.
     """
 
     largest: Tensor
@@ -173,7 +174,7 @@ class _Tails:
     square: Tensor
     read: Tensor
     shape: float
-    told_by: int
+    caution: float
 
     @classmethod
     def of(cls, data: SiteData, read: Tensor) -> _Tails:
@@ -181,26 +182,25 @@ class _Tails:
         largest = torch.stack([data.input_range.high.double(), -data.input_range.low.double()])
         rows = min(part.x.shape[0] for part in data.parts)
         seen = data.rows_seen or max(part.x.shape[0] for part in data.parts)
-        tops = [_largest_values(data, sign) for sign in (1.0, -1.0)]
-        spacings = [_spacings(top) for top in tops]
-        scale, shape = torch.zeros_like(largest), 0.0
-        if spacings[0].shape[0]:
-            scale = torch.stack([_trimmed_mean(values) for values in spacings])
-            # The longer side of a channel tells the shape; the other one may be an edge, as that of a ReLU is. Which is longer must
-            # not be said by the largest value itself, whose distance to the next would then seem larger than it is.
-            upper = tops[0][-1] >= tops[1][-1]
-            shape = _shape(torch.where(upper, spacings[0], spacings[1]), torch.where(upper, scale[0], scale[1]))
-            # From where the mean of the spacings is at home to the largest of all rows seen.
-            scale = scale * max(1.0, (seen + 1) * len(spacings[0]) / (math.e * rows)) ** shape
+        scale, shape, told_by = _fitted(_largest_values(data, _count(rows, _SHARE)), (seen + 1) / rows)
+        samples, together = data.samples_seen, 1.0
+        # A tail that few values tell of deserves no weight beyond its own.
+        caution = max(1.0, _CAUTION * told_by / _EXCESSES)
+        if data.tops is not None and samples < seen and _count(samples, _SAMPLE_SHARE) >= _SHAPED:
+            # Rows of one sample are alike, so the largest of all may come from few; what counts is how far samples differ.
+            tops = data.tops[:, : _count(samples, _SAMPLE_SHARE) + 1].double()
+            apart, shape, _ = _fitted(tops, (samples + 1) / samples)
+            scale = torch.maximum(scale, apart)
+            together, caution = _rows_together(data, tops, seen), _CAUTION_TOGETHER
         scale = scale.clamp_min(_NOTHING)
         return cls(
             largest=largest.unsqueeze(1),
             scale=scale.unsqueeze(1),
             square=(2 * scale.square() / ((1 - shape) * (1 - 2 * shape))).unsqueeze(1),
-            # Exchangeable rows: each of N + 1 is the largest with the same probability.
-            read=read / (seen + 1),
+            # Exchangeable rows: each of N + 1 is the largest with the same probability; where rows come together, samples are.
+            read=read * together / (seen + 1),
             shape=shape,
-            told_by=len(spacings[0]),
+            caution=caution,
         )
 
     def left(self, beyond: Tensor) -> Tensor:
@@ -225,6 +225,39 @@ class _Tails:
 
 def _log(values: Tensor) -> Tensor:
     return values.clamp_min(_NOTHING).log()
+
+
+def _fitted(tops: Tensor, outward: float) -> tuple[Tensor, float, int]:
+    """Scale (2, C) and shape of tails, and the number of spacings that tell of them, from the largest values (2, k + 1, C).
+
+    ``outward``: 1 / probability of exceeding the largest value, over the number of values that the largest ones were taken from.
+    """
+    spacings = [_spacings(side) for side in tops]
+    count = len(spacings[0])
+    if count == 0:
+        return torch.zeros_like(tops[:, 0]), 0.0, 0
+    scale = torch.stack([_trimmed_mean(values) for values in spacings])
+    # The longer side of a channel tells the shape; the other one may be an edge, as that of a ReLU is. Which is longer must not be said
+    # by the largest value itself, whose distance to the next would then seem larger than it is.
+    upper = tops[0, -1] >= tops[1, -1]
+    shape = _shape(torch.where(upper, spacings[0], spacings[1]), torch.where(upper, scale[0], scale[1]))
+    # From where the mean of the spacings is at home to the largest of all that were seen.
+    return scale * max(1.0, outward * count / math.e) ** shape, shape, count
+
+
+def _count(values: int, share: float) -> int:
+    """Spacings that tails are fitted to, of so many values."""
+    return max(1, min(_EXCESSES, int(values * share)))
+
+
+def _rows_together(data: SiteData, tops: Tensor, seen: int) -> float:
+    """Rows, at least 1, that exceed a high value together in a sample that does, mean over channels and sides; ``seen``: all rows."""
+    place = min(_HIGH, tops.shape[1] - 1)
+    shares = []
+    for part in data.parts:
+        for edges, sign in zip(tops[:, place], (1.0, -1.0), strict=True):
+            shares.append((sign * part.x > edges[part.channel].to(part.x)).to(torch.float64).mean())
+    return max(1.0, seen * float(torch.stack(shares).mean()) / place)
 
 
 def _spacings(top: Tensor) -> Tensor:
@@ -254,12 +287,16 @@ def _shape(spacings: Tensor, scale: Tensor) -> float:
     return min(max(-slope, _SHAPES[0]), _SHAPES[1])
 
 
-def _largest_values(data: SiteData, sign: float) -> Tensor:
-    """The k + 1 largest values of every channel, times ``sign``, (k + 1, C) float64, in descending order."""
-    rows = min(part.x.shape[0] for part in data.parts)
-    count = min(max(1, min(_EXCESSES, int(rows * _SHARE))) + 1, rows)
-    found = [_by_channel(part, (sign * part.x).topk(count, dim=0).values, data.channels, count) for part in data.parts]
-    return torch.cat(found).topk(count, dim=0).values.double()
+def _largest_values(data: SiteData, count: int) -> Tensor:
+    """(2, k + 1, C) float64, descending: the largest values of every channel in the rows kept, and of minus its values."""
+    most = min(count + 1, min(part.x.shape[0] for part in data.parts))
+    sides = []
+    for sign in (1.0, -1.0):
+        found = [
+            _by_channel(part, (sign * part.x).topk(most, dim=0).values, data.channels, most) for part in data.parts
+        ]
+        sides.append(torch.cat(found).topk(most, dim=0).values.double())
+    return torch.stack(sides)
 
 
 def _by_channel(part: SitePart, top: Tensor, channels: int, count: int) -> Tensor:

@@ -37,7 +37,7 @@ def work_memory(data: SiteData, held_out: SiteData, *, budget: int | None = None
 def _tensor_bytes(data: SiteData) -> int:
     tensors = [getattr(part, field.name) for part in data.parts for field in fields(part)]
     tensors += [*data.activation_statistics.values(), data.input_range.low, data.input_range.high]
-    tensors += [data.weight_absmax, data.ties]
+    tensors += [data.weight_absmax, data.ties, data.tops]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 

@@ -164,6 +164,21 @@ def test_padding_never_counts(statistic: ChannelStatistic) -> None:
     assert torch.equal(found.input_range("q").peaks(), real.abs().amax(0))
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_how_far_samples_reach_is_known_without_padding(size: int) -> None:
+    model, sites = _text()
+    ids, lengths = _ids(1), torch.tensor([5, 4, 3, 2, 1, 5, 5, 2])
+    mask = torch.arange(5) < lengths.unsqueeze(1)
+    x = model.embed(ids).detach()
+    high = torch.stack([row[:n].amax(dim=0) for row, n in zip(x, lengths.tolist(), strict=True)])
+    low = torch.stack([row[:n].amin(dim=0) for row, n in zip(x, lengths.tolist(), strict=True)])
+    expected = torch.stack([high, -low]).sort(dim=1, descending=True).values
+    data = calibrate(model, sites, _batches(ids, size, mask), rows=4, seed=0).site_data(sites[0], _parameters(model))
+    assert data.samples_seen == 8
+    assert data.tops is not None
+    assert torch.equal(data.tops, expected)
+
+
 def test_flattened_positions_are_masked_and_inputs_cut_otherwise_are_kept() -> None:
     model, sites = _text()
     mask = torch.ones(8, 5, dtype=torch.int64)

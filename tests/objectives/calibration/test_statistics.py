@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from alphasmith.objectives.calibration import statistics
 from alphasmith.objectives.calibration.statistics import (
     PERCENTILE_ERROR,
+    SAMPLE_TOPS,
     ChannelStatistics,
     RowReservoir,
+    SampleExtremes,
     priorities,
 )
 from alphasmith.objectives.errors import InputError, NonFiniteError
@@ -244,3 +246,24 @@ def test_reservoir_is_empty_before_the_first_row_and_refuses_contradictions() ->
     with pytest.raises(InputError, match="flatten"):
         reservoir.update(torch.ones(5), torch.rand(5))
     assert reservoir.seen == 2
+
+
+@given(st.integers(0, 2**16), st.integers(1, 60), st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_extremes_of_samples_are_those_of_all_in_whatever_batches(seed: int, samples: int, batch: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, 3, generator=generator)
+    extremes = SampleExtremes(3)
+    for part in x.split(batch):
+        extremes.update(part.amax(dim=1), part.amin(dim=1))
+    assert extremes.seen == samples
+    kept = min(samples, SAMPLE_TOPS)
+    assert torch.equal(extremes.tops[0], x.amax(dim=1).sort(dim=0, descending=True).values[:kept])
+    assert torch.equal(extremes.tops[1], (-x).amax(dim=1).sort(dim=0, descending=True).values[:kept])
+
+
+def test_a_sample_without_rows_has_no_extremes() -> None:
+    extremes = SampleExtremes(2)
+    extremes.update(torch.tensor([[1.0, 2.0], [-torch.inf, -torch.inf]]), torch.tensor([[0.0, 1.0], [torch.inf] * 2]))
+    assert extremes.seen == 1
+    assert extremes.tops.tolist() == [[[1.0, 2.0]], [[0.0, -1.0]]]

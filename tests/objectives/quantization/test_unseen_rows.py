@@ -14,7 +14,7 @@ from torch import Tensor
 from alphasmith.objectives.judge.site_objective import SiteObjective, linear_site_data
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
-from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
 STATIC = Scheme.parse("w8a8-channel-static")
 CHANNELS = 32
@@ -151,3 +151,36 @@ def test_the_judge_adds_it_to_what_its_rows_show() -> None:
     half = judge.loss(smoothing, rows=150) * judge.energy(150)
     shown = SiteObjective(data, STATIC).loss(smoothing, rows=150) * judge.energy(150)
     assert half - shown == pytest.approx(added * judge.reference_energy / 2, rel=1e-4)
+
+
+def test_rows_of_one_sample_are_alike_and_so_are_what_they_are_clipped_by() -> None:
+    """Samples that differ, of rows that hardly do: many rows leave the range together, and none hints at it before."""
+    generator = torch.Generator().manual_seed(4)
+    w = torch.randn(8, CHANNELS, generator=generator)
+    logs = torch.zeros(1, CHANNELS, dtype=torch.float64)
+
+    def draw(samples: int) -> Tensor:
+        own = torch.randn(samples, 1, CHANNELS, generator=generator)
+        return own + 0.05 * torch.randn(samples, 20, CHANNELS, generator=generator)
+
+    fresh = draw(4000).flatten(0, 1)
+    alone, together, seen = 0.0, 0.0, 0.0
+    for _ in range(20):
+        x = draw(64)
+        # Every channel fills the range, as it does near alpha 1.
+        peaks = x.abs().amax(dim=(0, 1))
+        scale = peaks / peaks.max()
+        x = x / scale
+        rows = x.flatten(0, 1)
+        data = replace(
+            linear_site_data(rows[::4].contiguous(), w * scale),
+            rows_seen=len(rows),
+            input_range=ChannelRange(rows.amin(dim=0), rows.amax(dim=0)),
+        )
+        reached = torch.stack([x.amax(dim=1), (-x).amax(dim=1)]).sort(dim=1, descending=True).values
+        known = replace(data, tops=reached[:, :17], samples_seen=64)
+        alone += float(UnseenClipping(data, STATIC).error(logs, 1.0)[0]) / len(rows[::4])
+        together += float(UnseenClipping(known, STATIC).error(logs, 1.0)[0]) / len(rows[::4])
+        seen += clipped(fresh / scale, w * scale, data.input_range.peaks().max().expand(CHANNELS))
+    assert alone < seen / 4, "rows taken for independent hide it"
+    assert 0.4 < together / seen < 4.0
