@@ -32,8 +32,8 @@ _SHAPES = (-0.3, 0.3)
 _TRIMMED, _CLUSTER = 2, 6.0
 #: Weight of what is expected to be clipped against rounding. Few rows are clipped, and those by much: above the weight 1 the
 #: expected loss hardly grows and the loss of unlucky rows falls (docs/performance.md). Where rows that come together are counted, which
-#: says rather too much than too little, less is enough.
-_CAUTION, _CAUTION_TOGETHER = 4.0, 2.0
+#: expects rather too much than too little, none is needed.
+_CAUTION, _CAUTION_TOGETHER = 4.0, 1.0
 #: Widest range that is looked at, over the abs-max, and points of each of two grids up to there.
 _WIDEST, _POINTS = 4.0, 9
 #: e4m3 rounds in proportion to the value, which no range changes, down to its subnormal numbers, which are this far apart.
