@@ -280,9 +280,10 @@ def sites_table(sites: Sequence[SiteRecord], width: int | None = None, *, weight
     lines = []
     if shown:
         body = [[name, *row] for name, row in zip(short, cells, strict=True)]
-        title = f"{order}; {'weighted' if weighted else 'relative'} squared error on held-out rows"
+        losses = f"{'weighted' if weighted else 'relative'} squared error on held-out rows"
+        title = f"{order}; {losses}" if any(site.losses is not None for site in shown) else order
         headings = ["site", *(column.heading for column in columns)]
-        lines.append(table(headings, body, title=title, width=width, texts=(_CHOSEN,)))
+        lines += [*sentences([title], width), table(headings, body, width=width, texts=(_CHOSEN,))]
     if len(found) > MOST_SITES:
         lines.append(f"... and {len(found) - MOST_SITES} more sites, see the report")
     return "\n".join([*lines, *sentences(_reasons(sites), width)])

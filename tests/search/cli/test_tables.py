@@ -206,6 +206,10 @@ def test_sites_come_by_their_share_of_the_output_error() -> None:
         ["fc3", "8.00e-3"],
     ]
     assert "share" not in texts.sites_table([site("fc0"), site("fc1")], 80)
+    only_shares = texts.sites_table([site("fc0", losses=None, share=1.0)], 80)
+    assert only_shares.splitlines()[0] == "sites by share of the output error", (
+        "nothing is said of losses that are not there"
+    )
 
 
 def test_columns_are_left_out_where_there_is_no_room() -> None:
