@@ -30,8 +30,8 @@ from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import counted, error_line
 
 #: Samples that shares are computed from, and random projections of each one's output.
-SAMPLES = 16
-PROJECTIONS = 4
+SAMPLES = 8
+PROJECTIONS = 8
 #: Sites measured beside the prediction, and in its place where there is none; samples they are measured on.
 MEASURED = 3
 MEASURED_INSTEAD = 12
