@@ -158,12 +158,12 @@ def _calibration(request: Request, folder: Path, work: Path) -> tuple[dict[str, 
 
     seed = request.seed
     if request.model == "Whisper":
-        counts = (12, 6, 2) if request.short else (20, 10, 2)
+        counts = (12, 4, 6, 2) if request.short else (20, 8, 12, 2)
         write_crops(work / "clips", sum(counts), seed)
         return {"path": work / "clips", **_counted(counts, 4)}, None
-    counts = (24, 16, 2) if request.model == "SmolLM2" else (64, 32, 8)
+    counts = (24, 16, 24, 2) if request.model == "SmolLM2" else (64, 32, 32, 8)
     if request.short:
-        counts = (8, 8, 2) if request.model == "SmolLM2" else (32, 24, 4)
+        counts = (8, 8, 8, 2) if request.model == "SmolLM2" else (32, 16, 24, 4)
     total = sum(counts)
     if request.model == "DINOv2":
         pixels = drawn(image_sets()[0].pixels[:600], total, seed)
@@ -176,7 +176,8 @@ def _calibration(request: Request, folder: Path, work: Path) -> tuple[dict[str, 
 
 
 def _counted(counts: Sequence[int], size: int) -> dict[str, Any]:
-    return {"samples": counts[0], "held_out": counts[1], "proof": counts[2], "batch_size": size}
+    samples, tuning, held_out, proof = counts
+    return {"samples": samples, "tuning": tuning, "held_out": held_out, "proof": proof, "batch_size": size}
 
 
 def found(request: Request, work: Path) -> Finding:

@@ -171,7 +171,7 @@ class DataConfig(_Section):
         metric_goal: Whether a higher (``max``) or a lower (``min``) metric is better.
         samples: Calibration samples.
         tuning: Samples on which choices at the model's output are made: their extremes set no range, so that a choice that clips
-            unseen data is seen to. 0: the calibration samples.
+            unseen data is seen to. None: half as many as for calibration. 0: the calibration samples.
         held_out: Samples that judge the winner.
         proof: Samples on which float equivalence is proven; used for nothing else.
         batch_size: Samples per forward call at most. Changes memory and time only: a run continues with another one.
@@ -190,7 +190,7 @@ class DataConfig(_Section):
     metric_name: Annotated[Label, Field(max_length=512)] | None = None
     metric_goal: Literal["max", "min"] = "max"
     samples: int = Field(default=64, gt=0, le=MANY)
-    tuning: int = Field(default=32, ge=0, le=MANY)
+    tuning: int | None = Field(default=None, ge=0, le=MANY)
     held_out: int = Field(default=32, gt=0, le=MANY)
     proof: int = Field(default=8, gt=0, le=MANY)
     batch_size: int = Field(default=8, gt=0, le=2**16)
@@ -198,6 +198,11 @@ class DataConfig(_Section):
     sampling_rate: int | None = Field(default=None, ge=1000, le=768_000)
     frames: int | None = Field(default=None, gt=0, le=3000)
     image_size: int | None = Field(default=None, gt=0, le=2**13)
+
+    @property
+    def tuned(self) -> int:
+        """Samples for tuning: as many as given, or half as many as for calibration."""
+        return self.samples // 2 if self.tuning is None else self.tuning
 
 
 class SchemeConfig(_Section):

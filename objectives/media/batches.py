@@ -189,8 +189,8 @@ def split_batches(
     if calibration < 1:
         raise InputError(
             "data.samples",
-            f"{given.samples} samples are too few for calibration, {wanted['held_out']} held out and {wanted['proof']} for "
-            "the proof",
+            f"{given.samples} samples are too few for calibration, {tuned} for tuning, {wanted['held_out']} held out and "
+            f"{wanted['proof']} for the proof",
             "give more data, or smaller splits",
         )
     numbers = sorted(number for batch in given.plan for number in batch)

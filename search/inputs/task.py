@@ -177,7 +177,7 @@ def _demo(config: RunConfig) -> Task:
 
 def _batches(config: RunConfig, loaded: LoadedModel, given: Iterable[Any] | None) -> MediaBatches:
     data = config.data
-    wanted = data.samples + data.tuning + data.held_out + data.proof
+    wanted = data.samples + data.tuned + data.held_out + data.proof
     arguments = Arguments.of(loaded.model)
     if given is not None:
         return as_media(in_memory(given, limit=wanted, arguments=arguments))
@@ -242,9 +242,9 @@ def _split(
 ) -> Task:
     data = config.data
     total = batches.samples
-    wanted = data.samples + data.tuning + data.held_out + data.proof
+    wanted = data.samples + data.tuned + data.held_out + data.proof
     notes = (*loaded.notes, *batches.notes)
-    held_out, proof, tuning = float(data.held_out), float(data.proof), float(data.tuning)
+    held_out, proof, tuning = float(data.held_out), float(data.proof), float(data.tuned)
     if total < wanted:
         # Fewer samples than asked for: keep the proportions.
         held_out, proof, tuning = held_out / wanted, proof / wanted, tuning / wanted
