@@ -297,8 +297,9 @@ class SearchConfig(_Section):
         device: Torch device of the search; None: the first GPU, else the CPU.
         threads: CPU threads of the search at most; None: as many as torch takes (``OMP_NUM_THREADS``). Small sites are searched on one in any case.
         guard: ``output``: the whole model falls back to a baseline (no smoothing, alpha 0.5, one alpha for the whole model,
-            the best single alpha of every site) when that has a lower held-out loss at the output. ``site``: it does only
-            where the winners of the sites are worse than no smoothing.
+            the best single alpha of every site) when that has a lower held-out loss at the output, by more than the paired
+            standard error but for no smoothing. ``site``: it does only where the winners of the sites are worse than no
+            smoothing.
         refine: After the sites (scope ``site``), two studies at the model's output over what site losses cannot see: of kinds of
             sites, then of the sites with the largest losses. What each finds is kept only if the held-out output loss falls by
             more than its paired standard error.

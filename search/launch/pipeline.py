@@ -316,7 +316,7 @@ def _search(launch: _Launch) -> SearchOutcome:
     best, kept = best_variant(scores), kept_variant(scores, config.search.guard)
     doubt = within_noise(scores, kept)
     ours = scores.losses["ours"]
-    if best != kept:
+    if best != kept and config.search.guard == "site":
         launch.progress.note(
             f"note: at the model's output {best} has the lowest held-out loss "
             f"({scores.losses[best]:.3g}, the winners {ours:.3g}); search.guard='output' would keep it"

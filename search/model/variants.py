@@ -147,8 +147,11 @@ def best_variant(scores: ModelScores) -> Variant:
 def kept_variant(scores: ModelScores, guard: Literal["site", "output"]) -> Variant:
     """The variant that a run keeps.
 
-    Under ``output`` that of the lowest loss. Under ``site`` the winners of the sites, with two exceptions: where they break the
-    whole model, again that of the lowest loss; where they raise its loss above that without smoothing, ``identity``.
+    Under ``output`` the winners, unless the loss without smoothing is below theirs, or that of another variant by more than the
+    paired standard error over the samples (by anything where these are not known): then the variant of the lowest loss. Within
+    that error the samples that chose the winners decide, which are as many. Under ``site`` the winners of the sites, with two
+    exceptions: where they break the whole model, again that of the lowest loss; where they raise its loss above that without
+    smoothing, ``identity``.
 
     Args:
         scores: Figures of all variants.
@@ -156,8 +159,20 @@ def kept_variant(scores: ModelScores, guard: Literal["site", "output"]) -> Varia
     """
     ours, identity = scores.losses.get("ours"), scores.losses.get("identity")
     if guard == "output" or ours is None:
-        return best_variant(scores)
+        better = ours is None or any(_better(scores, variant, ours) for variant in VARIANTS if variant != "ours")
+        return best_variant(scores) if better else "ours"
     return "identity" if identity is not None and ours > identity else "ours"
+
+
+def _better(scores: ModelScores, variant: Variant, ours: float) -> bool:
+    """Whether a variant is to be kept rather than the winners: no smoothing if its loss is lower, another beyond its noise."""
+    loss = scores.losses.get(variant)
+    if loss is None or loss >= ours:
+        return False
+    if variant == "identity" or variant not in scores.errors or "ours" not in scores.errors:
+        return True
+    difference, standard_error = paired_difference(scores.errors["ours"], scores.errors[variant], scores.weight)
+    return difference > standard_error
 
 
 @dataclass(frozen=True, kw_only=True)

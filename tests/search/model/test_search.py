@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ def test_the_task_loss_is_positive_and_keeps_the_order(higher: bool, reference: 
 # ------------------------------------------------------------------------------------------------ the output's guard
 
 
-def test_what_is_kept_has_the_lowest_output_loss(tmp_path: Path, model: nn.Module) -> None:
+def test_what_is_kept_is_the_winners_or_has_the_lowest_output_loss(tmp_path: Path, model: nn.Module) -> None:
     values = {"search": {"noise_model": False, "guard": "output"}}
     output = launch(tmp_path, model, vectors(), values).manifest.output
     losses: dict[str, float | None] = {
@@ -103,7 +104,9 @@ def test_what_is_kept_has_the_lowest_output_loss(tmp_path: Path, model: nn.Modul
     assert all(loss is not None for loss in losses.values())
     kept = losses[output.kept]
     assert kept is not None
-    assert all(kept <= loss for loss in losses.values() if loss is not None)
+    assert losses["identity"] is not None
+    assert kept <= losses["identity"]
+    assert output.kept == "ours" or all(kept <= loss for loss in losses.values() if loss is not None)
 
 
 #: All but the sweep's.
@@ -126,6 +129,22 @@ DECISIONS: list[tuple[tuple[float | None, ...], Literal["site", "output"], Varia
 def test_what_is_kept(losses: tuple[float | None, ...], guard: Literal["site", "output"], kept: Variant) -> None:
     scores = ModelScores(loss="mse", losses=dict(zip(FOUR, losses, strict=True)), metrics={})
     assert kept_variant(scores, guard) == kept
+
+
+def test_within_the_scatter_of_the_samples_the_winners_stay_but_never_above_no_smoothing() -> None:
+    def kept(errors: Mapping[Variant, list[float]]) -> Variant:
+        tensors = {v: torch.tensor(e, dtype=torch.float64) for v, e in errors.items()}
+        losses = {v: float(e.sum()) for v, e in tensors.items()}
+        return kept_variant(ModelScores(loss="mse", losses=losses, metrics={}, errors=tensors), "output")
+
+    ours, close, clear = [1.0, 1.0, 1.0, 1.0], [0.5, 1.4, 0.4, 1.5], [0.9, 0.8, 0.9, 0.8]
+    far = [9.0] * 4
+    assert kept({"identity": far, "one_alpha": close, "ours": ours}) == "ours"
+    assert kept({"identity": far, "one_alpha": clear, "ours": ours}) == "one_alpha"
+    # One that is clearly better is enough: then the lowest of all is kept.
+    lowest = [0.0, 1.6, 0.0, 1.6]
+    assert kept({"identity": far, "alpha_0.5": clear, "one_alpha": lowest, "ours": ours}) == "one_alpha"
+    assert kept({"identity": close, "ours": ours}) == "identity"
 
 
 @pytest.mark.parametrize("refine", [True, False])
