@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -185,7 +185,7 @@ class SettingSpace:
         return tuple(kept)
 
 
-def smoothings_of(sites: Sequence[SearchedSite] | Any, settings: Mapping[str, Setting]) -> dict[str, Smoothing]:
+def smoothings_of(sites: Iterable[SearchedSite], settings: Mapping[str, Setting]) -> dict[str, Smoothing]:
     """Smoothing of every site under its setting."""
     return {site.name: site.smoothing(settings[site.name]) for site in sites}
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.model_objective import ModelObjective
+from alphasmith.objectives.quantization.plan import same_smoothing
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.config import SearchConfig
 from alphasmith.search.model._descent import MoveScorer, descend
@@ -133,19 +134,12 @@ def refine(
     kinds = site_kinds(sites)
     kept, score, coarse = run.of_kinds(winners, before, kinds)
     kept, score, fine = run.of_sites(kept, score)
-    ours = smoothings_of(sites, winners)
-    space = SettingSpace(sites, {site.name: (site.name,) for site in sites}, winners)
-    changed = {
-        site.name: str(kept[site.name])
-        for site in sites
-        if not space.same(
-            Change(settings={site.name: kept[site.name]}), Change(settings={site.name: winners[site.name]})
-        )
-    }
+    ours, final = smoothings_of(sites, winners), smoothings_of(sites, kept)
+    changed = {name: str(setting) for name, setting in kept.items() if not same_smoothing(final[name], ours[name])}
     return RefinementResult(
         steps=(coarse, fine),
         settings=kept,
-        smoothings=ours if not changed else smoothings_of(sites, kept),
+        smoothings=final if changed else ours,
         changed=changed,
         overall=judged(before, score, reserve.weight),
         kinds=kinds,
