@@ -1,9 +1,11 @@
 """What people see: figures, the report, the dashboard server.
 
+- ``access``: who may ask a server: by Host, token and origin
 - ``checked_frames``: data frames as the figures and the report expect them: required columns, finite numbers
-- ``connections``: how long and how many connections the dashboard keeps
+- ``connections``: how long and how many connections a server keeps
 - ``figures``: plotly figures of sites, alphas and histories
 - ``guard``: access rules of the Optuna dashboard: who may ask, what may be changed, what artifacts may do
+- ``listening``: sockets to serve on, with a remedy for every way that binding fails
 - ``report``: one self-contained HTML page that explains a run: no network, no rights, readable on a phone
 - ``server``: the dashboard server: Optuna's dashboard on our storage, behind the guard, on a threaded server
 - ``site_table``: the per-site table of the report: what is shown and what it is sorted by
@@ -13,10 +15,12 @@
 """
 
 __all__ = [
+    "access",
     "checked_frames",
     "connections",
     "figures",
     "guard",
+    "listening",
     "report",
     "server",
     "site_table",

@@ -1,9 +1,10 @@
-"""How long and how many connections the dashboard keeps: whoever sends slowly, or opens many, must keep nobody else out.
+"""How long and how many connections a server keeps: whoever sends slowly, or opens many, must keep nobody else out.
 
-waitress closes a connection only after a time without any byte, and stops accepting at its limit. Here a whole head of a
-request, a whole body and a whole answer have a time each, and where one client or all together have too many connections, the
-oldest that no request is being answered on makes room for the new one. What waitress promises nowhere is read in this file
-alone, and ``tests/dashboards/test_connections.py`` holds it to that.
+Servers close a connection only after a time without any byte, if at all, and stop accepting at their limit. Here a whole head of
+a request, a whole body and a whole answer have a time each, and where one client or all together have too many connections, the
+oldest that no request is being answered on makes room for the new one. The rules are for any server whose connections can be
+told as a :class:`Connection`. What waitress promises nowhere is read in this file alone, and
+``tests/dashboards/test_connections.py`` holds it to that.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 #: What a connection is at: no byte of a request yet, a request whose head or body is on its way, one that is being answered, an
 #: answer on its way.
@@ -45,39 +46,61 @@ class Limits:
 LIMITS = Limits()
 
 
+class Connection(Protocol):
+    """A connection of a server as the rules see it; equal to itself at every look, and hashable."""
+
+    @property
+    def stage(self) -> Stage:
+        """What it is at."""
+
+    @property
+    def request(self) -> object:
+        """The request that it is at: another object for another request."""
+
+    @property
+    def address(self) -> str:
+        """Address of the client."""
+
+    @property
+    def opened(self) -> float:
+        """When it was opened, by any clock that all connections of the server share."""
+
+    def close(self) -> None:
+        """Close it soon; it is not looked at again."""
+
+
 class ConnectionKeeper:
     """Closes connections that are beyond the limits. Called by the thread that serves them.
 
     Args:
-        server: A server of waitress.
         limits: The limits.
         clock: Seconds, monotonic.
     """
 
-    def __init__(self, server: Any, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._server = server
+    def __init__(self, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
-        self._seen: dict[Any, _Seen] = {}
+        self._seen: dict[Connection, _Seen] = {}
 
-    def enforce(self) -> None:
-        """Look at all connections; those that are to go are closed by the next turn of the server's loop."""
+    def enforce(self, connections: Iterable[Connection]) -> None:
+        """Look at all open connections, and close those that are to go."""
         now = self._clock()
-        channels = [channel for channel in list(self._server.active_channels.values()) if not channel.will_close]
-        self._seen = {channel: self._look(channel, now) for channel in channels}
-        kept = [channel for channel in channels if not self._is_late(self._seen[channel], now)]
+        every = list(connections)
+        self._seen = {connection: self._look(connection, now) for connection in every}
+        late = [connection for connection in every if self._is_late(self._seen[connection], now)]
+        kept = set(every).difference(late)
         clients = defaultdict(list)
-        for channel in kept:
-            clients[_client(channel)].append(channel)
+        for connection in kept:
+            clients[_client(connection.address)].append(connection)
         for mine in clients.values():
-            self._make_room(mine, self._limits.per_client)
-        self._make_room(kept, self._limits.together)
-        for channel in set(channels).difference(kept):
-            channel.will_close = True
+            kept -= self._room(mine, self._limits.per_client)
+        kept -= self._room(kept, self._limits.together)
+        for connection in set(every) - kept:
+            connection.close()
 
-    def _look(self, channel: Any, now: float) -> _Seen:
-        stage, request = _stage(channel), channel.request
-        before = self._seen.get(channel)
+    def _look(self, connection: Connection, now: float) -> _Seen:
+        stage, request = connection.stage, connection.request
+        before = self._seen.get(connection)
         # Between two looks one request may end and the next begin: the time is that of this one.
         if before is not None and (before.stage, before.request) == (stage, request):
             return before
@@ -86,13 +109,11 @@ class ConnectionKeeper:
     def _is_late(self, seen: _Seen, now: float) -> bool:
         return seen.stage != "answering" and now - seen.since > float(getattr(self._limits, seen.stage))
 
-    def _make_room(self, channels: Iterable[Any], most: int) -> None:
-        """Close the oldest of those that nothing is being answered on, down to the limit."""
-        open_ones = [channel for channel in channels if not channel.will_close]
-        spare = [channel for channel in open_ones if self._seen[channel].stage != "answering"]
-        spare.sort(key=lambda channel: channel.creation_time)
-        for channel in spare[: max(0, len(open_ones) - most)]:
-            channel.will_close = True
+    def _room(self, connections: Collection[Connection], most: int) -> set[Connection]:
+        """The oldest of those that nothing is being answered on, as many as there are too many."""
+        spare = [connection for connection in connections if self._seen[connection].stage != "answering"]
+        spare.sort(key=lambda connection: connection.opened)
+        return set(spare[: max(0, len(connections) - most)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +125,53 @@ class _Seen:
     since: float
 
 
-def _stage(channel: Any) -> Stage:
-    if channel.requests:
-        return "answering"
-    if channel.total_outbufs_len:
-        return "sending"
-    if channel.request is None:
-        return "idle"
-    return "body" if channel.request.headers_finished else "head"
+@dataclass(frozen=True)
+class _Channel:
+    """A connection of waitress."""
+
+    channel: Any
+
+    @property
+    def stage(self) -> Stage:
+        if self.channel.requests:
+            return "answering"
+        if self.channel.total_outbufs_len:
+            return "sending"
+        if self.channel.request is None:
+            return "idle"
+        return "body" if self.channel.request.headers_finished else "head"
+
+    @property
+    def request(self) -> object:
+        return self.channel.request
+
+    @property
+    def address(self) -> str:
+        try:
+            return str(self.channel.addr[0])
+        except (IndexError, TypeError):
+            return str(self.channel.addr)
+
+    @property
+    def opened(self) -> float:
+        return float(self.channel.creation_time)
+
+    def close(self) -> None:
+        """The next turn of the server's loop closes it."""
+        self.channel.will_close = True
 
 
-def _client(channel: Any) -> str:
-    """Address of a client; of IPv6 the network, of which one machine may have any number of addresses."""
+def channels(server: Any) -> list[Connection]:
+    """Open connections of a server of waitress."""
+    return [_Channel(channel) for channel in list(server.active_channels.values()) if not channel.will_close]
+
+
+def _client(address: str) -> str:
+    """Whose connection it is: the address; of IPv6 the network, of which one machine may have any number of addresses."""
     try:
-        address = ipaddress.ip_address(str(channel.addr[0]))
-    except (ValueError, IndexError, TypeError):
-        return str(channel.addr)
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is None:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)

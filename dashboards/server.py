@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import logging
-import socket
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +14,10 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage, get_storage
 from waitress import wasyncore
 
-from alphasmith.dashboards.connections import LIMITS, ConnectionKeeper, Limits
-from alphasmith.dashboards.guard import Guard, new_token
+from alphasmith.dashboards.access import new_token
+from alphasmith.dashboards.connections import LIMITS, ConnectionKeeper, Limits, channels
+from alphasmith.dashboards.guard import Guard
+from alphasmith.dashboards.listening import Listener
 from alphasmith.objectives.errors import InputError
 from alphasmith.storage.database.connection import initialise, open_database, optuna_storage
 
@@ -76,7 +75,7 @@ class DashboardServer:
         port: TCP port; 0 takes any free one.
         body: Largest request body [bytes].
         limits: Of connections.
-        bound: The socket, where ``host`` and ``port`` are bound already; closed with the server.
+        listener: The socket, where ``host`` and ``port`` are bound already; closed with the server.
 
     Raises:
         InputError: The port is out of range, in use or not allowed, or the host cannot be bound.
@@ -90,11 +89,10 @@ class DashboardServer:
         port: int = 8080,
         body: int = 2**20,
         limits: Limits = LIMITS,
-        bound: socket.socket | None = None,
+        listener: Listener | None = None,
     ) -> None:
-        bound = bound or _bind(host, port)
-        self._host = host
-        self._port = int(bound.getsockname()[1])
+        listener = listener or Listener(host, port)
+        self._url = f"{listener.url}/dashboard/"
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._serving = False
@@ -102,7 +100,7 @@ class DashboardServer:
         self._server: Any = waitress.create_server(
             served,
             map=self._sockets,
-            sockets=[bound],
+            sockets=[listener.socket],
             threads=8,
             ident=None,
             max_request_body_size=body,
@@ -111,14 +109,12 @@ class DashboardServer:
             clear_untrusted_proxy_headers=True,
         )
 
-        self._keeper = ConnectionKeeper(self._server, limits)
+        self._keeper = ConnectionKeeper(limits)
 
     @property
     def url(self) -> str:
         """Address to open in a browser on this machine."""
-        wildcard = self._host in {"0.0.0.0", "::", ""}
-        name = "localhost" if wildcard else f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{name}:{self._port}/dashboard/"
+        return self._url
 
     def run(self) -> None:
         """Serve requests; returns after :meth:`close` (from another thread) or Ctrl-C, with the port free again."""
@@ -129,7 +125,7 @@ class DashboardServer:
         try:
             while not self._stop.is_set():
                 wasyncore.loop(timeout=1.0, use_poll=True, map=self._sockets, count=1)
-                self._keeper.enforce()
+                self._keeper.enforce(channels(self._server))
         except KeyboardInterrupt:
             _LOG.info("interrupted")
         finally:
@@ -182,18 +178,17 @@ def serve(
     database = open_database(storage_url)
     try:
         initialise(database)
-        # A wildcard address is where to listen, not a name that a browser sends.
-        names = [*hosts] if host in {"0.0.0.0", "::", ""} else [*hosts, host]
         storage = optuna_storage(database)
-        bound = _bind(host, port)
+        listener = Listener(host, port)
         try:
-            if token is None and not _is_loopback(bound):
+            if token is None and not listener.is_loopback:
                 token = new_token()
+            names = [*hosts, *listener.names]
             served = application(storage, hosts=names, allow_write=allow_write, artifacts=artifacts, token=token)
         except BaseException:
-            bound.close()
+            listener.close()
             raise
-        server = DashboardServer(served, host=host, body=_BODY[allow_write], bound=bound)
+        server = DashboardServer(served, body=_BODY[allow_write], listener=listener)
         try:
             if ready is not None:
                 ready(server.url if token is None else f"{server.url}?token={token}")
@@ -202,38 +197,3 @@ def serve(
             server.close()
     finally:
         database.close()
-
-
-def _is_loopback(bound: socket.socket) -> bool:
-    """Whether only this machine reaches a socket: by the address it is bound to, whatever name led there."""
-    return ipaddress.ip_address(str(bound.getsockname()[0])).is_loopback
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; every way this fails has its own remedy."""
-    if not 0 <= port <= 65535:
-        raise InputError("port", f"{port} is not a port", "use a number from 1024 to 65535, or 0 for any free one")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, UnicodeError) as error:
-        raise InputError(
-            "host", f"{host!r} cannot be resolved", "use 127.0.0.1, or an address of this machine"
-        ) from error
-    bound = socket.socket(family, kind, protocol)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        # Two servers can bind a port as long as neither listens; only listening decides.
-        bound.listen(64)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(
-                "port", f"{port} is in use", "choose another with --port, or 0 for any free one"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise InputError("port", f"{port} needs more rights", "use a number from 1024 to 65535") from error
-        raise InputError("host", f"{host!r} is not an address of this machine", "use 127.0.0.1 or 0.0.0.0") from error
-    return bound

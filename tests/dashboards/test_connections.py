@@ -15,7 +15,7 @@ import waitress
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 
-from alphasmith.dashboards.connections import LIMITS, ConnectionKeeper, Limits
+from alphasmith.dashboards.connections import LIMITS, ConnectionKeeper, Limits, channels
 from alphasmith.dashboards.server import DashboardServer
 from tests.support.dashboards import running
 
@@ -102,15 +102,16 @@ class Requests:
 
     def __init__(self, limits: Limits) -> None:
         self.now = 0.0
-        self.channels: list[Any] = []
-        server = SimpleNamespace(active_channels={})
-        self._active = server.active_channels
-        self.keeper = ConnectionKeeper(server, limits, clock=lambda: self.now)
+        self._server = SimpleNamespace(active_channels={})
+        self._keeper = ConnectionKeeper(limits, clock=lambda: self.now)
+
+    def enforce(self) -> None:
+        self._keeper.enforce(channels(self._server))
 
     def connect(self, address: str, **state: Any) -> Any:
         at = {"requests": [], "total_outbufs_len": 0, "request": None, "will_close": False, "creation_time": self.now}
         channel = _Channel(addr=(address, 1), **{**at, **state})
-        self._active[len(self._active)] = channel
+        self._server.active_channels[len(self._server.active_channels)] = channel
         return channel
 
 
@@ -122,10 +123,10 @@ def test_what_is_being_answered_is_never_closed() -> None:
     made = Requests(Limits(per_client=2, together=3, sending=5))
     busy = [made.connect("10.0.0.1", requests=[object()]) for _ in range(5)]
     slow = made.connect("10.0.0.2", total_outbufs_len=9)
-    made.keeper.enforce()
+    made.enforce()
     assert slow.will_close  # the only one that could make room
     made.now = 1e6
-    made.keeper.enforce()
+    made.enforce()
     assert not any(channel.will_close for channel in busy)
 
 
@@ -136,7 +137,7 @@ def test_the_oldest_of_the_one_with_most_goes_first() -> None:
     for _ in range(4):
         made.now += 1
         mine.append(made.connect("10.0.0.1"))
-    made.keeper.enforce()
+    made.enforce()
     assert [channel.will_close for channel in mine] == [True, True, False, False]
     assert not other.will_close
 
@@ -145,7 +146,7 @@ def test_a_network_of_the_sixth_version_is_one_client() -> None:
     made = Requests(Limits(per_client=2))
     mine = [made.connect(f"2001:db8::{i}") for i in range(5)]
     mapped = [made.connect(f"::ffff:10.0.0.{i}") for i in range(5)]
-    made.keeper.enforce()
+    made.enforce()
     assert sum(channel.will_close for channel in mine) == 3
     assert not any(channel.will_close for channel in mapped)
 
@@ -154,13 +155,13 @@ def test_a_new_request_on_a_connection_has_its_own_time() -> None:
     made = Requests(Limits(head=10))
     channel = made.connect("10.0.0.1", request=SimpleNamespace(headers_finished=False))
     for made.now in (0.0, 6.0):
-        made.keeper.enforce()
+        made.enforce()
     channel.request = SimpleNamespace(headers_finished=False, next=True)
     for made.now in (7.0, 12.0, 16.0):
-        made.keeper.enforce()
+        made.enforce()
         assert not channel.will_close
     made.now = 18.0
-    made.keeper.enforce()
+    made.enforce()
     assert channel.will_close
 
 

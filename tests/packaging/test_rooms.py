@@ -32,8 +32,9 @@ FLOORS: dict[str, list[set[str]]] = {
         {"upkeep"},
     ],
     "dashboards": [
-        {"text", "checked_frames", "guard", "connections", "verdict"},
-        {"figures", "site_table", "server"},
+        {"text", "checked_frames", "access", "connections", "listening", "verdict"},
+        {"figures", "site_table", "guard"},
+        {"server"},
         {"report", "study_views"},
     ],
     "search": [
