@@ -162,6 +162,7 @@ class DataConfig(_Section):
         path: File or folder.
         column: Field of a jsonl line or column of a csv or parquet file that holds the text or a conversation; where there is
             none of the default name, conversations are found by the names that data sets use (``messages``, ...).
+        files: Column of a jsonl, csv or parquet table that names media files, relative to it; then ``path`` is that table.
         label: Field or column that holds the class of a classifier or the text that a decoder writes; ``auto``: by the usual
             names, else a folder for each class, a text beside each file, or the columns of ``metadata.csv``; ``none``: neither.
         factory: ``module:function`` that returns argument tuples of the model, in place of ``path``.
@@ -184,6 +185,7 @@ class DataConfig(_Section):
     kind: Literal["auto", MediaKind] = "auto"
     path: UserPath | None = None
     column: Label = Field(default="text", max_length=512)
+    files: Annotated[Label, Field(min_length=1, max_length=512)] | None = None
     label: Label = Field(default="auto", max_length=512)
     factory: CodeName | None = None
     metric: CodeName | None = None

@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from alphasmith.objectives.media._loader import load_media
+from alphasmith.objectives.media._loader import load_media, media_kind
 from alphasmith.objectives.media._source import MediaSource
 from alphasmith.objectives.media.batches import MediaBatches, Splits, data_digest, split_batches
 from alphasmith.objectives.media.in_memory import in_memory
@@ -29,5 +29,6 @@ __all__ = [
     "data_digest",
     "in_memory",
     "load_media",
+    "media_kind",
     "split_batches",
 ]

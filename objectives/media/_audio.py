@@ -29,6 +29,7 @@ from alphasmith.objectives.media._targets import file_targets
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.media.batches import MediaBatches, lengths_in_common
 from alphasmith.objectives.reading import is_regular, read_object, refusing
+from alphasmith.objectives.text import counted, listed
 
 _DEFAULT_RATE = 16000
 
@@ -54,9 +55,10 @@ def load_audio(
     """
     extractor = _load_extractor(model_folder)
     rate, notes = _rate(source, extractor, model_config)
-    generator = np.random.default_rng(seed)
-    chosen = [files[i] for i in generator.permutation(len(files))[: source.samples]]
-    lengths = [_samples(file, source.seconds, rate) for file in chosen]
+    chosen = [files[i] for i in source.drawn(len(files), np.random.default_rng(seed))]
+    looked = [_samples(file, source.seconds, rate) for file in chosen]
+    lengths = [length for length, _ in looked]
+    notes += _resampled([own for _, own in looked], rate)
     fixed = _is_fixed(extractor, rate)
     if not fixed and not setting(model_config, "is_encoder_decoder", False):
         lengths = lengths_in_common(lengths)
@@ -113,13 +115,22 @@ def _rate(source: MediaSource, extractor: Any, config: Any) -> tuple[int, tuple[
     return _DEFAULT_RATE, (f"audio resampled to {_DEFAULT_RATE} Hz: neither the model nor the configuration says",)
 
 
-def _samples(file: Path, seconds: float, rate: int) -> int:
-    """Length of a clip as it is read, cut to ``seconds`` [samples at ``rate``]."""
+def _resampled(rates: list[int], rate: int) -> tuple[str, ...]:
+    """One line where clips have another rate than the model takes."""
+    others = sorted({own for own in rates if own != rate})
+    if not others:
+        return ()
+    told = listed([str(own) for own in others], 3)
+    return (f"{sum(own != rate for own in rates)} of {counted(len(rates), 'clip')} resampled from {told} to {rate} Hz",)
+
+
+def _samples(file: Path, seconds: float, rate: int) -> tuple[int, int]:
+    """Length of a clip as it is read, cut to ``seconds`` [samples at ``rate``], and its own rate [Hz]."""
     with _opened(file) as stream:
         own, frames = int(stream.samplerate), int(stream.frames)
     if frames <= 0:
         raise InputError("data.path", f"{file} holds no sound", "remove it")
-    return -(-min(frames, max(int(seconds * own), 1)) * rate // own)
+    return -(-min(frames, max(int(seconds * own), 1)) * rate // own), own
 
 
 @contextmanager

@@ -105,8 +105,7 @@ def load_images(
         InputError: A file is no readable image.
     """
     pixels = load_pixel_processor(source, model_folder, model_config)
-    order = np.random.default_rng(seed).permutation(len(files))[: source.samples]
-    chosen = [files[i] for i in order]
+    chosen = [files[i] for i in source.drawn(len(files), np.random.default_rng(seed))]
     sizes: list[tuple[int, int]] = []
     for file in chosen:  # headers only: a text file named .png is found before the run has cost anything
         with open_image(file) as image:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from alphasmith.objectives.literals import MediaKind
 from alphasmith.objectives.media._audio import load_audio
 from alphasmith.objectives.media._images import load_images
 from alphasmith.objectives.media._source import MediaSource, resolve_kind
+from alphasmith.objectives.media._targets import listed_files
 from alphasmith.objectives.media._video import load_video
 from alphasmith.objectives.media.batches import MediaBatches
 from alphasmith.objectives.media.text import load_text
@@ -35,7 +37,23 @@ def load_media(
 
     Raises:
         InputError: The path is missing or empty, holds no file of the kind, a file is unreadable (named), a column is
-            missing, there is no text at all, or the model has no tokenizer for text.
+            missing, there is no text at all, the model has no tokenizer for text, or a table lists no media files.
     """
-    kind, files = resolve_kind(source)
+    kind, files = _found(source)
     return _LOADERS[kind](source, files, model_folder=model_folder, model_config=model_config, seed=seed)
+
+
+def media_kind(source: MediaSource) -> MediaKind:
+    """What kind of media a source holds, by its files; none of them is read.
+
+    Args:
+        source: Where they lie.
+
+    Raises:
+        InputError: The path is missing or empty, holds no file of the kind or several kinds, or a table lists no media files.
+    """
+    return _found(source)[0]
+
+
+def _found(source: MediaSource) -> tuple[MediaKind, list[Path]]:
+    return resolve_kind(source) if source.files is None else listed_files(source)

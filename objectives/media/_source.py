@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import MediaKind
 from alphasmith.objectives.reading import is_regular, usable_path
@@ -28,13 +30,17 @@ class MediaSource:
     """Media to calibrate on. Source: claim A-1 (text, image, audio, video).
 
     Attributes:
-        path: A file, or a folder that is searched with its sub-folders.
+        path: A file, or a folder that is searched with its sub-folders; with ``files`` a table.
         kind: What the files are; ``auto`` decides by their endings. A folder of frames is ``image`` unless said to be
             ``video``.
         column: Field of a jsonl record or column of a csv or parquet file that holds the text, or a conversation.
         targets: What samples stand for, where the model can be asked for it; None: nothing is looked for.
         label: Field that holds it; ``auto``: by the usual names, by folders, or by texts beside the files; ``none``: not looked
             for.
+        files: Column of a jsonl, csv or parquet table that names media files, relative to the table; None: ``path`` is no such
+            table.
+        whole: Whether all of the data is read, numbered as the data have it: files by their paths, records in order, a plain text cut
+            into pieces of the longest length. Then ``samples`` says nothing.
         samples: At most this many samples are read, chosen by seed [samples].
         batch_size: Samples per batch; the last batch may be smaller [samples].
         max_length: Longest text; shortened to what the tokenizer and the model can take [tokens].
@@ -50,6 +56,8 @@ class MediaSource:
     column: str = "text"
     targets: TargetKind | None = None
     label: str = "auto"
+    files: str | None = None
+    whole: bool = False
     samples: int = 128
     batch_size: int = 8
     max_length: int = 512
@@ -69,6 +77,14 @@ class MediaSource:
             raise InputError("data.column", "is empty", "name the field that holds the text")
         if not self.label:
             raise InputError("data.label", "is empty", "name the field that holds the label, or 'auto' or 'none'")
+        if self.files == "":
+            raise InputError("data.files", "is empty", "name the column that holds the paths of media files")
+
+    def drawn(self, count: int, generator: np.random.Generator) -> list[int]:
+        """Which of ``count`` samples are read, in the order in which they are numbered."""
+        if self.whole:
+            return list(range(count))
+        return [int(i) for i in generator.permutation(count)[: self.samples]]
 
 
 #: Endings of tables that lie beside other files more often than that they hold texts.

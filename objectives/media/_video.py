@@ -75,8 +75,7 @@ def load_video(
         raise InputError(
             "data.frames", f"no video under {source.path} has {length} frames (the longest has {longest})", "lower it"
         )
-    order = np.random.default_rng(seed).permutation(len(clips))[: source.samples]
-    chosen = [clips[i] for i in order]
+    chosen = [clips[i] for i in source.drawn(len(clips), np.random.default_rng(seed))]
 
     def load(numbers: tuple[int, ...]) -> Batch:
         read = [pixels(video.read(start, length))["pixel_values"] for video, start in (chosen[i] for i in numbers)]

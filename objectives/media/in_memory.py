@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,81 @@ def in_memory(batches: Any, *, limit: int | None = None, arguments: Arguments | 
     if not taken:
         raise InputError("batches", "there is none", "give at least three samples")
     return taken
+
+
+def labelled(batches: Any, *, limit: int) -> tuple[list[Batch], tuple[Any, ...]]:
+    """Take labelled samples as a launch script has them.
+
+    Args:
+        batches: An iterable of (inputs, labels), such as a ``DataLoader``, or of what :func:`in_memory` takes by name (mappings with
+            ``labels``, ``Batch``, tensors without labels for what needs none). Inputs: a tensor, a tuple of arguments or a mapping.
+            Labels: a class or a name for every sample, or a float tensor of the output's shape. A single label makes one sample
+            of inputs without a sample dimension.
+        limit: Samples that are taken at most [samples].
+
+    Returns:
+        One ``Batch`` for each, with labels that are float tensors; and the class or name of every sample, where there are any.
+
+    Raises:
+        InputError: As :func:`in_memory`; or labels that are neither, or not one for each sample, or not on every batch.
+    """
+    remedy = "give an iterable of (inputs, labels), e.g. DataLoader(dataset, batch_size=32)"
+    if isinstance(batches, (str, bytes, Mapping, Batch)) or _is_array(batches) or not hasattr(batches, "__iter__"):
+        raise InputError("batches", f"is a {type(batches).__name__}", remedy)
+    taken: list[Batch] = []
+    targets: list[Any] = []
+    total = 0
+    for number, item in enumerate(batches):
+        if total >= limit:
+            break
+        where = f"batches[{number}]"
+        batch, labels = _with_labels(item, where)
+        taken.append(batch)
+        targets += labels
+        total += batch.size
+        if labels and len(labels) != batch.size:
+            raise InputError(where, f"has {len(labels)} labels for {batch.size} samples", "give one for each")
+        if targets and len(targets) != total:
+            raise InputError(where, "has labels where other batches have none, or none where they do", "label them all")
+    if not taken:
+        raise InputError("batches", "there is none", remedy)
+    return taken, tuple(targets)
+
+
+def _with_labels(item: Any, where: str) -> tuple[Batch, list[Any]]:
+    """A batch, and its labels where they are classes or names."""
+    if not isinstance(item, (tuple, list)):
+        batch = _as_batch(item, where, None)
+        labels: Any = batch.labels
+    else:
+        if len(item) != 2:
+            raise InputError(where, f"holds {len(item)} things", "give (inputs, labels)")
+        inputs, labels = item
+        single = isinstance(labels, (str, int)) or (isinstance(labels, (torch.Tensor, np.ndarray)) and labels.ndim == 0)
+        batch = _as_batch(_one_more(inputs) if single else inputs, where, None)
+        labels = [labels] if single else labels
+    if labels is None:
+        return batch, []
+    if isinstance(labels, (tuple, list)) and any(isinstance(label, str) for label in labels):
+        return replace(batch, labels=None), list(labels)
+    values = as_tensor(labels, f"labels of {where}")
+    if values.is_floating_point():
+        found = replace(batch, labels=values)
+        _check(found, where)
+        return found, []
+    if values.dim() != 1:
+        problem = f"are whole numbers of shape {tuple(values.shape)}"
+        raise InputError(f"labels of {where}", problem, "give one class for each sample")
+    return replace(batch, labels=None), values.tolist()
+
+
+def _one_more(inputs: Any) -> Any:
+    """The inputs of one sample with a sample dimension."""
+    if isinstance(inputs, Mapping):
+        return {name: _one_more(value) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_one_more(value) for value in inputs)
+    return as_tensor(inputs, "batches")[None] if _is_array(inputs) else inputs
 
 
 def _as_batch(item: Any, where: str, arguments: Arguments | None) -> Batch:

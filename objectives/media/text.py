@@ -23,6 +23,8 @@ from alphasmith.objectives.text import counted
 
 #: Bytes read per wanted token: about three times the average of English BPE, enough for one token per CJK character.
 _BYTES_PER_TOKEN = 12
+#: Bytes of a token on average, where a text is cut into pieces that follow each other.
+_USUAL_BYTES = 4
 #: A short file gives fewer windows rather than ones of a few letters [bytes].
 _SHORTEST_WINDOW = 64
 #: Records looked at per source: reading time stays bounded on files of any size.
@@ -67,7 +69,8 @@ def load_text(
     tokens = [(row, p.target) for p in passages if (row := _tokens(p.text, tokenizer, limit))]
     if not tokens:
         raise InputError("data.path", f"{source.path} holds no text", "give files that are not empty")
-    tokens = [tokens[i] for i in generator.permutation(len(tokens))]
+    if not source.whole:
+        tokens = [tokens[i] for i in generator.permutation(len(tokens))]
     ids, targets = [row for row, _ in tokens], [target for _, target in tokens]
     vocabulary = setting(model_config, "vocab_size")
     highest = max(max(row) for row in ids)
@@ -177,10 +180,13 @@ def _windows(source: MediaSource, files: list[Path], limit: int, generator: np.r
     sizes = np.array([f.stat().st_size for f in files])
     if not sizes.sum():
         raise InputError("data.path", f"{source.path} is empty", "give files with text")
-    # Largest remainder: each file gets windows in proportion to its bytes, and all together source.samples.
-    share = sizes / sizes.sum() * source.samples
-    counts = np.floor(share).astype(int)
-    counts[np.argsort(counts - share, kind="stable")[: source.samples - counts.sum()]] += 1
+    if source.whole:
+        counts = np.maximum(sizes // (limit * _USUAL_BYTES), 1)
+    else:
+        # Largest remainder: each file gets windows in proportion to its bytes, and all together source.samples.
+        share = sizes / sizes.sum() * source.samples
+        counts = np.floor(share).astype(int)
+        counts[np.argsort(counts - share, kind="stable")[: source.samples - counts.sum()]] += 1
     texts: list[str] = []
     for file, size, count in zip(files, sizes, counts, strict=True):
         count = min(int(count), max(int(size) // _SHORTEST_WINDOW, 1))
@@ -221,13 +227,17 @@ def _reservoir(
         if passage is None:
             nulls += 1
         elif not isinstance(passage.text, str) or passage.text.strip():
-            if number < source.samples:
+            if source.whole or number < source.samples:
                 chosen.append((number, passage))
             elif (slot := int(generator.integers(number + 1))) < source.samples:
                 chosen[slot] = (number, passage)
             number += 1
     named = "text or label" if source.targets else "text"
-    notes = (f"{counted(nulls, 'record')} without a {named} (null) passed over",) if nulls else ()
+    notes: tuple[str, ...] = ()
+    if nulls:
+        notes += (f"{counted(nulls, 'record')} without a {named} (null) passed over",)
+    if source.whole and next(records, None) is not None:
+        notes += (f"only the first {_MAX_RECORDS} records are read",)
     return [passage for _, passage in sorted(chosen, key=lambda item: item[0])], notes
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -12,9 +14,107 @@ from torch import nn
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.media.batches import FolderName, MediaBatches
-from alphasmith.objectives.text import listed
+from alphasmith.objectives.reading import read_text
+from alphasmith.objectives.text import counted, listed
 
 _HEADS = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "ForVideoClassification")
+
+
+#: Largest file of class names [bytes].
+_MOST_NAMES = 2**24
+_NAME_LABELS = "use the names or numbers of the model's classes, or name them with --labels FILE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The classes that a model tells apart, and what data may call them.
+
+    Attributes:
+        count: How many there are: values of the model's output.
+        names: Name, without case and underscores -> class; empty where the model does not say.
+    """
+
+    count: int
+    names: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Any, count: int) -> Self:
+        """Those of a model.
+
+        Args:
+            config: Its configuration, whose ``label2id`` and ``id2label`` name classes: an object, a mapping or None.
+            count: Values of its output.
+        """
+        return cls(count=count, names={name: number for name, number in _names(config).items() if 0 <= number < count})
+
+    @classmethod
+    def listed_in(cls, file: Path, count: int) -> Self:
+        """Those named in a file, a line each, in the order of the model's outputs.
+
+        Args:
+            file: UTF-8 text.
+            count: Values of the model's output.
+
+        Raises:
+            InputError: It cannot be read, names a class twice, or names more or fewer classes than the model has.
+        """
+        text = read_text(file, field="--labels", remedy="give a file with a name a line", most=_MOST_NAMES)
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if len(names) != count:
+            problem = f"{file} names {len(names)} classes, the model has {count}"
+            raise InputError("--labels", problem, "name every class, in order")
+        twice = [name for name, times in Counter(map(_plain, names)).items() if times > 1]
+        if twice:
+            raise InputError("--labels", f"{file} names {twice[0][:80]!r} twice", "give every class a name of its own")
+        return cls(count=count, names={_plain(name): number for number, name in enumerate(names)})
+
+    def number(self, target: Any) -> int | None:
+        """The class that a name or a number stands for; None: none."""
+        return _class(target, self.names, self.count)
+
+    def title(self, number: int) -> str:
+        """What a class is called."""
+        return next((name for name, of in self.names.items() if of == number), str(number))
+
+    def __str__(self) -> str:
+        return f"{self.count} classes" + (f": {listed(sorted(self.names), 4)}" if self.names else ", 0 and on")
+
+
+def required_classes(targets: Sequence[Any], classes: Classes, *, partial: bool = False) -> tuple[int, ...]:
+    """The class of every sample, where a model is to be trained on them.
+
+    Args:
+        targets: What each sample stands for, as the data say it.
+        classes: Of the model.
+        partial: Whether classes of the model may be missing in the data.
+
+    Raises:
+        InputError: Field ``data.label``: a sample without a label, one that is none of the model's, a single class, or other
+            classes than the model has.
+    """
+    if all(target is None for target in targets):
+        remedy = "give a folder for each class, or a table and the column with --label"
+        raise InputError("data.label", "the samples have no labels", remedy)
+    found = [classes.number(target) for target in targets]
+    if None in found:
+        wrong = targets[found.index(None)]
+        if wrong is None:
+            without = sum(target is None for target in targets)
+            told = f"{without} of {counted(len(targets), 'sample')} have no label"
+            raise InputError("data.label", told, "label or remove them")
+        raise InputError("data.label", f"{repr(wrong)[:80]} is no label of the model ({classes})", _NAME_LABELS)
+    numbers = tuple(number for number in found if number is not None)
+    seen = sorted(set(numbers))
+    if len(seen) == 1:
+        raise InputError(
+            "data.label", f"every sample is of class {classes.title(seen[0])!r}", "give samples of several classes"
+        )
+    missing = [classes.title(number) for number in range(classes.count) if number not in set(seen)]
+    if missing and not partial:
+        problem = f"the data have {len(seen)} classes, the model {classes.count} (none is {listed(missing, 3)})"
+        remedy = "give samples of every class, or allow that some are missing with --partial-classes"
+        raise InputError("data.label", problem, remedy)
+    return numbers
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -78,10 +178,14 @@ def are_classes(batches: Sequence[Batch], config: Any) -> bool:
 
 
 def _names(config: Any) -> dict[str, int]:
-    by_name, by_number = getattr(config, "label2id", None), getattr(config, "id2label", None)
+    by_name, by_number = _setting(config, "label2id"), _setting(config, "id2label")
     names = {str(name): int(number) for number, name in by_number.items()} if isinstance(by_number, Mapping) else {}
     names |= {str(name): int(number) for name, number in by_name.items()} if isinstance(by_name, Mapping) else {}
     return {_plain(name): number for name, number in names.items()}
+
+
+def _setting(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def _plain(name: str) -> str:

@@ -190,6 +190,7 @@ def _batches(config: RunConfig, loaded: LoadedModel, given: Iterable[Any] | None
     source = MediaSource(
         targets="class" if is_classifier(loaded.model) else "text" if reads_its_own_text(loaded.model) else None,
         label=data.label,
+        files=data.files,
         path=data.path,
         kind=data.kind,
         column=data.column,

@@ -17,7 +17,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media import MediaBatches, MediaSource, load_media
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.media.batches import FolderName
-from alphasmith.objectives.model.labels import are_classes, is_classifier, with_labels
+from alphasmith.objectives.model.labels import Classes, are_classes, is_classifier, required_classes, with_labels
 
 NAMES = {0: "cat", 1: "dog", 2: "Night_Owl"}
 CONFIG = SimpleNamespace(id2label=NAMES, label2id={name: i for i, name in NAMES.items()}, num_labels=3)
@@ -141,3 +141,49 @@ def test_the_classes_of_pictures_are_found(tmp_path: Path) -> None:
         targets_of(folder)
     with pytest.raises(InputError, match="has no field 'colour'"):
         targets_of(folder, label="colour")
+
+
+def test_classes_of_a_model_by_name_and_number(tmp_path: Path) -> None:
+    of_config = Classes.of(CONFIG, 3)
+    assert [of_config.number(target) for target in ("Cat", "night owl", "1", 2, "bird", 3, None)] == [
+        *(0, 2, 1, 2),
+        *(None, None, None),
+    ]
+    assert Classes.of({"id2label": {0: "cat"}}, 1).number("cat") == 0
+    assert Classes.of(None, 2).number("1") == 1
+    (tmp_path / "names.txt").write_text("yes\nno\n")
+    named = Classes.listed_in(tmp_path / "names.txt", 2)
+    assert (named.number("No"), named.title(0)) == (1, "yes")
+
+
+@pytest.mark.parametrize(("text", "words"), [("yes\n", "names 1 classes"), ("yes\nYES\n", "'yes' twice")])
+def test_bad_names_of_classes(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(InputError, match=words):
+        Classes.listed_in(tmp_path / "names.txt", 2)
+
+
+def test_labels_that_a_model_can_be_trained_on() -> None:
+    classes = Classes.of(CONFIG, 3)
+    assert required_classes(["cat", "dog", 2, "cat"], classes) == (0, 1, 2, 0)
+    assert required_classes(["cat", "dog"], classes, partial=True) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ([], "have no labels"),
+        ([None, None], "have no labels"),
+        (["cat", None, None], "2 of 3 samples have no label"),
+        (["cat", "bird"], "'bird' is no label of the model"),
+        ([0, 3], "3 is no label of the model"),
+        ([FolderName("2023"), FolderName("2024")], "'2023' is no label"),
+        (["cat", "cat"], "every sample is of class 'cat'"),
+        (["cat", "dog"], r"2 classes, the model 3 \(none is night owl\)"),
+    ],
+)
+def test_labels_that_no_model_can_be_trained_on(targets: list[Any], words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        required_classes(targets, Classes.of(CONFIG, 3))
+    assert caught.value.field == "data.label"
+    assert "\n" not in str(caught.value)
