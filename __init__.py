@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alphasmith.search import (
+        Classifier,
         RunConfig,
         RunResult,
         SiteResult,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Classifier",
     "RunConfig",
     "RunResult",
     "SiteResult",

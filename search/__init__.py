@@ -10,6 +10,7 @@
 - ``interruption``: interrupts: the first Ctrl-C stops a run in good order, the second one at once
 - ``launch``: one run from first to last line: launch, go on, outcome, manifest, record
 - ``model``: the model's output: whole-model search, refinement, variants
+- ``processing``: the compressed model at work: media in, classes or text out
 - ``progress``: progress of a run: bars on a terminal, plain lines elsewhere, nothing for scripts
 - ``site``: the search of one site: parametrizations, proposals, exact scores, result
 - ``study``: one Optuna study of anything: candidates, space, sampler, record
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from alphasmith.search.config import RunConfig
     from alphasmith.search.launch.pipeline import resume, run
     from alphasmith.search.launch.recorder import RunResult
+    from alphasmith.search.processing.classifier import Classifier
     from alphasmith.search.site.result import SiteResult
     from alphasmith.search.site.search import search_site
 
 __all__ = [
+    "Classifier",
     "RunConfig",
     "RunResult",
     "SiteResult",
@@ -42,6 +45,7 @@ __all__ = [
 
 #: Where each name is. Imported when it is asked for: `alphasmith list` must not wait for torch, a worker not for transformers.
 _HOMES = {
+    "Classifier": "processing.classifier",
     "RunConfig": "config",
     "RunResult": "launch.recorder",
     "SiteResult": "site.result",

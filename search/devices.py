@@ -47,12 +47,23 @@ def search_device(config: RunConfig) -> torch.device:
     Raises:
         InputError: The configured device does not exist.
     """
-    name = config.search.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return usable_device(config.search.device, "search.device")
+
+
+def usable_device(name: str | None, field: str) -> torch.device:
+    """A device by its name.
+
+    Args:
+        name: As torch has it; None: the first GPU, else the CPU.
+        field: What to call it in errors.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            "search.device", f"{name!r} is not usable", "use 'cpu', or 'cuda' where there is one"
-        ) from error
+        raise InputError(field, f"{name!r} is not usable", "use 'cpu', or 'cuda' where there is one") from error
     return device

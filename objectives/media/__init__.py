@@ -12,19 +12,23 @@
 - ``batch``: one batch of media as the model is called with it
 - ``batches``: batches as a lazy sequence, the three splits, and a digest of what was used
 - ``in_memory``: batches as a launch script has them
+- ``items``: single items as a model takes them, from files, bytes and texts
 - ``text``: text: windows of plain files, fields of records, conversations, and the tokenizer beside a model
 """
 
 from __future__ import annotations
 
+from alphasmith.objectives.media._bounds import Content, NamedBytes
 from alphasmith.objectives.media._loader import load_media, media_kind
 from alphasmith.objectives.media._source import MediaSource
 from alphasmith.objectives.media.batches import MediaBatches, Splits, data_digest, split_batches
 from alphasmith.objectives.media.in_memory import in_memory
 
 __all__ = [
+    "Content",
     "MediaBatches",
     "MediaSource",
+    "NamedBytes",
     "Splits",
     "data_digest",
     "in_memory",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from alphasmith.objectives.media._bounds import (
     MOST_SAMPLES,
     MOST_STREAM_BYTES,
     RATES,
+    Content,
     audio_format,
     check_file,
     check_settings,
@@ -53,19 +55,19 @@ def load_audio(
     Raises:
         InputError: A file is no readable audio, is empty, holds a non-finite sample, or the rates contradict.
     """
-    extractor = _load_extractor(model_folder)
-    rate, notes = _rate(source, extractor, model_config)
+    extractor = load_extractor(model_folder)
+    rate, notes = model_rate(source, extractor, model_config)
     chosen = [files[i] for i in source.drawn(len(files), np.random.default_rng(seed))]
-    looked = [_samples(file, source.seconds, rate) for file in chosen]
-    lengths = [length for length, _ in looked]
-    notes += _resampled([own for _, own in looked], rate)
+    sounds = [sound_of(file) for file in chosen]
+    lengths = [sound.samples(source.seconds, rate) for sound in sounds]
+    notes += _resampled([sound.rate for sound in sounds], rate)
     fixed = _is_fixed(extractor, rate)
     if not fixed and not setting(model_config, "is_encoder_decoder", False):
         lengths = lengths_in_common(lengths)
 
     def load(numbers: tuple[int, ...]) -> Batch:
-        waves = [_read(chosen[i], rate, source.seconds, lengths[i]) for i in numbers]
-        return _batch(waves, rate, extractor, model_config)
+        waves = [read_wave(chosen[i], rate, source.seconds, lengths[i]) for i in numbers]
+        return waves_batch(waves, rate, extractor, model_config)
 
     targets = file_targets(source, chosen)
     return MediaBatches.of(
@@ -73,7 +75,18 @@ def load_audio(
     )
 
 
-def _batch(waves: list[npt.NDArray[np.float32]], rate: int, extractor: Any, config: Any) -> Batch:
+def waves_batch(waves: list[npt.NDArray[np.float32]], rate: int, extractor: Any, config: Any) -> Batch:
+    """Waveforms as the model takes them.
+
+    Args:
+        waves: (samples,) each, of one length unless the extractor makes all of one length.
+        rate: Their rate [Hz].
+        extractor: The model's feature extractor, or None.
+        config: The model's configuration.
+
+    Raises:
+        InputError: The extractor fails.
+    """
     if extractor is None:
         wave = torch.from_numpy(np.stack(waves))
         if not is_transformers_config(config):
@@ -86,7 +99,12 @@ def _batch(waves: list[npt.NDArray[np.float32]], rate: int, extractor: Any, conf
     return Batch(kwargs=kwargs)
 
 
-def _load_extractor(folder: Path | None) -> Any:
+def load_extractor(folder: Path | None) -> Any:
+    """The feature extractor of a model's folder; None where it has none.
+
+    Raises:
+        InputError: Its settings cannot be used.
+    """
     names = ("preprocessor_config.json", "processor_config.json")
     if folder is None or not any(is_regular(folder / name) for name in names):
         return None
@@ -99,7 +117,17 @@ def _load_extractor(folder: Path | None) -> Any:
         return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _rate(source: MediaSource, extractor: Any, config: Any) -> tuple[int, tuple[str, ...]]:
+def model_rate(source: MediaSource, extractor: Any, config: Any) -> tuple[int, tuple[str, ...]]:
+    """Rate of the waveforms that a model takes [Hz], and what was assumed about it.
+
+    Args:
+        source: What the user asked for.
+        extractor: The model's feature extractor, or None.
+        config: The model's configuration.
+
+    Raises:
+        InputError: They contradict, or the model's own is none.
+    """
     own = getattr(extractor, "sampling_rate", None) or setting(config, "sampling_rate")
     if own and (not isinstance(own, int) or not RATES[0] <= own <= RATES[1]):
         raise InputError("model.path", f"it takes {str(own)[:100]!r} samples a second", "repair its sampling_rate")
@@ -124,23 +152,44 @@ def _resampled(rates: list[int], rate: int) -> tuple[str, ...]:
     return (f"{sum(own != rate for own in rates)} of {counted(len(rates), 'clip')} resampled from {told} to {rate} Hz",)
 
 
-def _samples(file: Path, seconds: float, rate: int) -> tuple[int, int]:
-    """Length of a clip as it is read, cut to ``seconds`` [samples at ``rate``], and its own rate [Hz]."""
+@dataclass(frozen=True)
+class Sound:
+    """What a file of sound says of itself.
+
+    Attributes:
+        rate: [Hz]
+        frames: Samples of each channel.
+    """
+
+    rate: int
+    frames: int
+
+    def samples(self, seconds: float, rate: int) -> int:
+        """Length of the clip as it is read, cut to ``seconds`` [samples at ``rate``]."""
+        return -(-min(self.frames, max(int(seconds * self.rate), 1)) * rate // self.rate)
+
+
+def sound_of(file: Content) -> Sound:
+    """Rate and length of a file of sound.
+
+    Raises:
+        InputError: It is none, or is empty.
+    """
     with _opened(file) as stream:
-        own, frames = int(stream.samplerate), int(stream.frames)
-    if frames <= 0:
+        found = Sound(rate=int(stream.samplerate), frames=int(stream.frames))
+    if found.frames <= 0:
         raise InputError("data.path", f"{file} holds no sound", "remove it")
-    return -(-min(frames, max(int(seconds * own), 1)) * rate // own), own
+    return found
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[soundfile.SoundFile]:
+def _opened(file: Content) -> Iterator[soundfile.SoundFile]:
     """A file of sound, of a format that is taken and a rate that sound has."""
     check_file(file, MOST_STREAM_BYTES)
     with refusing("data.path", f"{file} is not readable audio", "repair or remove it"):
         with file.open("rb") as head:
             audio_format(file, head)
-        with soundfile.SoundFile(str(file)) as stream:
+        with soundfile.SoundFile(str(file) if isinstance(file, Path) else file.open()) as stream:
             if stream.format not in AUDIO_FORMATS:
                 raise InputError("data.path", f"{file} is of format {stream.format}", "convert it to wav or flac")
             if not RATES[0] <= stream.samplerate <= RATES[1]:
@@ -167,7 +216,21 @@ def _extracting() -> AbstractContextManager[None]:
     return refusing("model.path", "its feature extractor fails", "repair or remove preprocessor_config.json")
 
 
-def _read(file: Path, rate: int, seconds: float, length: int) -> npt.NDArray[np.float32]:
+def read_wave(file: Content, rate: int, seconds: float, length: int) -> npt.NDArray[np.float32]:
+    """The beginning of a file of sound, mixed down to one channel.
+
+    Args:
+        file: An audio file, or its content.
+        rate: What it is resampled to [Hz].
+        seconds: Longest piece that is read [s].
+        length: Samples at ``rate`` that are kept.
+
+    Returns:
+        (length,) in [-1, 1].
+
+    Raises:
+        InputError: It is damaged, has too many channels, or holds a sample that is not finite.
+    """
     with _opened(file) as stream:
         own = int(stream.samplerate)
         frames = max(int(seconds * own), 1)

@@ -6,8 +6,10 @@ A decoder is told the formats it may take, by what the first bytes say and not b
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,7 +76,37 @@ _SETTINGS = {
 }
 
 
-def check_file(file: Path, most: int) -> None:
+@dataclass(frozen=True)
+class NamedBytes:
+    """What would be in a file.
+
+    Attributes:
+        name: What to call it in errors, e.g. the name under which it was sent.
+        data: Its bytes.
+    """
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Its bytes as an open file.
+
+        Args:
+            mode: As of ``Path.open``; only ``rb`` is there.
+        """
+        if mode != "rb":
+            raise ValueError(f"mode {mode!r} is not 'rb'")
+        return io.BytesIO(self.data)
+
+
+#: A file, or what would be in one.
+Content = Path | NamedBytes
+
+
+def check_file(file: Content, most: int) -> None:
     """Refuse what is no plain file or too large.
 
     Args:
@@ -84,14 +116,17 @@ def check_file(file: Path, most: int) -> None:
     Raises:
         InputError: It is a folder, FIFO or device, or larger.
     """
-    if not is_regular(file):
+    if isinstance(file, NamedBytes):
+        size = len(file.data)
+    elif is_regular(file):
+        size = file.stat().st_size
+    else:
         raise InputError("data.path", f"{file} is not a plain file", "remove it")
-    size = file.stat().st_size
     if size > most:
         raise InputError("data.path", f"{file} has {size} bytes, more than {most}", "give smaller files")
 
 
-def check_pixels(file: Path, width: int, height: int, *, frames: int = 1) -> None:
+def check_pixels(file: Content, width: int, height: int, *, frames: int = 1, most: int | None = None) -> None:
     """Refuse a picture or a clip that would fill the memory.
 
     Args:
@@ -99,20 +134,22 @@ def check_pixels(file: Path, width: int, height: int, *, frames: int = 1) -> Non
         width: Of a frame [pixels].
         height: Likewise.
         frames: Frames held together.
+        most: Largest picture, and all frames together [pixels]; None: ``MOST_PIXELS`` and ``MOST_CLIP_PIXELS``.
 
     Raises:
         InputError: It is empty, too large, or too long and thin: processors bring the short side to their size.
     """
     if width < 1 or height < 1:
         raise InputError("data.path", f"{file} has no pixels ({width}x{height})", "remove it")
-    if width * height > MOST_PIXELS or width * height * frames > MOST_CLIP_PIXELS:
+    picture, clip = (MOST_PIXELS, MOST_CLIP_PIXELS) if most is None else (most, most)
+    if width * height > picture or width * height * frames > clip:
         told = f"{file} has {width}x{height} pixels" + (f" in {frames} frames" if frames > 1 else "")
         raise InputError("data.path", f"{told}, too many", "give smaller ones")
     if max(width, height) > MOST_ASPECT * min(width, height):
         raise InputError("data.path", f"{file} is {width}x{height} pixels, a stripe", "cut it")
 
 
-def audio_format(file: Path, stream: BinaryIO) -> str:
+def audio_format(file: Content, stream: BinaryIO) -> str:
     """libsndfile's name of a file's format, by its first bytes.
 
     Args:
@@ -125,7 +162,7 @@ def audio_format(file: Path, stream: BinaryIO) -> str:
     return _format(file, stream, _AUDIO_MARKS, "audio", "wav, flac, ogg or aiff")
 
 
-def video_format(file: Path, stream: BinaryIO) -> str:
+def video_format(file: Content, stream: BinaryIO) -> str:
     """FFmpeg's name of a file's format, by its first bytes.
 
     Args:
@@ -156,7 +193,7 @@ def check_settings(file: Path, content: Mapping[str, Any]) -> None:
                 raise InputError("model.path", f"{file}: {name} is {number}, too large", "repair it")
 
 
-def _format(file: Path, stream: BinaryIO, marks: Mapping[tuple[int, bytes], str], what: str, known: str) -> str:
+def _format(file: Content, stream: BinaryIO, marks: Mapping[tuple[int, bytes], str], what: str, known: str) -> str:
     start = stream.read(12)
     stream.seek(0)
     for (offset, mark), name in marks.items():

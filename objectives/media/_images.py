@@ -19,6 +19,7 @@ from alphasmith.objectives.media._bounds import (
     IMAGE_FORMATS,
     MOST_EDGE,
     MOST_IMAGE_BYTES,
+    Content,
     check_file,
     check_pixels,
     check_settings,
@@ -128,8 +129,12 @@ def pixel_batch(tensors: Mapping[str, torch.Tensor], config: Any) -> Batch:
     return Batch(kwargs=dict(tensors))
 
 
-def open_image(file: Path) -> Image.Image:
+def open_image(file: Content, most: int | None = None) -> Image.Image:
     """Open an image without decoding it.
+
+    Args:
+        file: An image file, or its content.
+        most: Largest one [pixels]; None: as many as ``_bounds`` allows.
 
     Raises:
         InputError: The file is no readable image, of another format than ``IMAGE_FORMATS``, or too large.
@@ -137,18 +142,23 @@ def open_image(file: Path) -> Image.Image:
     check_file(file, MOST_IMAGE_BYTES)
     with warnings.catch_warnings(), refusing("data.path", f"{file} is not a readable image", "repair or remove it"):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
-        image = Image.open(file, formats=IMAGE_FORMATS)
-    check_pixels(file, *image.size)
+        source = file if isinstance(file, Path) else file.open()
+        image = Image.open(source, formats=IMAGE_FORMATS)
+    check_pixels(file, *image.size, most=most)
     return image
 
 
-def read_image(file: Path) -> Image.Image:
+def read_image(file: Content, most: int | None = None) -> Image.Image:
     """Read an image whole.
 
+    Args:
+        file: As for ``open_image``.
+        most: As for ``open_image``.
+
     Raises:
-        InputError: The file is cut off or corrupt.
+        InputError: As ``open_image``; or the file is cut off or corrupt.
     """
-    with open_image(file) as image, refusing("data.path", f"{file} is a damaged image", "repair or remove it"):
+    with open_image(file, most) as image, refusing("data.path", f"{file} is a damaged image", "repair or remove it"):
         image.load()
         return image.copy()
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.media._bounds import MOST_STREAM_BYTES, check_file, check_pixels, video_format
+from alphasmith.objectives.media._bounds import MOST_STREAM_BYTES, Content, check_file, check_pixels, video_format
 from alphasmith.objectives.media._images import load_pixel_processor, pixel_batch, read_image
 from alphasmith.objectives.media._source import SUFFIXES, MediaSource, setting
 from alphasmith.objectives.media._targets import file_targets
@@ -44,7 +44,8 @@ class _Video:
     def read(self, start: int, length: int) -> list[Image.Image]:
         if self.frames:
             return [read_image(file) for file in self.frames[start : start + length]]
-        return list(islice(_decode(self.name, held=length), start, start + length))
+        frames = islice(decode_frames(self.name, held=length), start, start + length)
+        return [frame for frame in frames if frame is not None]
 
 
 def load_video(
@@ -63,11 +64,7 @@ def load_video(
         InputError: PyAV is needed and missing, a file is no readable video, or no video is long enough.
     """
     pixels = load_pixel_processor(source, model_folder, model_config)
-    length = source.frames or setting(model_config, "num_frames", _DEFAULT_FRAMES)
-    if not isinstance(length, int) or not 1 <= length <= _MAX_FRAMES:
-        raise InputError(
-            "model.path", f"takes {length!r} frames", "repair num_frames of config.json, or set data.frames"
-        )
+    length = clip_frames(source, model_config)
     videos = _frame_folders(files) if files[0].suffix.lower() in SUFFIXES["image"] else _video_files(files)
     clips = [(video, start) for video in videos for start in range(0, video.count - length + 1, length)]
     if not clips:
@@ -85,17 +82,49 @@ def load_video(
     return MediaBatches.of(len(chosen), source.batch_size, load, targets=targets, notes=pixels.notes)
 
 
+def clip_frames(source: MediaSource, config: Any) -> int:
+    """Frames of a clip as the model takes it.
+
+    Args:
+        source: What the user asked for.
+        config: The model's configuration.
+
+    Raises:
+        InputError: The model's own number is none.
+    """
+    length = source.frames or setting(config, "num_frames", _DEFAULT_FRAMES)
+    if not isinstance(length, int) or not 1 <= length <= _MAX_FRAMES:
+        raise InputError(
+            "model.path", f"takes {length!r} frames", "repair num_frames of config.json, or set data.frames"
+        )
+    return length
+
+
 def _frame_folders(files: list[Path]) -> list[_Video]:
     folders = ((folder, tuple(frames)) for folder, frames in groupby(sorted(files), key=lambda file: file.parent))
     return [_Video(folder, frames, len(frames)) for folder, frames in folders]
 
 
 def _video_files(files: list[Path]) -> list[_Video]:
-    return [_Video(file, (), sum(1 for _ in islice(_decode(file, as_images=False), _MAX_FRAMES))) for file in files]
+    return [
+        _Video(file, (), sum(1 for _ in islice(decode_frames(file, as_images=False), _MAX_FRAMES))) for file in files
+    ]
 
 
-def _decode(file: Path, as_images: bool = True, held: int = 1) -> Iterator[Any]:
-    """Frames of a film from its beginning; ``held`` of them are kept at a time."""
+def decode_frames(
+    file: Content, as_images: bool = True, held: int = 1, most: int | None = None
+) -> Iterator[Image.Image | None]:
+    """Frames of a film from its beginning.
+
+    Args:
+        file: A video file, or its content.
+        as_images: Whether frames are made pictures of; else None stands for each.
+        held: How many of them are kept at a time.
+        most: Largest frame, and all that are kept together [pixels]; None: as ``check_pixels``.
+
+    Raises:
+        InputError: PyAV is missing, or it is no readable video.
+    """
     try:
         import av
     except ImportError as error:
@@ -114,8 +143,10 @@ def _decode(file: Path, as_images: bool = True, held: int = 1) -> Iterator[Any]:
         track = container.streams.video[0]
         if track.codec_context is None:
             raise InputError("data.path", f"{file} has pictures that nothing here decodes", "convert or remove it")
-        check_pixels(file, track.codec_context.width, track.codec_context.height, frames=held)
+        check_pixels(file, track.codec_context.width, track.codec_context.height, frames=held, most=most)
         for packet in islice(container.demux(track), _MAX_PACKETS):
             for frame in packet.decode():
-                check_pixels(file, frame.width, frame.height, frames=held)  # it may change from frame to frame
+                check_pixels(
+                    file, frame.width, frame.height, frames=held, most=most
+                )  # it may change from frame to frame
                 yield frame.to_image() if as_images else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -63,7 +64,7 @@ def load_text(
         InputError: No tokenizer, no such column, no text, an unreadable file, or tokens the model does not know.
     """
     tokenizer = load_tokenizer(model_folder)
-    limit = _token_limit(source, tokenizer, model_config)
+    limit = token_limit(source, tokenizer, model_config)
     generator = np.random.default_rng(seed)
     passages, notes = _sample_texts(source, files, limit, generator)
     tokens = [(row, p.target) for p in passages if (row := _tokens(p.text, tokenizer, limit))]
@@ -72,20 +73,14 @@ def load_text(
     if not source.whole:
         tokens = [tokens[i] for i in generator.permutation(len(tokens))]
     ids, targets = [row for row, _ in tokens], [target for _, target in tokens]
+    check_vocabulary(ids, model_config)
     vocabulary = setting(model_config, "vocab_size")
-    highest = max(max(row) for row in ids)
-    if isinstance(vocabulary, int) and highest >= vocabulary:
-        raise InputError(
-            "model.path",
-            f"its tokenizer gives token {highest}, its model knows {vocabulary}",
-            "put the tokenizer of this model into its folder",
-        )
     # Any id will do where the tokenizer has none: padded positions are masked everywhere.
     known = vocabulary if isinstance(vocabulary, int) else 2**31
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int) and i < known), 0)
 
     def load(numbers: tuple[int, ...]) -> Batch:
-        return _pad([ids[i] for i in numbers], pad, model_config)
+        return token_batch([ids[i] for i in numbers], pad, model_config)
 
     if tokenizer.pad_token_id is None:
         notes = (*notes, "the tokenizer has no padding token: padded positions are masked")
@@ -97,7 +92,34 @@ def load_text(
     return MediaBatches.of(len(ids), source.batch_size, load, alike=alike, targets=targets, notes=notes)
 
 
-def _pad(rows: list[list[int]], pad: int, config: Any) -> Batch:
+def check_vocabulary(rows: Sequence[Sequence[int]], config: Any) -> None:
+    """Refuse tokens that a model does not know.
+
+    Args:
+        rows: Tokens of each text, at least one of each.
+        config: The model's configuration.
+
+    Raises:
+        InputError: Its vocabulary is smaller.
+    """
+    vocabulary = setting(config, "vocab_size")
+    highest = max(max(row) for row in rows)
+    if isinstance(vocabulary, int) and highest >= vocabulary:
+        raise InputError(
+            "model.path",
+            f"its tokenizer gives token {highest}, its model knows {vocabulary}",
+            "put the tokenizer of this model into its folder",
+        )
+
+
+def token_batch(rows: list[list[int]], pad: int, config: Any) -> Batch:
+    """Tokens of texts as one batch, padded on the right.
+
+    Args:
+        rows: Tokens of each text.
+        pad: The token to pad with.
+        config: The model's configuration.
+    """
     length = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
@@ -133,7 +155,17 @@ def load_tokenizer(folder: Path | None) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _token_limit(source: MediaSource, tokenizer: Any, config: Any) -> int:
+def token_limit(source: MediaSource, tokenizer: Any, config: Any) -> int:
+    """Longest text that is asked for and that tokenizer and model can take [tokens].
+
+    Args:
+        source: What the user asked for.
+        tokenizer: The model's.
+        config: The model's configuration.
+
+    Raises:
+        InputError: The tokenizer's own is none.
+    """
     own = tokenizer.model_max_length
     if not isinstance(own, (int, float)) or not own >= 1:
         raise InputError("model.path", f"its tokenizer takes {str(own)[:100]!r} tokens", "repair tokenizer_config.json")

@@ -47,6 +47,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"work"},
         {"model"},
         {"checkpoints", "launch"},
+        {"processing"},
         {"cli"},
     ],
 }
