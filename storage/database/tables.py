@@ -15,6 +15,13 @@ States of a ticket (one site that is to be searched), moved only under a lease::
     waiting -> running -> done
        ^          |
        +----------+-----> failed
+
+States of a training::
+
+    running -> finished
+      |  ^
+      v  |
+    failed, interrupted
 """
 
 from __future__ import annotations
@@ -269,6 +276,36 @@ class StoredArtifactRow(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     bytes: Mapped[int] = mapped_column(BigInteger())
     created: Mapped[datetime]
+
+
+class TrainingRow(Base):
+    """One training of the compressed model of a run. ``run_id`` is empty where the folder's run is not in this database.
+
+    ``entry`` is the section ``training`` of the manifest as JSON text; empty until the training has finished.
+    """
+
+    __tablename__ = "alphasmith_training"
+    __table_args__ = (
+        CheckConstraint("status IN ('running', 'finished', 'failed', 'interrupted')", name="status"),
+        Index("ix_alphasmith_training_run_id", "run_id"),
+        _OPTIONS,
+    )
+
+    id: Mapped[str] = mapped_column(String(RUN_ID_LENGTH), primary_key=True)
+    run_id: Mapped[str | None] = mapped_column(
+        String(RUN_ID_LENGTH), ForeignKey("alphasmith_run.id", ondelete="CASCADE")
+    )
+    parent: Mapped[str] = mapped_column(String(RUN_ID_LENGTH))
+    parent_digest: Mapped[str] = mapped_column(String(64))
+    status: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str]
+    config: Mapped[dict[str, Any]]
+    config_digest: Mapped[str] = mapped_column(String(64))
+    data_digest: Mapped[str] = mapped_column(String(64))
+    created: Mapped[datetime]
+    finished: Mapped[datetime | None]
+    folder: Mapped[str]
+    entry: Mapped[str | None]
 
 
 class DatabaseRow(Base):

@@ -14,7 +14,7 @@ from alphasmith.storage.database.tables import Base
 __all__ = ["CONTEXT_OPTIONS", "HEAD", "VERSION_TABLE", "include_name"]
 
 #: The newest revision. Alembic finds it too, but takes longer to import than `alphasmith list` may take.
-HEAD = "0004"
+HEAD = "0005"
 
 #: Version table of our migrations. Optuna uses Alembic's default name; sharing it makes Optuna refuse the database.
 VERSION_TABLE = "alphasmith_alembic_version"

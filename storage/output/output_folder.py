@@ -360,6 +360,21 @@ def partial_folders(out: Path, run_id: str, tokens: Iterable[str]) -> list[Path]
     return [path for one in made for path in (one, _discarded(one)) if _is_folder(path)]
 
 
+def training_leftovers(out: Path, training_id: str) -> list[Path]:
+    """What a training that has not finished left beside the place of its result: its checkpoints and attempts to write it.
+
+    Args:
+        out: Where its result was to go.
+        training_id: The training; its id is in every name that is looked at.
+    """
+    first = partial_folder(out, training_id)
+    if not out.parent.is_dir():
+        return []
+    begin = f"{first.name}-"
+    found = (path for path in out.parent.iterdir() if path.name == first.name or path.name.startswith(begin))
+    return sorted(path for path in found if _is_folder(path))
+
+
 def discard_partial(path: Path) -> None:
     """Remove an attempt of another process that drives no more. If that process should wake, it finds all of it gone or none.
 

@@ -6,6 +6,7 @@
 - ``entries``: what is known of a site, once: the winner carries these parts, the database and the manifest keep them
 - ``records``: records of runs, sites, groups and trials: frozen, validated, free of SQL and of torch
 - ``run_store``: runs and their sites in SQL, and the trials that Optuna's tables hold of them: one contract
+- ``trainings``: trainings of compressed models in SQL, beside the runs that made these
 """
 
-__all__ = ["data_frames", "entries", "records", "run_store"]
+__all__ = ["data_frames", "entries", "records", "run_store", "trainings"]

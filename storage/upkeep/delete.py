@@ -1,9 +1,10 @@
-"""Deleting a run: its records, its studies and the objects that nothing else needs."""
+"""Deleting a run: its records, those of its trainings, their studies and the objects that nothing else needs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -15,11 +16,12 @@ from alphasmith.storage.artifacts.store import ArtifactStore
 from alphasmith.storage.database.connection import Database, optuna_storage
 from alphasmith.storage.database.optuna_private import STUDIES, of_run
 from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow
-from alphasmith.storage.output.output_folder import discard_partial, partial_folders
+from alphasmith.storage.output.output_folder import discard_partial, partial_folders, training_leftovers
 from alphasmith.storage.queue.board import Board
 from alphasmith.storage.queue.status import database_now, live_runs, past_drivers
 from alphasmith.storage.runs.records import RunRecord
 from alphasmith.storage.runs.run_store import RunStore
+from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore
 from alphasmith.storage.upkeep.check import children
 from alphasmith.storage.upkeep.garbage import GRACE, Removal, is_old, measure, needed, output_of, usable_store
 
@@ -27,7 +29,7 @@ from alphasmith.storage.upkeep.garbage import GRACE, Removal, is_old, measure, n
 def delete_run(database: Database, run_id: str, *, dry_run: bool = False) -> list[Removal]:
     """Delete a run: its objects in the artifact store, its unfinished output folders, its Optuna studies, its records.
 
-    The output folder itself stays. So does an object that another run refers to and, while other runs go on, one that is
+    The output folder itself stays, and those of its trainings. So does an object that another run refers to and, while other runs go on, one that is
     younger than ``GRACE``: they may be about to refer to it. A store that other databases use, or that cannot be used from
     here, is spared as a whole.
 
@@ -66,6 +68,8 @@ def delete_run(database: Database, run_id: str, *, dry_run: bool = False) -> lis
 
 def _parts(database: Database, record: RunRecord, *, busy: bool, dry_run: bool) -> Iterator[Removal]:
     yield from _objects(database, record, busy, dry_run)
+    for training in TrainingStore(database).listing(record.id):
+        yield from _left_of_training(database, training, dry_run)
     place = output_of(record.folder, record.config)
     drivers = past_drivers(database, record.id)
     for partial in () if place is None else partial_folders(place, record.id, drivers):
@@ -113,6 +117,16 @@ def _strays(database: Database, store: ArtifactStore, strays: set[str], busy: bo
     if young:
         name = f"{counted(young, 'young object')} of {store.address}; `alphasmith db gc` removes them later"
         yield Removal(what="spared", name=name)
+
+
+def _left_of_training(database: Database, training: TrainingRecord, dry_run: bool) -> Iterator[Removal]:
+    """Checkpoints and the study of a training; the folder of its result stays."""
+    for partial in training_leftovers(Path(training.folder), training.id):
+        size, _ = measure(partial)
+        if not dry_run:
+            discard_partial(partial)
+        yield Removal(what="folder", name=str(partial), bytes=size)
+    yield from _studies(database, training.id, dry_run)
 
 
 def _studies(database: Database, run_id: str, dry_run: bool) -> Iterator[Removal]:

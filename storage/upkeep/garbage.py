@@ -20,11 +20,12 @@ from alphasmith.storage.artifacts.run_artifacts import place_of
 from alphasmith.storage.artifacts.store import ArtifactStore, default_address, is_ours
 from alphasmith.storage.database.connection import Database, optuna_storage
 from alphasmith.storage.database.optuna_private import STUDIES
-from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow
+from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow, TrainingRow
 from alphasmith.storage.output.output_folder import discard_partial, partial_folders
 from alphasmith.storage.output.reservation import abandoned_reservation
 from alphasmith.storage.queue.status import database_now, live_runs, past_drivers
 from alphasmith.storage.runs.run_store import RunStore
+from alphasmith.storage.runs.trainings import owner_of_study
 from alphasmith.storage.upkeep.check import children, orphan, store_addresses
 
 Garbage = Literal["artifact", "temporary", "artifact row", "row", "study", "folder", "spared"]
@@ -42,7 +43,7 @@ class Removal:
     Attributes:
         what: ``artifact``: an object no row refers to. ``temporary``: an unfinished object. ``artifact row``: a record of an
             object that only the going on of a finished run needed. ``row``: rows whose run is gone. ``study``: Optuna study whose
-            run is gone. ``folder``: unfinished output folder. ``spared``: a store from which nothing, or nothing more, was removed:
+            run or training is gone. ``folder``: unfinished output folder. ``spared``: a store from which nothing, or nothing more, was removed:
             it is shared, or cannot be used from here.
         name: Which.
         bytes: What it freed outside the database [bytes].
@@ -185,11 +186,13 @@ def is_old(store: ArtifactStore, artifact_id: str, cutoff: datetime) -> bool:
 def _studies(database: Database, dry_run: bool) -> list[Removal]:
     def lost(session: Session) -> Sequence[tuple[int, str]]:
         runs = set(session.scalars(select(RunRow.id)))
+        trainings = set(session.scalars(select(TrainingRow.id)))
         studies = session.execute(select(STUDIES.c.study_id, STUDIES.c.study_name).order_by(STUDIES.c.study_name))
         found = []
         for study_id, name in studies:
             run, slash, _ = str(name).partition("/")
-            if slash and _RUN_ID.fullmatch(run) and run not in runs:
+            of_lost_run = slash and _RUN_ID.fullmatch(run) and run not in runs
+            if of_lost_run or owner_of_study(str(name)) not in {None, *trainings}:
                 found.append((int(study_id), str(name)))
         return found
 

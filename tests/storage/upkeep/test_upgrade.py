@@ -35,6 +35,7 @@ from alphasmith.storage.output.manifest import read_manifest
 from alphasmith.storage.runs.entries import Group, SearchFacts, SiteRecord
 from alphasmith.storage.runs.records import TrialRecord
 from alphasmith.storage.runs.run_store import RunStore
+from alphasmith.storage.runs.trainings import TrainingSpec, TrainingStore
 
 DATA = Path(__file__).parents[1] / "data"
 RUN = {
@@ -347,6 +348,34 @@ class TestCommittedDatabase:
         with pytest.raises(InputError, match="newer Alphasmith") as caught:
             open_existing(copied)
         assert "\n" not in str(caught.value)
+
+
+class TestCommittedDatabaseOfOneRecord:
+    """Schema 0004, since which a site is one record: nothing but a table is added."""
+
+    def test_every_row_stays_and_there_is_room_for_trainings(self, tmp_path: Path) -> None:
+        shutil.copy(DATA / "schema_0004.sqlite", tmp_path / "runs.db")
+        address = f"sqlite:///{tmp_path / 'runs.db'}"
+        opened = open_database(address)
+        assert revision(opened) == "0004"
+        assert not inspect(opened.engine).has_table("alphasmith_training")
+        opened.close()
+        held = contents(address)
+        opened = open_existing(address)
+        assert revision(opened) == HEAD
+        kept = contents(address)
+        assert {name: kept[name] for name in held.keys() - {VERSION_TABLE}} == {
+            name: rows for name, rows in held.items() if name != VERSION_TABLE
+        }
+        with opened.engine.connect() as connection:
+            assert differences(connection) == []
+        (run,) = RunStore(opened).runs()
+        assert (run.status, len(RunStore(opened).sites(run.id))) == ("finished", 3)
+        spec = TrainingSpec(
+            parent=run.id, parent_digest="", config={}, config_digest="", data_digest="", folder="trained"
+        )
+        assert TrainingStore(opened).create(spec).run_id == run.id
+        opened.close()
 
 
 class TestEveryBackend:

@@ -1,0 +1,143 @@
+"""Records of trainings, on every backend: what is stored comes back, states move one way, a deleted run takes them along."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import optuna
+import pytest
+from sqlalchemy import text
+
+from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.storage.database.connection import Database, StorageError, optuna_storage
+from alphasmith.storage.runs.records import RunSpec
+from alphasmith.storage.runs.run_store import RunStore
+from alphasmith.storage.runs.trainings import TrainingSpec, TrainingStore, is_training_id, owner_of_study
+from alphasmith.storage.upkeep.check import violations
+from alphasmith.storage.upkeep.delete import delete_run
+from alphasmith.storage.upkeep.garbage import collect
+
+NOW = datetime(2026, 1, 31, 12, 30, 15, 123456, tzinfo=UTC)
+SPEC = TrainingSpec(
+    parent="r-20260131-000000",
+    parent_digest="a" * 64,
+    config={"settings": {"learning_rate": 2e-4, "steps": None}, "note": "ü"},
+    config_digest="b" * 64,
+    data_digest="c" * 64,
+    folder="/somewhere/{id}",
+)
+
+
+@pytest.fixture
+def store(database: Database) -> Iterator[TrainingStore]:
+    """A store whose clock goes on by a second and whose ids are counted; no training is in the database."""
+    seconds, tokens = itertools.count(), itertools.count()
+    yield TrainingStore(
+        database, clock=lambda: NOW + timedelta(seconds=next(seconds)), token=lambda: f"{next(tokens):06x}"
+    )
+    with database.session() as session:
+        session.execute(text("DELETE FROM alphasmith_training"))
+        session.execute(text("DELETE FROM alphasmith_run"))
+
+
+def a_run(database: Database) -> str:
+    spec = RunSpec(
+        name="run", model_digest="", data_digest="", config={}, scheme="w8a8-channel-static", hardware={}, scope="site",
+        versions={}, space_hash="",
+    )  # fmt: skip
+    return RunStore(database).create(spec).id
+
+
+def test_what_is_stored_comes_back(store: TrainingStore) -> None:
+    made = store.create(SPEC)
+    assert made.id == "t-20260131-000000"
+    assert (made.status, made.reason, made.created, made.finished, made.entry) == ("running", "", NOW, None, None)
+    assert (made.config, made.folder) == (SPEC.config, "/somewhere/t-20260131-000000")
+    assert made.run_id is None, "its run is not in this database"
+    assert store.get("t-2026") == made
+    assert store.listing() == [made]
+
+
+def test_states_move_one_way(store: TrainingStore) -> None:
+    made = store.create(SPEC)
+    assert store.interrupt(made.id, "by Ctrl-C").status == "interrupted"
+    assert store.find_unfinished("b" * 64, "a" * 64, "c" * 64) == [store.get(made.id)]
+    assert store.find_unfinished("b" * 64, "a" * 64, "d" * 64) == []
+    again = store.start(made.id)
+    assert (again.status, again.reason, again.finished) == ("running", "", None)
+    assert store.fail(made.id, "no memory").reason == "no memory"
+    done = store.finish(made.id, {"kept": True, "gain": 0.25})
+    assert (done.status, done.reason, done.entry) == ("finished", "", {"kept": True, "gain": 0.25})
+    assert store.finish(made.id, {"kept": False}).entry == {"kept": True, "gain": 0.25}
+    assert store.find_unfinished("b" * 64, "a" * 64, "c" * 64) == []
+    with pytest.raises(InputError, match="is finished and cannot become failed"):
+        store.fail(made.id, "too late")
+
+
+def test_what_is_not_there_is_said(store: TrainingStore) -> None:
+    first, second = store.create(SPEC), store.create(SPEC)
+    assert [record.id for record in store.listing()] == [second.id, first.id]
+    with pytest.raises(InputError, match="fits 2 trainings"):
+        store.get("t-2026")
+    store.delete(first.id)
+    store.delete(first.id)
+    assert store.get("t-2026") == second
+    for missing in ("t-9", first.id):
+        with pytest.raises(InputError, match="no training"):
+            store.get(missing)
+    with pytest.raises(InputError, match="no training"):
+        store.start(first.id)
+    with pytest.raises(NonFiniteError):
+        store.finish(second.id, {"gain": float("nan")})
+    with pytest.raises(NonFiniteError):
+        replace(SPEC, config={"rate": float("inf")})
+
+
+def test_ids_that_are_taken_are_passed_over(database: Database, store: TrainingStore) -> None:
+    taken = store.create(SPEC).id
+    tokens = iter([taken[-6:], "ffffff"])
+    other = TrainingStore(database, clock=lambda: NOW + timedelta(hours=1), token=lambda: next(tokens))
+    assert other.create(SPEC).id == "t-20260131-ffffff"
+    stuck = TrainingStore(database, clock=lambda: NOW + timedelta(hours=2), token=lambda: taken[-6:])
+    with pytest.raises(StorageError, match="no free training id"):
+        stuck.create(SPEC)
+
+
+def test_ids_tell_trainings_from_runs() -> None:
+    assert [is_training_id(name) for name in ("t-20260131-1f9c3a", "t-2026", "t-", "r-20260131-1f9c3a", "test")] == [
+        *(True, True, False, False, False)
+    ]
+    assert owner_of_study("t-20260131-1f9c3a/settings") == "t-20260131-1f9c3a"
+    assert owner_of_study("r-20260131-1f9c3a/model") is None
+    assert owner_of_study("t-20260131-1f9c3a") is None
+
+
+def test_a_deleted_run_takes_its_trainings_along(database: Database, store: TrainingStore, tmp_path: Path) -> None:
+    run = a_run(database)
+    mine = store.create(replace(SPEC, parent=run, folder=f"{tmp_path}/{{id}}"))
+    other = store.create(SPEC)
+    assert mine.run_id == run
+    assert store.listing(run) == [mine]
+    storage = optuna_storage(database)
+    names = [f"{training.id}/settings" for training in (mine, other)]
+    for name in names:
+        optuna.create_study(study_name=name, storage=storage)
+    for folder in (mine.id, f"{mine.id}.partial-{mine.id}", f"{mine.id}.partial-{mine.id}-0123abcd", "other.partial-1"):
+        (tmp_path / folder).mkdir()
+    assert [v for v in violations(database) if v.check != "artifacts"] == []
+    told = {(item.what, item.name.rpartition("/")[2]) for item in delete_run(database, run)}
+    assert told >= {
+        ("folder", f"{mine.id}.partial-{mine.id}"),
+        ("study", "settings"),
+        ("row", "1 in alphasmith_training"),
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.partial-1", mine.id]
+    assert store.listing() == [other]
+    assert [name for name in optuna.get_all_study_names(storage) if name in names] == names[1:]
+    store.delete(other.id)
+    assert ("study", names[1]) in {(item.what, item.name) for item in collect(database)}
+    assert names[1] not in optuna.get_all_study_names(storage)
