@@ -29,8 +29,8 @@ HARDENING = (
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
-#: Headers of a refusal beside its type and length.
-REFUSING = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+#: Header of what must be asked for again: refusals, and answers with a token in them.
+UNCACHED = ("Cache-Control", "no-store")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +135,8 @@ class Access:
         return (
             ("Location", quote(path) + (f"?{rest}" if rest else "")),
             ("Set-Cookie", f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"),
-            ("Cache-Control", "no-store"),
             ("Content-Length", "0"),
-            ("Referrer-Policy", "no-referrer"),
+            UNCACHED,
         )
 
 

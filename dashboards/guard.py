@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from alphasmith.dashboards.access import HARDENING, READS, REFUSING, Access, Asked, Entry
+from alphasmith.dashboards.access import HARDENING, READS, UNCACHED, Access, Asked, Entry
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -86,7 +86,7 @@ class Guard:
         asked = _asked(environ)
         verdict = self._access.judge(asked)
         if isinstance(verdict, Entry):
-            start_response("303 See Other", list(verdict.headers))
+            start_response("303 See Other", [*verdict.headers, *HARDENING])
             return [b""]
         if verdict is not None:
             return _refuse(start_response, verdict.status, verdict.reason)
@@ -120,7 +120,7 @@ def _asked(environ: WSGIEnvironment) -> Asked:
 
 def _refuse(start_response: StartResponse, status: HTTPStatus, reason: str) -> Iterable[bytes]:
     body = json.dumps({"reason": reason}).encode()
-    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *REFUSING]
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), UNCACHED, *HARDENING]
     start_response(f"{status.value} {status.phrase}", headers)
     return [body]
 

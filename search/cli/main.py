@@ -17,6 +17,7 @@ from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, Inpu
 from alphasmith.objectives.text import one_line
 from alphasmith.search.cli._db import db
 from alphasmith.search.cli._options import PATH, json_option, options, print_answer, seconds, storage_option
+from alphasmith.search.cli._serve import serve
 from alphasmith.search.config import RunConfig, apply_overrides
 from alphasmith.search.idle_threads import passive_waiting
 from alphasmith.search.interruption import Interrupted, Interruption
@@ -58,6 +59,7 @@ def app() -> None:
 
 
 app.add_command(db)
+app.add_command(serve)
 
 
 @app.command()
