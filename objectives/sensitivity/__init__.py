@@ -1,6 +1,8 @@
 """What the model's output feels of the error of a site, a row, an output: gradients of random projections.
 
-- ``_gradients``: gradients of random projections of the output at the outputs of its operators, and the memory they take
+- ``_checkpoints``: blocks of a model that a backward pass computes again instead of keeping them
+- ``_gradients``: gradients of random projections of the output at the outputs of its operators
+- ``_graph_memory``: memory that a backward pass needs, and ways to keep within it
 - ``output_shares``: what every site adds to the error of the model's output, predicted from gradients and measured
 - ``row_weights``: what an error in a row and at an output of a site counts at the model's output
 """

@@ -1,9 +1,8 @@
-"""Gradients of random projections of a model's output at the outputs of its operators, and the memory that they take. Formula fA9."""
+"""Gradients of random projections of a model's output at the outputs of its operators. Formula fA9."""
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -13,11 +12,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.calibration.capture import evaluating
 from alphasmith.objectives.judge.losses import squared_sum
-from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output
-from alphasmith.objectives.text import error_line, size_text
-
-#: Gradients alive at a time, as multiples of the largest output of an operator.
-_LIVE = 4
+from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call
 
 Operators = Mapping[str, Mapping[str, nn.Module]]
 """Site -> operator -> its quantized form, as ``CandidateModel.alone`` makes them."""
@@ -102,67 +97,3 @@ def single_samples(model: nn.Module, batches: Sequence[Batch], most: int) -> lis
             if sample.mask is None or bool(sample.mask.any()):
                 found.append(sample)
     return found
-
-
-def obstacle(model: nn.Module, operators: Operators, samples: Sequence[Batch], memory: int | None) -> str:
-    """Why gradients cannot be carried back, as far as a forward pass of the largest sample tells, or empty.
-
-    Nothing of its graph is kept: only the bytes are counted that the graph, and errors of the operators' outputs, would take.
-    """
-    saved = _SavedBytes(model)
-    sizes = [0]
-
-    def size_up(_: str, __: nn.Module, ___: Any, ____: Any, output: Tensor) -> Tensor:
-        sizes.append(output.numel() * max(4, output.element_size()))
-        return watched(output) if torch.is_grad_enabled() else output
-
-    sample = max(samples, key=_numbers)
-    try:
-        with frozen(model), torch.enable_grad(), hooked(model, operators, size_up), saved.counting():
-            carries = main_output(call(model, sample)).requires_grad
-    except CALL_ERRORS as error:  # it ran without gradients before: whatever it raises now is about them
-        return f"the model does not run with gradients ({error_line(error)})"
-    if not carries:
-        return "the model's output carries no gradient"
-    need = saved.total + sum(sizes) + _LIVE * max(sizes)
-    if memory is not None and need > memory:
-        return f"a backward pass needs {size_text(need)} of memory, and {size_text(max(0, memory))} are left for it"
-    return ""
-
-
-def _numbers(batch: Batch) -> int:
-    values = (*batch.args, *batch.kwargs.values())
-    return sum(value.numel() for value in values if isinstance(value, Tensor))
-
-
-class _SavedBytes:
-    """Counts what a forward pass would keep for its backward pass, and keeps none of it.
-
-    Args:
-        model: Its parameters and buffers count nothing.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        held = (*model.parameters(), *model.buffers())
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in held}
-        self._seen: dict[int, weakref.ref[Any]] = {}
-        self.total = 0
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count inside; no backward pass can follow."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _lost):
-            yield
-
-    def _pack(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._known:
-            return
-        before = self._seen.get(id(storage))
-        if before is None or before() is not storage:  # a freed one may have had the same id
-            self._seen[id(storage)] = weakref.ref(storage)
-            self.total += storage.nbytes()
-
-
-def _lost(_: Any) -> Tensor:
-    raise RuntimeError("nothing was kept for a backward pass")

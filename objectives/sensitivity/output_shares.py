@@ -16,16 +16,8 @@ from alphasmith.objectives.judge.losses import divergences, squared_sum
 from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
-from alphasmith.objectives.sensitivity._gradients import (
-    Operators,
-    direction,
-    frozen,
-    hooked,
-    obstacle,
-    single_samples,
-    watched,
-    weight_of,
-)
+from alphasmith.objectives.sensitivity._gradients import Operators, direction, frozen, hooked, single_samples, weight_of
+from alphasmith.objectives.sensitivity._graph_memory import GraphPlan, graph_plans
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import counted, error_line
 
@@ -106,8 +98,10 @@ def output_shares(
     One sample runs through the float model at a time; a hook at every operator computes what quantizing its site changes
     there, and as many backward passes as there are projections carry random projections of the output back to it. The
     gradient's graph of one sample must fit into ``memory``, which a forward pass that keeps nothing finds out before. Where it
-    does not, where the model's output carries no gradient (a detached forward, a kernel without a derivative), or at sites
-    that no gradient reaches, the sites of the largest site loss are measured instead, and a note says so.
+    does not, the blocks of the model are computed again in every backward pass instead of being kept (gradient checkpointing); where
+    that is not enough, each output has one projection, whose graph is freed as it is read; a note says so. Where no way fits, where the
+    model's output carries no gradient (a detached forward, a kernel without a derivative), or at sites that no gradient reaches, the
+    sites of the largest site loss are measured instead, and a note says so.
 
     Args:
         candidate: The model; the float one afterwards.
@@ -146,7 +140,7 @@ def output_shares(
     # What no gradient reaches may also play no part in the output: then quantizing it changes nothing.
     predicted = {name: 0.0 if losses.get(name) == 0 else value for name, value in found.predicted.items()}
     lost = [name for name, value in predicted.items() if value is None]
-    notes: list[str] = []
+    notes = [found.note] if found.note else []
     if lost:
         why = found.failure or f"no gradient reaches {counted(len(lost), 'site')}, the first of them {lost[0]}"
         which = f"the {MEASURED_INSTEAD} of the largest site loss are" if len(lost) > MEASURED_INSTEAD else "they are"
@@ -160,11 +154,12 @@ def output_shares(
 
 @dataclass(frozen=True, kw_only=True)
 class _Prediction:
-    """Site -> what it adds (None: unknown) and its own loss; why nothing could be predicted, or empty."""
+    """Site -> what it adds (None: unknown) and its own loss; why nothing could be predicted, and what was given up for memory, or empty."""
 
     predicted: dict[str, float | None]
     site_losses: dict[str, float]
     failure: str
+    note: str = ""
 
 
 @dataclass(kw_only=True)
@@ -176,6 +171,27 @@ class _Tally:
     contribution: float = 0.0
     projected: float = 0.0
     reached: bool = False
+
+
+class _Projected(torch.autograd.Function):
+    """An operator's output as it is; its gradient meets what quantizing changes there.
+
+    The error is saved as autograd saves tensors, so that it goes where the graph goes: freed with it, or computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, error: Tensor, tally: _Tally) -> Tensor:
+        ctx.save_for_backward(error)
+        ctx.tally = tally
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        (error,) = ctx.saved_tensors
+        ctx.tally.reached = True
+        ctx.tally.projected += float((gradient.to(error.dtype) * error).sum(dtype=torch.float64))
+        return gradient, None, None
 
 
 class _Pass:
@@ -192,41 +208,43 @@ class _Pass:
         """Run one sample forward without gradients: site losses alone."""
 
         def look(site: str, quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            self._error(site, quantized, args, kwargs, output)
+            self._count(site, self._error(quantized, args, kwargs, output), output)
             return output
 
         with torch.no_grad(), hooked(self._model, self._operators, look):
             call(self._model, sample)
 
-    def carry_back(self, sample: Batch, projections: int, generator: torch.Generator) -> None:
+    def carry_back(self, sample: Batch, plan: GraphPlan, generator: torch.Generator) -> None:
         """Run one sample forward, and random projections of its output backward to every operator."""
+        checkpoints = plan.checkpoints()
 
         def watch(site: str, quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            tally = self._tallies[site]
-            error = self._error(site, quantized, args, kwargs, output)
+            error = self._error(quantized, args, kwargs, output)
+            if not checkpoints.again:
+                self._count(site, error, output)
             if not torch.is_grad_enabled():
                 return output
-            tensor = watched(output)
+            start = output if output.requires_grad else output.detach().requires_grad_()
+            projected: Tensor = _Projected.apply(start, error, self._tallies[site])  # type: ignore[no-untyped-call]
+            return projected
 
-            def arrive(gradient: Tensor) -> None:
-                tally.reached = True
-                tally.projected += float((gradient.to(error.dtype) * error).sum(dtype=torch.float64))
-
-            tensor.register_hook(arrive)
-            return tensor
-
-        with frozen(self._model), torch.enable_grad(), hooked(self._model, self._operators, watch):
+        with (
+            frozen(self._model),
+            torch.enable_grad(),
+            hooked(self._model, self._operators, watch),
+            checkpoints.placed(),
+        ):
             rows = real_rows(main_output(call(self._model, sample)), sample)
-            for left in range(projections - 1, -1, -1):
+            for left in range(plan.projections - 1, -1, -1):
                 for tally in self._tallies.values():
                     tally.projected = 0.0
                 wanted = direction(rows.detach(), self._loss, generator)
                 torch.autograd.backward(rows, wanted, retain_graph=left > 0)
                 for tally in self._tallies.values():
-                    tally.contribution += tally.projected**2 / projections
+                    tally.contribution += tally.projected**2 / plan.projections
         self._weight += weight_of(rows.detach(), self._loss)
 
-    def result(self, failure: str) -> _Prediction:
+    def result(self, failure: str, note: str = "") -> _Prediction:
         """What was found."""
         predicted: dict[str, float | None] = {}
         for site, tally in self._tallies.items():
@@ -234,17 +252,20 @@ class _Pass:
             known = not failure and (tally.reached or tally.error == 0) and math.isfinite(value)
             predicted[site] = value if known else None
         site_losses = {site: t.error / t.energy if t.energy else 0.0 for site, t in self._tallies.items()}
-        return _Prediction(predicted=predicted, site_losses=site_losses, failure=failure)
+        return _Prediction(predicted=predicted, site_losses=site_losses, failure=failure, note=note)
 
-    def _error(self, site: str, quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        """What quantizing the site changes at this call, counted into its own loss."""
+    def _count(self, site: str, error: Tensor, output: Tensor) -> None:
+        """Count what changes at a call into the site's own loss."""
         tally = self._tallies[site]
+        tally.error += squared_sum(error)
+        tally.energy += squared_sum(output.detach().to(error.dtype))
+
+    @staticmethod
+    def _error(quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        """What quantizing the site changes at this call."""
         with torch.no_grad():
             dtype = torch.promote_types(output.dtype, torch.float32)
-            reference = output.detach().to(dtype)
-            error: Tensor = quantized(*args, **kwargs).to(dtype) - reference
-            tally.error += squared_sum(error)
-            tally.energy += squared_sum(reference)
+            error: Tensor = quantized(*args, **kwargs).to(dtype) - output.detach().to(dtype)
         return error
 
 
@@ -258,22 +279,26 @@ def _predict(
     memory: int | None,
     step: Callable[[], None],
 ) -> _Prediction:
-    run = _Pass(model, operators, loss)
-    failure = obstacle(model, operators, samples, memory)
-    for index, sample in enumerate(samples):
-        step()
-        if failure:
-            break
-        try:
-            # Of the sample's own: what it draws depends on no other sample.
-            run.carry_back(sample, projections, torch.Generator().manual_seed((seed << 20) + index))
-        except CALL_ERRORS as error:  # kernels without a derivative say so in many ways
-            failure = f"gradients cannot be carried back through the model ({error_line(error)})"
-    if failure:
+    """Carry gradients back in the best way that the memory allows; where there is none, find site losses alone."""
+    found = graph_plans(model, operators, samples, memory, projections)
+    failure = found.failure
+    for plan in found.plans:
         run = _Pass(model, operators, loss)
-        for sample in samples:
-            step()
-            run.observe(sample)
+        try:
+            for index, sample in enumerate(samples):
+                step()
+                # Of the sample's own: what it draws depends on no other sample.
+                run.carry_back(sample, plan, torch.Generator().manual_seed((seed << 20) + index))
+        except (
+            CALL_ERRORS
+        ) as error:  # kernels without a derivative say so in many ways, as devices do that have too little memory
+            failure = failure or f"gradients cannot be carried back through the model ({error_line(error)})"
+        else:
+            return run.result("", plan.note)
+    run = _Pass(model, operators, loss)
+    for sample in samples:
+        step()
+        run.observe(sample)
     return run.result(failure)
 
 

@@ -23,7 +23,8 @@ from alphasmith.objectives.calibration.capture import (
 )
 from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
-from alphasmith.objectives.sensitivity._gradients import direction, frozen, hooked, obstacle, watched
+from alphasmith.objectives.sensitivity._gradients import direction, frozen, hooked, watched
+from alphasmith.objectives.sensitivity._graph_memory import GraphPlan, GraphPlans, graph_plans
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.text import counted, error_line
 
@@ -65,7 +66,8 @@ def weighed(
         batches: The data that were calibrated on, in that order.
         seed: What the rows were drawn with.
         loss: Loss at the output: ``mse`` or ``kl``.
-        memory: Most bytes of a graph: samples run one by one where that of a batch needs more; None: no bound.
+        memory: Most bytes of a graph: samples run one by one where that of a batch needs more, and blocks of the model are computed
+            again in the backward pass where that of a sample does; None: no bound.
         step: Called after every sample; may raise to leave.
     """
     parts = [
@@ -77,12 +79,13 @@ def weighed(
     operators = {f"{part.site}/{part.index}": part.operators for part in parts}
     by_key = dict(zip(operators, parts, strict=True))
     with evaluating(model), unfused_attention():
-        # Whole batches where their graph fits: rows and directions are the same one by one.
-        single = obstacle(model, operators, batches, memory) != ""
-        reason = obstacle(model, operators, _one_by_one(batches), memory) if single else ""
-        if not reason:
+        # Whole batches where their graph fits, else samples one by one: rows and directions are the same, checkpoints or not.
+        whole = [p for p in graph_plans(model, operators, batches, memory).plans if not p.checkpointed]
+        ways = GraphPlans(plans=tuple(whole)) if whole else graph_plans(model, operators, _one_by_one(batches), memory)
+        reason = ways.failure
+        if ways.plans:
             try:
-                _collect(model, operators, by_key, batches, loss, seed, step, single=single)
+                _collect(model, operators, by_key, batches, loss, seed, step, ways.plans[0], single=not whole)
             except CALL_ERRORS as error:  # kernels without a derivative say so in many ways
                 reason = f"gradients cannot be carried back through the model ({error_line(error)})"
     if reason:
@@ -230,12 +233,16 @@ def _collect(
     loss: Literal["mse", "kl"],
     seed: int,
     step: Callable[[], None],
+    plan: GraphPlan,
     *,
     single: bool,
 ) -> None:
     current = CurrentBatch()
+    checkpoints = plan.checkpoints()
 
     def see(key: str, module: nn.Module, _: Any, __: Any, output: Tensor) -> Tensor:
+        if checkpoints.again:  # gradients arrive at what was seen first
+            return watched(output) if torch.is_grad_enabled() else output
         return parts[key].see(module, output, current)
 
     for batch in batches:
@@ -244,7 +251,7 @@ def _collect(
             if some.mask is None or bool(some.mask.any()):
                 for part in parts.values():
                     part.start()
-                with frozen(model), torch.enable_grad(), hooked(model, operators, see):
+                with frozen(model), torch.enable_grad(), hooked(model, operators, see), checkpoints.placed():
                     output = main_output(call(model, some))
                     rows = real_rows(output, some)
                     wanted = _directions(output.detach(), some, loss, (seed << 20) + current.first)

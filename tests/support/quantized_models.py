@@ -156,6 +156,44 @@ def block_example(seed: int = 0, dtype: torch.dtype = torch.float32) -> Example:
     return _example(model, sites, batches, generator)
 
 
+class Feed(nn.Module):
+    """x -> x + down(gelu(up(x)))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return torch.as_tensor(x + scale * self.down(functional.gelu(self.up(x))))
+
+
+class Chain(nn.Module):
+    """start -> blocks of a list -> out."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.start = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(Feed() for _ in range(count))
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.start(x)
+        for block in self.blocks:
+            h = block(h, scale=0.5)
+        return torch.as_tensor(self.out(h))
+
+
+def chain_example(count: int = 6, seed: int = 0) -> Example:
+    """A chain of equal blocks, all sites explicit."""
+    model = _randomised(Chain(count), seed)
+    names = ["start", *(f"blocks.{i}.{part}" for i in range(count) for part in ("up", "down")), "out"]
+    sites = tuple(site(model, (name,), "explicit", reason="sum") for name in names)
+    generator = torch.Generator().manual_seed(seed + 1)
+    batches = tuple(Batch(args=(torch.randn(2, 40, 6, generator=generator),)) for _ in range(2))
+    return _example(model, sites, batches, generator)
+
+
 def pixels_example(seed: int = 0) -> Example:
     """Convolutions: grouped with its own padding, folded through a ReLU; explicit in two and one dimensions."""
     model = _randomised(Pixels(), seed)

@@ -22,8 +22,9 @@ from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sensitivity import output_shares as module
 from alphasmith.objectives.sensitivity._gradients import direction, weight_of
+from alphasmith.objectives.sensitivity._graph_memory import graph_plans
 from alphasmith.objectives.sensitivity.output_shares import OutputShares, output_shares
-from tests.support.quantized_models import SCHEMES, Example, block_example, pixels_example, shifted
+from tests.support.quantized_models import SCHEMES, Example, block_example, chain_example, pixels_example, shifted
 
 EXAMPLES = [block_example(), shifted(block_example()), pixels_example(), shifted(pixels_example())]
 
@@ -207,6 +208,91 @@ def test_too_little_memory_is_told_and_measured() -> None:
     assert "a backward pass needs" in shares.notes[0]
     assert all(site.measured is not None for site in shares.sites.values())
     assert shares_of(block_example(), memory=1 << 30) == shares_of(block_example())
+
+
+def _memory_for(example: Example, *, projections: int, checkpointed: bool) -> int:
+    """Least memory in which a sample goes back in this way, with 4 projections asked for."""
+    candidate = candidate_of(example)
+    operators = candidate.alone(example.smoothings)
+    held = sum(buffer.nbytes for of_site in operators.values() for q in of_site.values() for buffer in q.buffers())
+    sample = example.batches[0].narrow(0, 1)
+    (way,) = (
+        plan
+        for plan in graph_plans(candidate.model, operators, [sample], None, 4).plans
+        if plan.projections == projections and bool(plan.checkpointed) == checkpointed
+    )
+    return way.need + held
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_where_memory_is_short_blocks_are_computed_again_with_the_same_result(loss: Literal["mse", "kl"]) -> None:
+    example = chain_example()
+    plain = shares_of(example, loss=loss, projections=4)
+    assert plain.notes == ()
+    memory = _memory_for(example, projections=4, checkpointed=True)
+    tight = shares_of(example, loss=loss, projections=4, memory=memory)
+    assert len(tight.notes) == 1
+    assert "a backward pass needs" in tight.notes[0]
+    assert "6 blocks of the model are computed again for each one (gradient checkpointing)" in tight.notes[0]
+    assert "1 projection" not in tight.notes[0]
+    assert predictions(tight) == pytest.approx(predictions(plain), rel=1e-5)
+    assert [s.site_loss for s in tight.sites.values()] == pytest.approx([s.site_loss for s in plain.sites.values()])
+    assert tight.measured == plain.measured
+
+
+def test_where_checkpoints_are_not_enough_one_projection_is_taken() -> None:
+    example = chain_example()
+    memory = _memory_for(example, projections=1, checkpointed=True)
+    tight = shares_of(example, projections=4, memory=memory)
+    assert (
+        "(gradient checkpointing), and 1 projection of every sample's output is taken in place of 4" in tight.notes[0]
+    )
+    assert predictions(tight) == pytest.approx(predictions(shares_of(example, projections=1)), rel=1e-5)
+    less = shares_of(example, projections=4, memory=memory - 1)
+    assert set(predictions(less).values()) == {None}
+    assert "in the way that takes least it needs" in less.notes[0]
+    assert "measured instead" in less.notes[0]
+
+
+def test_a_model_without_blocks_has_fewer_projections() -> None:
+    example = block_example()
+    memory = _memory_for(example, projections=1, checkpointed=False)
+    tight = shares_of(example, projections=4, memory=memory)
+    assert "checkpointing" not in tight.notes[0]
+    assert predictions(tight) == predictions(shares_of(example, projections=1))
+
+
+class _Sizes:
+    """Bytes that the graph of a forward pass keeps at a time; what checkpoints compute again does not come here."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        kept = _Kept(self, tensor.clone())
+        self.now += kept.tensor.nbytes
+        self.most = max(self.most, self.now)
+        return kept
+
+
+class _Kept:
+    def __init__(self, sizes: _Sizes, tensor: Tensor) -> None:
+        self._sizes = sizes
+        self.tensor = tensor
+
+    def __del__(self) -> None:
+        self._sizes.now -= self.tensor.nbytes
+
+
+def test_checkpoints_keep_less_in_the_graph() -> None:
+    example = chain_example(12)
+    found = {}
+    for memory in (None, _memory_for(example, projections=4, checkpointed=True)):
+        sizes = _Sizes()
+        with torch.autograd.graph.saved_tensors_hooks(sizes.pack, lambda kept: kept.tensor):
+            notes = shares_of(example, memory=memory, projections=4).notes
+        found["gradient checkpointing" in "".join(notes)] = sizes.most
+    assert found[True] < 0.4 * found[False]
 
 
 class Unused(Wrapped):

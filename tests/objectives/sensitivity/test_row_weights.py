@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.calibration.calibrate import Calibration, calibrate
 from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.sensitivity._graph_memory import graph_plans
 from alphasmith.objectives.sensitivity.row_weights import unweighed, weighed
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Site
-from tests.support.quantized_models import block_example, pixels_example
+from tests.support.quantized_models import block_example, chain_example, pixels_example
 
 WIDTH = 6
 
@@ -174,6 +175,21 @@ def test_too_little_memory_for_a_batch_changes_no_weight() -> None:
     for name, record in whole.sites.items():
         torch.testing.assert_close(record.parts[0].row_weight, tight.sites[name].parts[0].row_weight)
     assert not _refused(model, sites, batches, None)
+
+
+def test_blocks_that_are_computed_again_change_no_weight() -> None:
+    example = chain_example()
+    model, sites, batches = example.model, example.sites, list(example.batches)
+    operators = {site.name: {o.name: model.get_submodule(o.name) for o in site.operators} for site in sites}
+    singles = [batch.narrow(i, i + 1) for batch in batches for i in range(batch.size)]
+    plain, again = graph_plans(model, operators, singles, None).plans
+    assert again.checkpointed
+    assert again.need < plain.need
+    whole = weigh(model, sites, batches)
+    tight = weigh(model, sites, batches, memory=again.need)
+    for name, record in whole.sites.items():
+        torch.testing.assert_close(record.parts[0].row_weight, tight.sites[name].parts[0].row_weight)
+        torch.testing.assert_close(record.parts[0].output_weight, tight.sites[name].parts[0].output_weight)
 
 
 def _refused(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], memory: int | None) -> bool:
