@@ -5,11 +5,13 @@
 - ``demo``: small models trained on data that ships with Python packages, for the embedded demo
 - ``errors``: errors a user can act on, named by remedy
 - ``groups``: groups of channels by magnitude: claims A-6, A-8, A-10
+- ``joint``: compression by sparse, low-rank and codebook forms of a model's weights together
 - ``judge``: the exact loss of a candidate, at a site and at the output; proof and memory
 - ``literals``: the words that configuration, search, records and figures have in common, each written down once
 - ``media``: one interface for text, images, audio, video and in-memory batches
 - ``model``: the float model: loading, recurrent layers, task metrics
 - ``noise``: the model of rounding noise, its optimum, the limit per channel
+- ``partition``: optimal one-dimensional k-means, for groups of channels and for codebooks
 - ``quantization``: what is deployed: schemes, quantizers, integer operators, their files
 - ``reading``: what strangers wrote: paths, files and JSON, read within bounds, refused in one line
 - ``sensitivity``: what the model's output feels of the error of a site, a row, an output
@@ -25,11 +27,13 @@ __all__ = [
     "demo",
     "errors",
     "groups",
+    "joint",
     "judge",
     "literals",
     "media",
     "model",
     "noise",
+    "partition",
     "quantization",
     "reading",
     "sensitivity",

@@ -36,3 +36,8 @@ ShiftStatistic = Literal["none", "mean", "middle"]
 ModelKind = Literal["hf", "factory", "module", "demo"]
 #: What a data set holds.
 MediaKind = Literal["text", "image", "audio", "video"]
+
+#: Where the clustering of a codebook starts from.
+CodebookStart = Literal["linear", "density", "k-means++", "optimal"]
+#: How the indices of a codebook are stored: all with the same number of bits, or frequent ones with fewer.
+IndexCoding = Literal["packed", "huffman"]

@@ -12,7 +12,7 @@ from tests.support.rooms import ROOT, TOPS, both_ways, picture, product_files, r
 #: migrations read the tables, so these two share a floor.
 FLOORS: dict[str, list[set[str]]] = {
     "objectives": [
-        {"dead_channels", "errors", "literals", "stored_types"},
+        {"dead_channels", "errors", "literals", "partition", "stored_types"},
         {"text"},
         {"smoothing", "reading"},
         {"groups", "media"},
@@ -20,7 +20,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"calibration"},
         {"quantization"},
         {"judge"},
-        {"noise", "sensitivity"},
+        {"noise", "sensitivity", "joint"},
         {"demo"},
     ],
     "storage": [
