@@ -19,6 +19,7 @@
 - ``smoothing``: smoothing scales from channel statistics and alphas: formula fA1, its one home
 - ``stored_types``: the types a model's tensors came in: searched in float32, kept in its own type again
 - ``text``: values as text, each in one way everywhere: sizes, numbers, durations, times, names, errors
+- ``training``: the compressed model trained further, through its quantizers: claim A-13
 """
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "smoothing",
     "stored_types",
     "text",
+    "training",
 ]

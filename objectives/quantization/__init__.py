@@ -1,8 +1,8 @@
 """What is deployed: schemes, quantizers, integer operators, their files.
 
-- ``_operator``: one linear or convolution that computes in the deployed number format
 - ``candidate_model``: one model that becomes candidate after candidate, in place, and the float model again
 - ``integer_product``: exact products of 8-bit integer matrices: on integer units where they pay, else in float32, the same to the bit
+- ``operator``: one linear or convolution that computes in the deployed number format
 - ``payload``: a quantized model as plain tensors and a JSON-able description, and back, bit for bit
 - ``plan``: the plan of a quantization: which tensors it changes, from which sites' smoothings
 - ``quantizers``: symmetric abs-max quantization of weights and activations: formula fA4, its one home
@@ -11,4 +11,14 @@
 - ``unseen_rows``: clipping of rows that nobody has seen: what the rows that set a static range cannot show of its error
 """
 
-__all__ = ["candidate_model", "integer_product", "payload", "plan", "quantizers", "scheme", "stack", "unseen_rows"]
+__all__ = [
+    "candidate_model",
+    "integer_product",
+    "operator",
+    "payload",
+    "plan",
+    "quantizers",
+    "scheme",
+    "stack",
+    "unseen_rows",
+]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.quantization._operator import (
+from alphasmith.objectives.quantization.operator import (
     TENSORS,
     OperatorPayload,
     QuantizedOperator,

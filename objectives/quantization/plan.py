@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from alphasmith.objectives.quantization._operator import (
+from alphasmith.objectives.quantization.operator import (
     OperatorTensors,
     QuantizedOperator,
     compute_dtype,

@@ -100,7 +100,8 @@ class Stack(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("held", *TENSORS) or not hasattr(Tensor, name):
+            # A tensor's special names are not this module's: by its ``__deepcopy__`` a copy would be a plain tensor.
+            if name in ("held", *TENSORS) or name.startswith("__") or not hasattr(Tensor, name):
                 raise
             return getattr(self.dense(), name)
 

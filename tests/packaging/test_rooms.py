@@ -20,7 +20,11 @@ FLOORS: dict[str, list[set[str]]] = {
         {"calibration"},
         {"quantization"},
         {"judge"},
+<<<<<<< HEAD
         {"noise", "sensitivity", "joint"},
+=======
+        {"noise", "sensitivity", "training"},
+>>>>>>> 9049ae3 (Train compressed models through their quantizers)
         {"demo"},
     ],
     "storage": [

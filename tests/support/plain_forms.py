@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphasmith.objectives.judge.site_objective import SiteObjective, linear_site_data
-from alphasmith.objectives.quantization._operator import (
+from alphasmith.objectives.quantization.operator import (
     Execution,
     QuantizedOperator,
     operator_module,

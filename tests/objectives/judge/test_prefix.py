@@ -18,8 +18,8 @@ from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge._prefix import PrefixCache
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.media.batch import Batch
-from alphasmith.objectives.quantization._operator import QuantizedOperator
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Site

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge.equivalence import fold_and_prove
 from alphasmith.objectives.media.batch import Batch
-from alphasmith.objectives.quantization._operator import OperatorTensors, QuantizedOperator
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.quantization.operator import OperatorTensors, QuantizedOperator
 from alphasmith.objectives.quantization.payload import payload
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.discovery import discover

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.model._recurrent import unroll
-from alphasmith.objectives.quantization._operator import OperatorTensors, QuantizedOperator
+from alphasmith.objectives.quantization.operator import OperatorTensors, QuantizedOperator
 from alphasmith.objectives.quantization.payload import payload, restore
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.smoothing import Smoothing

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.quantization import integer_product as integers
-from alphasmith.objectives.quantization._operator import Execution, OperatorPayload, OperatorTensors, QuantizedOperator
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.quantization.operator import Execution, OperatorPayload, OperatorTensors, QuantizedOperator
 from alphasmith.objectives.quantization.quantizers import (
     activation_scale,
     fake_quantize_activation,

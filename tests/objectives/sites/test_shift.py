@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from alphasmith.objectives.calibration.calibrate import calibrate
 from alphasmith.objectives.judge.site_objective import SiteObjective
 from alphasmith.objectives.media.batch import Batch
-from alphasmith.objectives.quantization._operator import QuantizedOperator
+from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.payload import payload, restore
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.discovery import discover

@@ -13,8 +13,8 @@ from torch import nn
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.model_objective import ModelObjective
-from alphasmith.objectives.quantization._operator import QuantizedOperator
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.config import RunConfig
 from alphasmith.search.inputs.task import Metric

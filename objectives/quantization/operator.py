@@ -7,7 +7,7 @@ reshapes before it multiplies keeps its behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
@@ -265,17 +265,36 @@ class QuantizedOperator(nn.Module):
 
         (..., C) for linear, (B, C, *space) or (C, *space) for conv. Further arguments go to the replaced forward as they are.
         """
-        if not args:  # models do call operators by keyword; every forward served here names its input first
-            (_, input), *rest = kwargs.items()
-            args, kwargs = (input,), dict(rest)
-        input, *more = args
-        if self.uses_integers and not more and not kwargs:
+        input, more, named = _arguments(args, kwargs)
+        if self.uses_integers and not more and not named:
             return self._integer_forward(input)
+        return self.simulated(
+            args, kwargs, weight=self._dequantized(), correction=self.correction, quantize=self._fake_quantized
+        )
+
+    def simulated(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        weight: Tensor,
+        correction: Tensor | None,
+        quantize: Callable[[Tensor], Tensor],
+    ) -> Any:
+        """Run the operator on dequantized tensors of the caller's: what trains an operator lends its own.
+
+        Args:
+            args: Of the call, see :meth:`forward`.
+            kwargs: Of the call.
+            weight: Dequantized, shaped like the float operator's.
+            correction: (O,) what is added to the output beside the bias, or None.
+            quantize: Makes of the shifted and divided input what the operator multiplies.
+        """
+        input, more, named = _arguments(args, kwargs)
         padding = self._zero_padding()
         x = self._smoothed(functional.pad(input.to(self._dtype), padding) if padding else input.to(self._dtype))
-        if self.scheme.activations != "none":
-            x = fake_quantize_activation(x, self._scale_of(x), self.scheme.activations).to(self._dtype)
-        output = self._float_forward(x, more, kwargs, padded=bool(padding))
+        x = quantize(x)
+        output = self._float_forward(x, more, named, weight, correction, padded=bool(padding))
         return output.to(input.dtype) if isinstance(output, Tensor) else output
 
     def extra_repr(self) -> str:
@@ -313,33 +332,47 @@ class QuantizedOperator(nn.Module):
         scale = self._scale_of(rows)
         product = integer_product(quantize_activation(rows, scale, "int8").values, self.integer_weight())
         output = product.to(self._dtype) * scale * self.weight_scale.reshape(-1)
-        bias = self._corrected(self.inner.bias)
+        bias = self._corrected(self.inner.bias, self.correction)
         if bias is not None:
             output = output + bias
         return output.reshape(*x.shape[:-1], output.shape[-1]).to(x.dtype)
 
-    def _corrected(self, bias: object) -> Tensor | None:
+    def _corrected(self, bias: object, correction: Tensor | None) -> Tensor | None:
         """(O,) what is added to the product: the bias, the correction, or both."""
         if not isinstance(bias, Tensor):
-            return self.correction
-        return bias if self.correction is None else bias + self.correction
+            return correction
+        return bias if correction is None else bias + correction
 
-    def _float_forward(self, x: Tensor, more: list[Any], kwargs: dict[str, Any], *, padded: bool) -> Any:
-        """The inner module's own forward, lent the dequantized weight, the corrected bias and, if x is padded, no padding."""
-        inner, parameters = self.inner, self.inner._parameters
-        bias, padding = parameters.get("bias"), getattr(inner, "padding", None)
-        inner.weight = self._dequantized()  # a plain attribute: the forward of any subclass finds it there
+    def _fake_quantized(self, x: Tensor) -> Tensor:
+        """A smoothed input as its codes stand for."""
+        if self.scheme.activations == "none":
+            return x
+        return fake_quantize_activation(x, self._scale_of(x), self.scheme.activations).to(self._dtype)
+
+    def _float_forward(
+        self,
+        x: Tensor,
+        more: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        weight: Tensor,
+        correction: Tensor | None,
+        *,
+        padded: bool,
+    ) -> Any:
+        """The inner module's own forward, lent the weight, the corrected bias and, if x is padded, no padding."""
+        inner = self.inner
+        bias, padding = inner._parameters.get("bias"), getattr(inner, "padding", None)
+        inner.weight = weight  # a plain attribute: the forward of any subclass finds it there
         try:
-            if self.correction is not None:
-                total = self._corrected(bias)
-                parameters["bias"] = None if total is None else nn.Parameter(total, requires_grad=False)
+            if correction is not None:
+                vars(inner)["bias"] = self._corrected(bias, correction)  # found before the parameter, which stays
             if padded:
                 vars(inner)["padding"] = (0,) * (len(self._shape) - 2)
             return inner(x, *more, **kwargs)
         finally:
             del inner.weight
-            if self.correction is not None:
-                parameters["bias"] = bias
+            if correction is not None:
+                del vars(inner)["bias"]
             if padded:
                 vars(inner)["padding"] = padding
 
@@ -376,11 +409,42 @@ class QuantizedOperator(nn.Module):
         """Activation scale: the calibrated one, or that of every row (linear) or sample (conv) of a smoothed input."""
         if self.input_scale is not None:
             return self.input_scale
+        return activation_scale(x.abs().amax(self.scaled_dims(x), keepdim=True), self.scheme.activations)
+
+    def scaled_dims(self, x: Tensor) -> tuple[int, ...]:
+        """Dimensions of an input that share one scale where activations get theirs at run time: those of a row, or of a sample.
+
+        Args:
+            x: (..., C) for linear, (B, C, *space) or (C, *space) for conv.
+        """
         if self.kind == "linear":
-            return activation_scale(x.abs().amax(-1, keepdim=True), self.scheme.activations)
+            return (-1,)
         unbatched = x.dim() == len(self._shape) - 1
-        dims = tuple(range(x.dim()))[0 if unbatched else 1 :]
-        return activation_scale(x.abs().amax(dims, keepdim=True), self.scheme.activations)
+        return tuple(range(x.dim()))[0 if unbatched else 1 :]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight shaped like the float operator's as the matrix (O, D) that is quantized.
+
+        Args:
+            weight: Shaped like the float operator's.
+        """
+        return as_matrix(weight, self.kind, self.transposed, self._groups)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`.
+
+        Args:
+            matrix: (O, D).
+        """
+        return from_matrix(matrix, self._shape, self.kind, self.transposed, self._groups)
+
+
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Any], dict[str, Any]]:
+    """The input of a call and its further arguments; every forward served here names its input first."""
+    if not args:  # models do call operators by keyword
+        (_, input), *rest = kwargs.items()
+        return input, [], dict(rest)
+    return args[0], list(args[1:]), dict(kwargs)
 
 
 def weight_parameter(module: nn.Module, name: str | None = None) -> nn.Parameter:

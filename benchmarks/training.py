@@ -1,0 +1,263 @@
+"""Compressed models trained through their quantizers: what the search left, how much of it training recovers, what a step costs.
+
+    python -m benchmarks.training SHARED_DATA [--models kwt1 ...] [--schemes w4a8-channel-static ...] [--seeds 0 1 2] [--short]
+                                  [--home FOLDER] [--out docs/training.md]
+
+SHARED_DATA is the folder with zoo.py and zoo_eval.py, --home that of the models out of packages; neither is part of this
+repository. One search for each model and scheme, one training for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alphasmith.objectives.media.batch import call, main_output
+from alphasmith.objectives.model.plain_operators import rewrite
+from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.training.fake_quantized import FakeQuantized
+from alphasmith.objectives.training.loop import TrainingData, train
+from alphasmith.objectives.training.losses import answers, task_of
+from alphasmith.objectives.training.outcome import TrainingOutcome
+from alphasmith.objectives.training.ports import Samples
+from alphasmith.objectives.training.settings import TrainingSettings
+from alphasmith.search import RunConfig, load_quantized, run
+from benchmarks.real_folders import home_folder
+from benchmarks.training_cases import NAMES, Case, load_case
+
+SCHEMES = ("w8a8-channel-static", "w4a8-channel-static", "w4a16-channel")
+#: Updates, and most batches timed for the cost of a step.
+_SHORT_STEPS, _TIMED = 150, 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One model under one scheme.
+
+    Attributes:
+        case: Name of the model.
+        scheme: Name of the scheme.
+        float_model: Metric of the float model.
+        naive: Quantized without smoothing.
+        searched: As the run wrote it.
+        trained: After training, one for each seed; ``searched`` where training was not kept.
+        outcomes: Of the trainings.
+        ratio: Time of a step of the quantized model divided by that of the float model, median.
+        seconds: Wall time of the search and of all trainings [s].
+    """
+
+    case: Case
+    scheme: str
+    float_model: float
+    naive: float
+    searched: float
+    trained: tuple[float, ...]
+    outcomes: tuple[TrainingOutcome, ...]
+    ratio: float
+    seconds: tuple[float, float]
+
+    @property
+    def recovered(self) -> float | None:
+        """Share of the gap between search and float that training closed, mean over seeds; None where there is no gap."""
+        sign = 1 if self.case.higher_is_better else -1
+        gap = sign * (self.float_model - self.searched)
+        return None if gap <= 0 else sign * (statistics.mean(self.trained) - self.searched) / gap
+
+
+def step_ratio(case: Case, quantized: nn.Module, settings: TrainingSettings) -> float:
+    """Time of an update of the fake-quantized model divided by one of the float model, on the same batches, by turns.
+
+    Recurrent layers and attention of both are written with plain operators, as the search left them.
+
+    Args:
+        case: Model and data.
+        quantized: Its quantized form.
+        settings: Batch size, and what is learned.
+    """
+    plain = copy.deepcopy(case.model).eval()
+    rewrite(plain)
+    plain.requires_grad_(True)
+    twin = FakeQuantized(quantized, learn_steps=settings.learn_steps, learn_ranges=settings.learn_ranges)
+    contestants: list[tuple[nn.Module, torch.optim.Optimizer, list[float]]] = [
+        (model.train(), torch.optim.AdamW(model.parameters(), lr=1e-6), []) for model in (plain, twin)
+    ]
+    for module in plain.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.eval()
+    size = min(settings.batch_size, len(case.train))
+    for turn in range(_TIMED):
+        batch = case.train.batch([(turn * size + i) % len(case.train) for i in range(size)])
+        for model, optimizer, times in contestants:
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            output = main_output(call(model, batch))
+            found = answers(output, batch, task_of(output, batch))
+            if found.classes is None:
+                loss = found.scores.square().mean()
+            else:
+                loss = nn.functional.cross_entropy(found.scores, found.classes)
+            loss.backward()
+            optimizer.step()
+            times.append(time.perf_counter() - start)
+    float_times, twin_times = (times[1:] for _, _, times in contestants)
+    return min(twin_times) / min(float_times)
+
+
+def trained_once(
+    case: Case, quantized: nn.Module, samples: Samples, settings: TrainingSettings
+) -> tuple[float, TrainingOutcome]:
+    """Metric of the model after one training, on the judged data, and how it went.
+
+    Args:
+        case: Model, metric, held-out samples.
+        quantized: What is trained; left as it is.
+        samples: What it is trained on.
+        settings: How.
+    """
+    twin = FakeQuantized(quantized, learn_steps=settings.learn_steps, learn_ranges=settings.learn_ranges)
+    data = TrainingData(samples=samples, held_out=case.held_out, teacher=case.model)
+    outcome = train(twin, data, settings)
+    return case.metric(twin.integers()), outcome
+
+
+def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: bool) -> Finding:
+    """Search, then train once for each seed.
+
+    Args:
+        case: Model and data.
+        scheme: Name of the scheme.
+        seeds: Of the trainings.
+        work: An existing folder.
+        short: Fewer trials and updates.
+    """
+    settings = (
+        replace(case.settings, steps=min(case.settings.steps or _SHORT_STEPS, _SHORT_STEPS)) if short else case.settings
+    )
+    start = time.perf_counter()
+    out = work / f"{case.name}-{scheme}"
+    config = RunConfig.build(
+        {
+            "name": f"{case.name} {scheme}",
+            "storage": f"sqlite:///{work}/trials.db",
+            "out": str(out),
+            "scheme": asdict(Scheme.parse(scheme)),
+            "search": {"trials": 6 if short else 24},
+            "data": {"metric_name": case.metric_name, "metric_goal": "max" if case.higher_is_better else "min"},
+        }
+    )
+    result = run(config, model=copy.deepcopy(case.model), batches=case.calibration, metric=case.metric)
+    (measured,) = result.manifest.output.metrics
+    quantized = load_quantized(out, case.model)
+    searched = time.perf_counter()
+    ratio = step_ratio(case, quantized, settings)
+    trained = [trained_once(case, quantized, case.train, replace(settings, seed=seed)) for seed in seeds]
+    return Finding(
+        case=case,
+        scheme=scheme,
+        float_model=_known(measured.float_model),
+        naive=_known(measured.naive),
+        searched=case.metric(quantized),
+        trained=tuple(metric for metric, _ in trained),
+        outcomes=tuple(outcome for _, outcome in trained),
+        ratio=ratio,
+        seconds=(searched - start, time.perf_counter() - searched),
+    )
+
+
+HEADER = (
+    "| model | metric | scheme | float | no smoothing | searched | trained | kept | recovered | step ratio | search, train [s] |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row(finding: Finding) -> str:
+    """One line of the table."""
+    values = finding.trained
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    recovered = "no gap" if finding.recovered is None else f"{finding.recovered:.0%}"
+    kept = sum(outcome.kept for outcome in finding.outcomes)
+    return (
+        f"| {finding.case.name} | {finding.case.metric_name} | {finding.scheme} | {finding.float_model:.4f} | {finding.naive:.4f} "
+        f"| {finding.searched:.4f} | {statistics.mean(values):.4f} +- {error:.4f} | {kept}/{len(values)} | {recovered} "
+        f"| {finding.ratio:.2f} | {finding.seconds[0]:.0f}, {finding.seconds[1]:.0f} |"
+    )
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def page(findings: Sequence[Finding], command: str) -> str:
+    """The part of docs/training.md that this command makes.
+
+    Args:
+        findings: What was measured.
+        command: Which made it.
+    """
+    data = dict.fromkeys(f"- {finding.case.name}: {finding.case.data}." for finding in findings)
+    where = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return "\n".join(
+        [f"    {command}", "", f"Machine: {where}.", "", HEADER, *map(row, findings), "", "Data:", "", *data, ""]
+    )
+
+
+#: Around the part of the page that this command makes.
+BEGIN, END = "<!-- figures: made by benchmarks/training.py -->", "<!-- end of the figures -->"
+
+
+def write(out: Path, text: str) -> None:
+    """Put the figures in their place on the page.
+
+    Args:
+        out: The page, with both marks.
+        text: The figures.
+    """
+    before, _, rest = out.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    out.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--models", nargs="*", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--short", action="store_true", help="fewer trials and updates")
+    parser.add_argument("--home", type=Path, default=home_folder())
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(arguments.data.resolve()))
+    findings = []
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        for name in arguments.models:
+            case = load_case(name, arguments.data, arguments.home)
+            for scheme in arguments.schemes:
+                findings.append(found(case, scheme, arguments.seeds, Path(work), short=arguments.short))
+                print(row(findings[-1]), flush=True)
+    if arguments.out:
+        flags = [
+            *(["--short"] if arguments.short else []),
+            "--models",
+            *arguments.models,
+            "--schemes",
+            *arguments.schemes,
+        ]
+        write(arguments.out, page(findings, f"python -m benchmarks.training SHARED_DATA {' '.join(flags)}"))
+
+
+if __name__ == "__main__":
+    main()
