@@ -20,11 +20,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"calibration"},
         {"quantization"},
         {"judge"},
-<<<<<<< HEAD
-        {"noise", "sensitivity", "joint"},
-=======
-        {"noise", "sensitivity", "training"},
->>>>>>> 9049ae3 (Train compressed models through their quantizers)
+        {"noise", "sensitivity", "joint", "training"},
         {"demo"},
     ],
     "storage": [
