@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import socket
 import sys
@@ -322,10 +324,20 @@ def test_a_file_of_starlette_would_be_seen(written: list[str], monkeypatch: pyte
     assert written != []
 
 
-def test_many_at_once_are_all_answered(port: int) -> None:
-    texts = ["x" * (1 + number % 7) for number in range(200)]
+def test_many_clients_are_all_answered_again_and_again(port: int) -> None:
+    body, headers = as_json("four", "on")
+
+    def client(number: int) -> list[tuple[int, list[str]]]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        found = []
+        for _ in range(5):
+            connection.request("POST", "/v1/classify", body, headers)
+            response = connection.getresponse()
+            found.append((response.status, best(json.loads(response.read()))))
+        connection.close()
+        return found
+
     with ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(lambda text: classify(port, text), texts))
-    assert [(status, best(answer)) for status, _, answer in answers] == [
-        (200, [f"{len(text)} letters"]) for text in texts
-    ]
+        answers = [answer for found in pool.map(client, range(200)) for answer in found]
+    assert len(answers) == 1000
+    assert {(status, *names) for status, names in answers} == {(200, "4 letters", "2 letters")}
