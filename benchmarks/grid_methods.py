@@ -6,7 +6,7 @@ Written from the methods' descriptions; the candidates are theirs, the judge is 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +97,10 @@ def threshold_search(data: SiteData, scheme: Scheme, *, points: int = 60) -> Out
     return _best(judge, tried, start)
 
 
-def plain_seconds(data: SiteData, smoothing: Smoothing, scheme: Scheme) -> float:
-    """Seconds of one candidate as other tools make it: fresh copies, requantization and one fp32 product.
+def plain_seconds(
+    data: SiteData, smoothing: Smoothing, scheme: Scheme, *, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds by a clock of one candidate as other tools make it: fresh copies, requantization and one fp32 product.
 
     For linear sites. The float reference is computed beforehand, and a shift plays no part.
     """
@@ -118,7 +120,7 @@ def plain_seconds(data: SiteData, smoothing: Smoothing, scheme: Scheme) -> float
             total += float((x @ weight.mT - reference).square().sum(dtype=torch.float64))
         return total
 
-    return seconds_of(candidate, 3)
+    return seconds_of(candidate, 3, clock=clock)
 
 
 def _of_alphas(data: SiteData, alphas: Sequence[float], labels: Tensor) -> Smoothing:

@@ -1,6 +1,6 @@
 """Which loss at the output ranks candidate models as the task metric does? Kendall's tau over candidates, on real models.
 
-    python -m benchmarks.output_losses [--home FOLDER] [--models MiniLM SmolLM2 DINOv2] [--out docs/real_models.md]
+    python -m benchmarks.output_losses [--home FOLDER] [--models MiniLM DINOv2 SmolLM2 Whisper] [--out docs/real_models.md]
 
 Candidates under one scheme: one alpha for the model, random alphas for every kind of site, for every site, and for four groups of
 channels by magnitude. Each is scored on little data (samples that calibrated) by the relative MSE of the outputs, the KL divergence of
@@ -27,9 +27,20 @@ from torch.nn.functional import cosine_similarity, kl_div
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import Smoothing, tie_index
 from alphasmith.search.model.search import ModelScales, SiteStatistics
-from benchmarks.real_data import WINDOW, Images, calibration_pairs, drawn, evenly, image_sets, judged_pairs, windows
+from benchmarks.real_data import (
+    WINDOW,
+    Images,
+    calibration_pairs,
+    calibration_waves,
+    drawn,
+    evenly,
+    image_sets,
+    judged_pairs,
+    judged_waves,
+    windows,
+)
 from benchmarks.real_folders import AbsentError, home_folder, model_folder
-from benchmarks.real_judges import EncoderJudge, ImageJudge, Judge, LanguageJudge, References
+from benchmarks.real_judges import EncoderJudge, ImageJudge, Judge, LanguageJudge, References, SpeechJudge
 from benchmarks.real_runs import Request, candidates, configured
 from benchmarks.timing import machine, median, parser, publish, table, torch_threads, with_threads
 
@@ -119,7 +130,7 @@ def kind(site: Site) -> str:
 
 def judges(model: str, folder: Path, work: Path) -> tuple[Judge, Comparison, Judge]:
     """A judge on little data that calibrated, what it compares with, and one on more that did not."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     little, more = Comparison(work / "little"), References(work / "more")
     if model == "DINOv2":
@@ -131,6 +142,13 @@ def judges(model: str, folder: Path, work: Path) -> tuple[Judge, Comparison, Jud
             ImageJudge(known, Images(others.pixels[:120], others.labels[:120]), more),
         )
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    if model == "Whisper":
+        processor = WhisperFeatureExtractor.from_pretrained(folder)
+        return (
+            SpeechJudge(processor, tokenizer, calibration_waves(4, 0), little, written=False),
+            little,
+            SpeechJudge(processor, tokenizer, judged_waves(6), more, written=False),
+        )
     if model == "SmolLM2":
         seen_windows = drawn(windows(tokenizer, "wikitext2_valid.txt"), 24, 0)[:4]
         unseen = evenly(windows(tokenizer, "wikitext2_test.txt"), 12)
@@ -187,7 +205,7 @@ def row(model: str, metric: str, made: Sequence[Score]) -> tuple[str, ...]:
 def main() -> None:
     arguments_of = with_threads(parser(__doc__))
     arguments_of.add_argument("--home", type=Path, default=home_folder())
-    arguments_of.add_argument("--models", nargs="*", default=["MiniLM", "DINOv2", "SmolLM2"])
+    arguments_of.add_argument("--models", nargs="*", default=["MiniLM", "DINOv2", "SmolLM2", "Whisper"])
     arguments_of.add_argument("--scheme", default="w8a8-channel-static")
     arguments = arguments_of.parse_args()
     rows = []
@@ -195,6 +213,7 @@ def main() -> None:
         "MiniLM": "retrieval cross entropy, 160 pairs",
         "DINOv2": "cross entropy of centroids, 120 images",
         "SmolLM2": "log perplexity, 12 x 128 tokens",
+        "Whisper": "nats a token, 6 clips",
     }
     with torch_threads(arguments.threads):
         where = machine()

@@ -181,15 +181,23 @@ def judged_waves(count: int) -> list[Wave]:
     return [*whole, *halves][:count]
 
 
-def write_crops(folder: Path, count: int, seed: int) -> None:
-    """Random crops of 1.5 to 4 seconds of the clips to calibrate on, as files: data as a user has them."""
-    import soundfile
-
+def calibration_waves(count: int, seed: int) -> list[Wave]:
+    """Random crops of 1.5 to 4 seconds of the clips to calibrate on."""
     generator = np.random.default_rng(seed)
     clips = [_wave(f"{name}_{kind}") for name in _CALIBRATION_CLIPS for kind in _KINDS]
-    folder.mkdir(parents=True)
+    crops = []
     for number in range(count):
         clip = clips[number % len(clips)]
         length = min(len(clip), int(generator.uniform(1.5, 4.0) * _RATE))
         start = int(generator.integers(0, len(clip) - length + 1))
-        soundfile.write(folder / f"{number:03}.wav", clip[start : start + length], _RATE)
+        crops.append(clip[start : start + length])
+    return crops
+
+
+def write_crops(folder: Path, count: int, seed: int) -> None:
+    """The crops of :func:`calibration_waves` as files: data as a user has them."""
+    import soundfile
+
+    folder.mkdir(parents=True)
+    for number, crop in enumerate(calibration_waves(count, seed)):
+        soundfile.write(folder / f"{number:03}.wav", crop, _RATE)

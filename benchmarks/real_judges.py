@@ -271,20 +271,28 @@ class SpeechJudge:
         tokenizer: Of the model.
         waves: Clips.
         references: Outputs of the float model.
+        written: Count words of transcripts, which take a pass for every token.
     """
 
     _LONGEST = 64
 
-    def __init__(self, processor: Any, tokenizer: Any, waves: Sequence[Wave], references: References) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        tokenizer: Any,
+        waves: Sequence[Wave],
+        references: References,
+        *,
+        written: bool = True,
+    ) -> None:
+        self._counted = written
         given = {"sampling_rate": 16_000, "return_tensors": "pt"}
         self._clips: list[Tensor] = [processor(wave, **given).input_features for wave in waves]
         self._tokenizer = tokenizer
         self._written: list[Tensor] = []
         self._references = references
-        self.measures = (
-            Measure(name="word error rate", higher_is_better=False),
-            Measure(name="nats a token", higher_is_better=False),
-        )
+        names = [*(["word error rate"] if written else []), "nats a token"]
+        self.measures = tuple(Measure(name=name, higher_is_better=False) for name in names)
 
     def __call__(self, model: nn.Module) -> Judged:
         """See :class:`Judge`."""
@@ -298,10 +306,11 @@ class SpeechJudge:
                 logits = main_output(model(input_features=clip, decoder_input_ids=tokens[:, :-1]))
             errors.append(self._references.errors(index, logits))
             surprise.append(cross_entropy(logits[0], tokens[0, 1:]))
-            words = self._words(self._transcript(model, clip))
-            changed.append(_changed(said[index], words) / mean)  # so that the mean is changed words by words
+            if self._counted:
+                words = self._words(self._transcript(model, clip))
+                changed.append(_changed(said[index], words) / mean)  # so that the mean is changed words by words
         self._references.complete = True
-        values = (torch.tensor(changed), torch.stack(surprise))
+        values = (*([torch.tensor(changed)] if self._counted else []), torch.stack(surprise))
         return Judged(torch.cat(errors), self._references.energy, values)
 
     def _transcript(self, model: Any, clip: Tensor) -> Tensor:

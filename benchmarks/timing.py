@@ -72,14 +72,14 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seconds_of(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time of ``work`` [s], after one call that warms up."""
+def seconds_of(work: Callable[[], object], repeats: int, *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median time of ``work`` [s], after one call that warms up; wall time unless another clock is given."""
     work()
     taken = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         work()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return statistics.median(taken)
 
 

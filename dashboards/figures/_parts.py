@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from alphasmith.dashboards.figures._theme import MUTED, SPAN, short_names, styled
+from alphasmith.dashboards.figures._theme import INK, MUTED, SPAN, short_names, styled
 from alphasmith.objectives.text import counted
 
 #: Up to this many sites have a named row each; beyond it they are placed by their position in the network.
@@ -43,8 +43,32 @@ def name_axis(frame: pd.DataFrame) -> dict[str, Any]:
         "tickvals": list(range(len(frame))),
         "ticktext": short_names(frame["site"].astype(str).tolist()),
         "range": [len(frame) - 0.4, -0.6],
-        "ticks": "",
+        # Invisible: they keep names apart from bars that begin at the axis.
+        "ticks": "outside",
+        "ticklen": 6,
+        "tickcolor": "rgba(0, 0, 0, 0)",
     }
+
+
+def end_labels(ends: list[float], rows: list[float | None], texts: list[str]) -> go.Scatter:
+    """Numbers to the right of everything that a row shows, so that no mark crosses them.
+
+    Args:
+        ends: Largest value shown in each row.
+        rows: Coordinates of the rows.
+        texts: What stands there.
+    """
+    return go.Scatter(
+        x=ends,
+        y=rows,
+        mode="text",
+        text=[f" {text}" for text in texts],
+        textposition="middle right",
+        textfont={"color": INK},
+        cliponaxis=False,
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
 def rows_height(rows: int, *, legend: bool) -> int:

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from alphasmith.dashboards.checked_frames import checked_sites
-from alphasmith.dashboards.figures._parts import name_axis, nothing, rows_height
+from alphasmith.dashboards.figures._parts import end_labels, name_axis, nothing, rows_height
 from alphasmith.dashboards.figures._theme import INK, OURS, SPAN, styled
 from alphasmith.objectives.text import counted
 
@@ -61,13 +61,20 @@ def shares_of_output(sites: pd.DataFrame) -> go.Figure:
             orientation="h",
             name="share",
             marker={"color": [*[OURS] * len(shown), *[SPAN] * (len(parts) - len(shown))], "line": {"width": 0}},
-            text=[f"{100 * part:.1f} %" for part in parts],
-            textposition="outside",
-            cliponaxis=False,
             width=0.62,
-            textfont={"color": INK},
             hovertemplate="%{y}: %{x:.2%}<extra></extra>",
             showlegend=False,
+        )
+    )
+    # A number stands at the end of its bar, or beyond the diamond where that would lie under it.
+    marks = np.array([*measured, *[np.nan] * (len(parts) - len(shown))], dtype=float)
+    under = (marks > np.array(parts) - 0.01 * longest) & (marks < np.array(parts) + 0.1 * longest)
+    ends = np.where(under, np.fmax(parts, marks + 0.012 * longest), parts).tolist()
+    figure.add_trace(
+        end_labels(
+            [round(end, 5) for end in ends],
+            [float(row) for row in range(len(parts))],
+            [f"{100 * part:.1f} %" for part in parts],
         )
     )
     if bool(np.isfinite(measured).any()):

@@ -26,6 +26,7 @@ from alphasmith.dashboards.figures._parts import (
     NAMED_SITES,
     POSITION_TITLE,
     count_hidden,
+    end_labels,
     name_axis,
     nothing,
     rows_height,
@@ -34,7 +35,6 @@ from alphasmith.dashboards.figures._parts import (
 from alphasmith.dashboards.figures._shares import shares_of_output
 from alphasmith.dashboards.figures._theme import (
     BY_COLUMN,
-    INK,
     MUTED,
     OURS,
     SERIES,
@@ -143,11 +143,8 @@ def gain_by_site(sites: pd.DataFrame) -> go.Figure:
     limits = ratio(frame["limit"], frame["best_single"])
     visible = [*gains.tolist(), *limits[np.isfinite(limits)].tolist(), 1.0]
     span = max(max(visible) - min(visible), 0.02)
-    # Room for the number printed at the end of a named bar.
-    low, high = (
-        min(visible) - (0.16 if named else 0.05) * span,
-        max(visible) + (0.16 if max(visible) > 1 else 0.04) * span,
-    )
+    # Room for the number printed to the right of a named bar.
+    low, high = min(visible) - 0.05 * span, max(visible) + (0.16 if named else 0.04) * span
     axis = {"title": {"text": axis_title}, "range": [round(low, 4), round(high, 4)]}
     along = _along(frame, named)
     if named:
@@ -166,20 +163,9 @@ def gain_by_site(sites: pd.DataFrame) -> go.Figure:
     }
     lengths = rounded(gains - 1)
     if named:
-        labels = [f"{gain:.3f}" for gain in gains]
-        figure.add_trace(
-            go.Bar(
-                x=lengths,
-                y=along,
-                orientation="h",
-                text=labels,
-                textposition="outside",
-                cliponaxis=False,
-                width=0.62,
-                textfont={"color": INK},
-                **bars,
-            )
-        )
+        figure.add_trace(go.Bar(x=lengths, y=along, orientation="h", width=0.62, **bars))
+        ends = np.fmax(np.fmax(gains, limits), 1).round(4).tolist()
+        figure.add_trace(end_labels(ends, along, [f"{gain:.3f}" for gain in gains]))
     else:
         figure.add_trace(go.Bar(x=along, y=lengths, **bars))
     if bool(np.isfinite(limits).any()):

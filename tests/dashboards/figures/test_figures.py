@@ -111,9 +111,9 @@ def test_zero_losses_are_announced_not_dropped_in_silence() -> None:
 def test_gain_is_the_ratio_and_worse_sites_have_another_colour() -> None:
     frame = site_frame(4)
     frame["ours"] = frame["ours"].where(frame.index != 2, frame["best_single"] * 1.25)
-    bars = gain_by_site(frame).data[0]
+    bars, labels = gain_by_site(frame).data[:2]
     assert [1 + length for length in bars.x] == pytest.approx((frame["ours"] / frame["best_single"]).tolist(), rel=1e-3)
-    assert bars.text[2] == "1.250"
+    assert labels.text[2].strip() == "1.250"
     colors = list(bars.marker.color)
     assert len(set(colors)) == 2
     assert colors.count(colors[2]) == 1
@@ -151,11 +151,23 @@ def test_the_largest_shares_have_bars_and_all_bars_make_the_whole(count: int) ->
     assert [value is not None for value in measured.x] == [True] * min(count, 3) + [False] * (min(count, 20) - 3)
 
 
+def test_numbers_stand_beyond_the_marks_of_their_rows() -> None:
+    frame = site_frame(4).assign(ours=[1.0, 0.5, 1.2, 2.0], best_single=1.0, limit=[0.9, 0.4, 1.1, 1.0])
+    gains = gain_by_site(frame)
+    labels = next(trace for trace in gains.data if trace.type == "scatter" and trace.mode == "text")
+    assert list(labels.x) == [1, 1, 1.2, 2]
+    assert labels.textposition == "middle right"
+    shares = shares_of_output(frame.assign(share=[0.4, 0.3, 0.2, 0.1], share_measured=[0.41, 0.2, 0.6, math.nan]))
+    labels = next(trace for trace in shares.data if trace.type == "scatter" and trace.mode == "text")
+    assert labels.x[0] > 0.41, "beyond the diamond that would lie under it"
+    assert list(labels.x)[1:] == [0.3, 0.2, 0.1]
+
+
 def test_measured_shares_stand_for_those_that_were_not_predicted() -> None:
     frame = site_frame(4).assign(share=math.nan, share_measured=[0.5, math.nan, 0.9, 0.1])
     figure = shares_of_output(frame)
     assert list(figure.data[0].x) == [0.9, 0.5, 0.1]
-    assert len(figure.data) == 1
+    assert [trace.mode for trace in figure.data[1:]] == ["text"], "no diamonds"
     unknown = shares_of_output(frame.drop(columns=["share", "share_measured"]))
     assert "no share" in unknown.layout.annotations[0].text
 
