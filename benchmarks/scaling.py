@@ -128,7 +128,7 @@ def figure(every: Sequence[Series]) -> go.Figure:
 
 
 def photograph(made: go.Figure, image: Path) -> bool:
-    """Save a figure as PNG; False where there is no Chromium."""
+    """Save a figure as PNG of the size that its layout has; False where there is no Chromium."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         return False
@@ -136,7 +136,8 @@ def photograph(made: go.Figure, image: Path) -> bool:
         page = Path(folder) / "figure.html"
         made.write_html(page, include_plotlyjs=True, config={"staticPlot": True})
         page.write_text(page.read_text(encoding="utf-8").replace("<body>", '<body style="margin:0">'), encoding="utf-8")
-        arguments = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,380"]
+        size = f"--window-size={made.layout.width:.0f},{made.layout.height:.0f}"
+        arguments = ["--headless", "--no-sandbox", "--hide-scrollbars", size]
         subprocess.run(
             [browser, *arguments, "--virtual-time-budget=5000", f"--screenshot={image.resolve()}", page.as_uri()],
             check=True,
