@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from alphasmith.objectives.judge.losses import divergences
 from alphasmith.objectives.media.batch import main_output
 from benchmarks.real_data import (
     Images,
@@ -48,8 +49,8 @@ class Judged:
     """A model as it was judged.
 
     Attributes:
-        errors: (N,) float64 squared error of every sample's output against the float model's.
-        energy: Squared norm of the float model's outputs.
+        errors: (N,) float64 squared error of every sample's output against the float model's, or divergence of its logits [nats].
+        energy: What their sum is divided by: squared norm of the float model's outputs, or the number of rows of logits.
         values: For each measure of the judge (M,) values of the samples.
     """
 
@@ -59,7 +60,7 @@ class Judged:
 
     @property
     def loss(self) -> float:
-        """Relative squared error of the outputs."""
+        """Relative squared error of the outputs, or mean divergence of their rows."""
         return float(self.errors.sum()) / self.energy
 
 
@@ -77,21 +78,27 @@ class Judge(Protocol):
 
 
 class References:
-    """Outputs of the float model, in files: in memory they would count as memory of the run that is measured."""
+    """Outputs of the float model, in files: in memory they would count as memory of the run that is measured.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where they are kept; made.
+        loss: What outputs are compared by: ``mse``, or ``kl`` of logits.
+    """
+
+    def __init__(self, folder: Path, loss: Literal["mse", "kl"] = "mse") -> None:
         folder.mkdir(parents=True)
         self._folder = folder
+        self._loss = loss
         self._energies: list[float] = []
         self.complete = False
 
     @property
     def energy(self) -> float:
-        """Their squared norm."""
+        """What the sum of all errors is divided by: their squared norm, or the number of rows of logits."""
         return math.fsum(self._energies)
 
     def errors(self, index: int, output: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B,) float64 squared errors of the samples of a batch; of the float model, whose outputs are kept, zeros.
+        """(B,) float64 squared errors, or divergences [nats], of the samples of a batch; of the float model, whose outputs are kept, zeros.
 
         Args:
             index: Number of the batch.
@@ -102,10 +109,14 @@ class References:
         real = output if mask is None else output * mask[..., None]
         if not self.complete:
             torch.save(real.clone(), place)
-            self._energies.append(float(real.double().square().sum()))
+            self._energies.append(
+                float(real.double().square().sum()) if self._loss == "mse" else float(real[..., 0].numel())
+            )
             return torch.zeros(len(real), dtype=torch.float64)
         reference: Tensor = torch.load(place, mmap=True)
         self.compare(real, reference, torch.ones(output.shape[:2]) if mask is None else mask)
+        if self._loss == "kl":
+            return divergences(real, reference).flatten(1).sum(1)
         return (real - reference).square().flatten(1).sum(1, dtype=torch.float64)
 
     def compare(self, output: Tensor, reference: Tensor, mask: Tensor) -> None:
@@ -368,7 +379,7 @@ def make_judge(name: str, model_folder: Path, sizes: Sizes, work: Path) -> Judge
     """
     from transformers import AutoTokenizer, WhisperFeatureExtractor
 
-    references = References(work / "references")
+    references = References(work / "references", "kl" if name in ("SmolLM2", "Whisper") else "mse")
     if name == "DINOv2":
         learned, judged = image_sets()
         return ImageJudge(

@@ -179,7 +179,7 @@ def text(groups: Sequence[Sequence[Finding]], left_out: Sequence[str], where: st
     costs = ("model, scheme", "sites", *seconds, "peak memory [MiB]", "alpha swept", "kept", "commit")
     parts = [
         where,
-        "Relative squared error of the outputs on unseen data, mean over the seeds:",
+        "Loss at the output on unseen data (relative squared error; divergence of the logits of SmolLM2 and Whisper [nats]), mean over the seeds:",
         table(losses, [loss_rows(g) for g in groups]),
         "Task metrics on unseen data, mean over the seeds:",
         table(metrics, [cells for g in groups for cells in metric_rows(g)]),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.calibration.calibrate import weight_absmax
 from alphasmith.objectives.calibration.producers import Producers
+from alphasmith.objectives.judge.answers import loss_of_answers
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.scheme import Scheme
@@ -257,7 +258,8 @@ def swept(
     """
     candidate, of_sites, task = candidates(config, batches)
     scales = ModelScales(of_sites)
-    judge = ModelObjective(candidate, list(task.calibration))
+    data = list(task.calibration)
+    judge = ModelObjective(candidate, data, loss=loss_of_answers(candidate.reset(), data[0]))
     losses = {alpha: judge.loss(scales.single(alpha)) for alpha in SWEPT}
     best = min(losses, key=lambda alpha: losses[alpha])
     return best, candidate, scales.single(best)

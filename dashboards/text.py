@@ -64,14 +64,19 @@ def verdict_of_refinement(refinement: Mapping[str, Any]) -> str:
         refinement: The manifest's entry, see ``output.entries.RefinementEntry``.
 
     Returns:
-        E.g. ``accepted: output loss 1.23e-3 -> 1.10e-3 (difference 1.30e-4 +- 2.00e-5)``, or why nothing was changed.
+        E.g. ``accepted: output loss 1.23e-3 -> 1.10e-3 (difference 1.30e-4 +- 2.00e-5)``, that a simpler choice is no worse, or why
+        nothing was changed.
     """
     if not refinement.get("accepted"):
         loss = refinement.get("before")
         kept = "" if _missing(loss) else f"; the output loss stays {number(loss)}"
         return f"not accepted: {refinement.get('reason') or 'no reason given'}{kept}"
     before, after = (number(refinement.get(key)) for key in ("before", "after"))
-    return f"accepted: output loss {before} -> {after}{_difference(refinement)}"
+    found = [refinement.get(key) for key in ("difference", "standard_error")]
+    # Only a simpler choice is taken without a fall beyond the scatter.
+    simpler = not any(map(_missing, found)) and float(found[0] or 0.0) <= float(found[1] or 0.0)
+    why = ", being simpler and no worse beyond the noise" if simpler else ""
+    return f"accepted{why}: output loss {before} -> {after}{_difference(refinement)}"
 
 
 def _difference(refinement: Mapping[str, Any]) -> str:

@@ -293,7 +293,8 @@ class SearchConfig(_Section):
         objective: What the search at a site lowers (scope ``site``). ``site``: the error of its output, every row and output alike.
             ``output``: its predicted part of the error of the model's output, by weights of rows and outputs (formula fA10).
         loss: Loss at the model's output, scope ``model``: relative MSE, KL divergence, or the task metric (1 is as good
-            as the float model, lower is better). A metric scores search and guard alike on its own data: keep a test set.
+            as the float model, lower is better). A metric scores search and guard alike on its own data: keep a test set. Under scope
+            ``site`` the output tells: KL divergence of logits for every token, relative MSE of anything else.
         single_alphas: Points of the single-alpha grid over [0, 1] that finds the best single alpha, where the noise model does
             not find it.
         device: Torch device of the search; None: the first GPU, else the CPU.
@@ -303,7 +304,7 @@ class SearchConfig(_Section):
             standard error but for no smoothing. ``site``: it does only where the winners of the sites are worse than no
             smoothing.
         refine: After the sites (scope ``site``), two studies at the model's output over what site losses cannot see: of kinds of
-            sites, then of the sites with the largest losses. What each finds is kept only if the held-out output loss falls by
+            sites, then of the sites that add most to the output's error. What each finds is kept only if the held-out output loss falls by
             more than its paired standard error.
         refine_trials: Trials of each of them at most.
         reuse: Start the search at a site from the winner that an earlier run in the same storage recorded for it under the same

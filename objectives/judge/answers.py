@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from alphasmith.objectives.judge.losses import squared_sum
 from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import Batch, call, data_errors, floating_outputs, main_name
 from alphasmith.objectives.media.batches import data_digest
+
+#: Dimensions of logits of tokens: samples, places, vocabulary.
+_TOKEN_LOGITS = 3
 
 
 def answer(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -27,6 +31,22 @@ def answer(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """
     with torch.no_grad():
         return {name: real_rows(tensor, batch) for name, tensor in floating_outputs(call(model, batch))}
+
+
+def loss_of_answers(model: nn.Module, batch: Batch) -> Literal["mse", "kl"]:
+    """The loss at the output that ranks candidates as a task does: ``kl`` of logits for every token, ``mse`` of anything else.
+
+    What is added to the logits of all tokens of a vocabulary alike changes no probability, and is most of their squared error
+    (docs/design.md).
+
+    Args:
+        model: In eval mode.
+        batch: On the model's device.
+    """
+    with torch.no_grad():
+        outputs = dict(floating_outputs(call(model, batch)))
+    name = main_name(outputs)
+    return "kl" if name == "logits" and outputs[name].dim() >= _TOKEN_LOGITS else "mse"
 
 
 def distance(output: Tensor, reference: Tensor) -> float:

@@ -101,6 +101,17 @@ class ModelObjective:
         return self._batches
 
     @property
+    def kind(self) -> Literal["mse", "kl"]:
+        """Which loss it is.
+
+        Raises:
+            InputError: It is a task metric.
+        """
+        if callable(self._loss):
+            raise InputError("loss", "is a task metric", "use 'mse' or 'kl'")
+        return self._loss
+
+    @property
     def remembered_bytes(self) -> int:
         """What :meth:`remember` keeps at present [bytes]."""
         return self._prefix.nbytes + self._candidate.favoured_bytes

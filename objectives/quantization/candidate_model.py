@@ -249,7 +249,7 @@ class CandidateModel:
         kept = {n: t.clone() if t.untyped_storage().data_ptr() in written else t for n, t in tensors.items()}
         return kept, structure
 
-    def alone(self, smoothings: Mapping[str, Smoothing]) -> dict[str, dict[str, nn.Module]]:
+    def alone(self, smoothings: Mapping[str, Smoothing], *, dense: bool = True) -> dict[str, dict[str, nn.Module]]:
         """Quantized operators that each serve the float model in the place of their own float one.
 
         Every site is made explicit: its operators divide their own input, and nothing is taken from or left to others. So each
@@ -257,6 +257,7 @@ class CandidateModel:
 
         Args:
             smoothings: As for :meth:`apply`.
+            dense: Whether they keep their dequantized weights where candidates do.
 
         Returns:
             Site -> operator -> its quantized form (a ``QuantizedOperator``), in forward order; sites without one, and stacked weights, are left out.
@@ -283,7 +284,7 @@ class CandidateModel:
                 kind=operator.kind,
                 transposed=operator.transposed,
                 execution=self._execution,
-                keep_dense=self._keep_dense,
+                keep_dense=self._keep_dense and dense,
             )
         return made
 

@@ -4,7 +4,8 @@
 - ``_gradients``: gradients of random projections of the output at the outputs of its operators
 - ``_graph_memory``: memory that a backward pass needs, and ways to keep within it
 - ``output_shares``: what every site adds to the error of the model's output, predicted from gradients and measured
+- ``rival_contributions``: what sites would add to that error under several smoothings
 - ``row_weights``: what an error in a row and at an output of a site counts at the model's output
 """
 
-__all__ = ["output_shares", "row_weights"]
+__all__ = ["output_shares", "rival_contributions", "row_weights"]

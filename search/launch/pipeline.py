@@ -15,9 +15,10 @@ from torch import nn
 from alphasmith.objectives.calibration.calibrate import weight_absmax
 from alphasmith.objectives.calibration.producers import Producers
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.judge.answers import loss_of_answers
 from alphasmith.objectives.judge.memory import return_large_blocks
 from alphasmith.objectives.judge.model_objective import ModelLoss, ModelObjective
-from alphasmith.objectives.literals import Variant
+from alphasmith.objectives.literals import OutputLoss, Variant
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
@@ -295,8 +296,8 @@ def _search(launch: _Launch) -> SearchOutcome:
     whole: ModelResult | None = None
     sweep: Sweep | None = None
     refinement: RefinementResult | None = None
-    kind = config.search.loss if config.search.scope == "model" else "mse"
-    reserve = ModelObjective(candidate, held_out, loss=_output_loss(config, task, launch.float_metric))
+    kind = config.search.loss if config.search.scope == "model" else loss_of_answers(prepared.survey.model, held_out[0])
+    reserve = ModelObjective(candidate, held_out, loss=_output_loss(task, launch.float_metric, kind))
     with Writer() as writer:
         if config.search.scope == "site":
             sites = _search_sites(launch, writer)
@@ -385,7 +386,7 @@ def _search_output(
     device = search_device(config)
     launch.progress.stage("outputs of the float model")  # no part of the time that the sweep takes
     judge = ModelObjective(
-        launch.candidate, [b.to(device) for b in task.judging], loss="mse", remembered=prepared.plan.remembered
+        launch.candidate, [b.to(device) for b in task.judging], loss=reserve.kind, remembered=prepared.plan.remembered
     )
 
     def context(of: str) -> StudyContext:
@@ -406,7 +407,7 @@ def _search_whole(
 ) -> ModelResult:
     config, task, prepared = launch.config, launch.task, launch.prepared
     device = search_device(config)
-    loss = _output_loss(config, task, launch.float_metric)
+    loss = _output_loss(task, launch.float_metric, config.search.loss)
     judge = ModelObjective(launch.candidate, [b.to(device) for b in task.judging], loss=loss)
 
     def shipped() -> ModelWork:
@@ -453,13 +454,11 @@ def _scratch(config: RunConfig, prepared: PreparedModel) -> int | None:
     return None if given is None else max(prepared.plan.evaluator, given - prepared.plan.total)
 
 
-def _output_loss(config: RunConfig, task: Task, float_metric: float | None) -> ModelLoss:
-    """Loss at the model's output: relative MSE beside site studies, what the user chose where the model is searched."""
-    if config.search.scope == "site" or config.search.loss == "mse":
-        return "mse"
-    if config.search.loss == "task" and task.metric is not None and float_metric is not None:
-        return task_loss(task.metric, float_metric)
-    return "kl"
+def _output_loss(task: Task, float_metric: float | None, kind: OutputLoss) -> ModelLoss:
+    """Loss at the model's output: of the kind that its answers ask for beside site studies, that the user chose where the model is searched."""
+    if kind == "task":
+        return "kl" if task.metric is None or float_metric is None else task_loss(task.metric, float_metric)
+    return kind
 
 
 def input_ranges(prepared: PreparedModel) -> dict[str, ChannelRange]:

@@ -21,6 +21,10 @@ from alphasmith.search.study.trial import Outcome, Pruning, Trial
 #: Moves of alpha and factors on the range: coarse ones first, each repeated while it helps, then finer ones.
 _SHIFTS, _FINE_SHIFTS = (0.1, -0.1), (0.05, -0.05)
 _RANGES, _FINE_RANGES = (0.8, 1.15), (0.9, 1.07)
+#: Factors whose effect is predicted before anything is tried: farther apart, as a prediction costs little.
+_FORESEEN_RANGES = (0.75, 1.3)
+#: Choices that are not tried for kinds where their loss for the whole model is so many times that of the best one.
+_CRUDE, _FAR_BEHIND = ("identity", "alpha_0.5"), 2.0
 #: Moves in a row that leave the loss as it is to the last bit: the output does not depend on the unit.
 _IDLE = 3
 #: A move that has to gain more than its standard error is given up once it is behind by that much, after few samples.
@@ -52,6 +56,9 @@ class MoveScorer(OutputScorer[Change]):
         self._errors = errors
         self._remember = remember
         self._beaten: ModelScore | None = None
+        #: The change to beat, and the one that is remembered.
+        self._current: Change | None = None
+        self._remembered: Change | None = None
 
     def score(self, candidates: Sequence[Change], *, protected: int, pruning: Pruning | None) -> list[Outcome]:
         """Plain changes are raced against each other; a move says whether it is better than the best change so far."""
@@ -79,18 +86,26 @@ class MoveScorer(OutputScorer[Change]):
         else:
             score = race_all(self.judge, [smoothings], protected=1)[0]
         self._beaten = score
+        self._current = self._remembered = candidate
         return score
 
     def _move(self, candidate: Change) -> Outcome:
         began = self.clock()
+        if self._remember and self._current is not None and self._strays(candidate):
+            self._know(self._current)
+        # A change of many sites together is not the luckiest of many changes, and a prediction speaks for it: it is looked at to its end.
+        leap = _distance(candidate, self._current) > 1
+        errors = 0.0 if leap else self._errors
         incumbent = None if self._beaten is None or self._beaten.loss is None else self._beaten.errors
-        score = race_all(self.racer, [self._space.smoothings(candidate)], incumbent=incumbent)[0]
-        better = falls(self._beaten, score, self.judge.weight, self._errors)
+        score = race_all(self.racer, [self._space.smoothings(candidate)], incumbent=incumbent, protected=int(leap))[0]
+        better = falls(self._beaten, score, self.judge.weight, errors)
         if better:
-            self._beaten = score
-            if self._remember:
-                self._know(candidate)
+            self._beaten, self._current = score, candidate
         return replace(outcome_of(score, self.clock() - began), steps=(), better=better)
+
+    def _strays(self, candidate: Change) -> bool:
+        """Whether it differs from what is remembered at more than one unit, so that of the change to beat more would be known."""
+        return self._remembered != self._current and _distance(candidate, self._remembered) > 1
 
 
 class _Impatient:
@@ -112,6 +127,12 @@ class _Impatient:
         return self._judge.race(
             candidates, incumbent=incumbent, protected=protected, fewest=_FEWEST_STEPS, confidence=_GIVEN_UP
         )
+
+
+def _distance(one: Change, other: Change | None) -> int:
+    """Units at which two changes differ."""
+    known = {} if other is None else other.settings
+    return sum(setting != known.get(unit) for unit, setting in one.settings.items())
 
 
 def falls(before: ModelScore | None, after: ModelScore, weight: float, errors: float = 1.0) -> bool:
@@ -147,11 +168,13 @@ def descend(
     stop: Callable[[], bool],
     fine: bool = True,
     patience: int | None = None,
+    leaps: Sequence[Mapping[str, Setting]] = (),
 ) -> Change | None:
     """Score ``first``, then move unit after unit from the best of them until the study holds ``trials`` trials.
 
-    For each unit: its other choices, then the range (where it is static), then alpha, coarse moves before fine ones. A move
-    that is better is kept and repeated. A unit that has no part in the loss is left at once.
+    For each unit: its other choices (no smoothing and alpha 0.5 unless they are far behind for the whole model), then the range (where it is
+    static), then alpha; fine moves where coarse ones helped. A move that is better is kept and repeated. A unit that has no part in the
+    loss is left at once.
 
     Args:
         study: Fresh, or with trials on record.
@@ -160,8 +183,9 @@ def descend(
         first: Whole settings, of kinds other than ``proposal``.
         trials: Trials of the study at most.
         static: Whether activations have static ranges.
-        fine: Whether fine moves follow the coarse ones.
+        fine: Whether fine moves follow coarse ones that helped.
         patience: Units in a row without a better move after which the rest is left alone; None: none is.
+        leaps: Moves of several units together, tried first, until one is better.
         stop: Polled before every trial.
 
     Returns:
@@ -171,11 +195,22 @@ def descend(
     current = to_beat(study.results)
     if current is None:
         return None
-    since = 0
+    for leap in leaps:
+        proposal = Change(settings={**current.settings, **leap})
+        if len(study.results) >= trials or space.same(proposal, current):
+            continue
+        leave(stop)
+        (trial,) = study.attempt(scorer, [proposal], most=trials)
+        if trial.better:
+            current = proposal
+            break
+    since, hopeless = 0, _hopeless(study.results)
     for unit in space.units:
         if patience is not None and since >= patience:
             break
-        found = _move_unit(study, scorer, space, unit, current, _moves(space, unit, static, fine), trials, stop)
+        found = _move_unit(study, scorer, space, unit, current, _moves(space, unit, static, hopeless), trials, stop)
+        if fine and found != current:
+            found = _move_unit(study, scorer, space, unit, found, _fine_moves(static), trials, stop)
         since = since + 1 if found == current else 0
         current = found
     return current
@@ -210,14 +245,40 @@ def _move_unit(
     return current
 
 
-def _moves(space: SettingSpace, unit: str, static: bool, fine: bool) -> Iterator[Callable[[Setting], Setting]]:
-    """Moves of a unit, in the order in which they are tried."""
-    yield from (_chosen(choice) for choice in space.choices[unit])
-    rounds = ((_RANGES, _SHIFTS), (_FINE_RANGES, _FINE_SHIFTS)) if fine else ((_RANGES, _SHIFTS),)
-    for ranges, shifts in rounds:
-        if static:
-            yield from (_ranged(factor) for factor in ranges)
-        yield from (_shifted(step) for step in shifts)
+def _hopeless(results: Sequence[Trial[Change]]) -> frozenset[str]:
+    """Crude choices that for the whole model are far behind the best one: no kind of sites is likely to want them."""
+    plain = {t.candidate.kind: t.loss for t in results if t.candidate.kind != "proposal"}
+    best = min((loss for loss in plain.values() if loss is not None), default=math.inf)
+    behind = (kind for kind in _CRUDE if kind in plain)
+    return frozenset(kind for kind in behind if (loss := plain[kind]) is None or loss > _FAR_BEHIND * best)
+
+
+def _moves(
+    space: SettingSpace, unit: str, static: bool, hopeless: frozenset[str]
+) -> Iterator[Callable[[Setting], Setting]]:
+    """Coarse moves of a unit, in the order in which they are tried."""
+    yield from (_chosen(choice) for choice in space.choices[unit] if choice not in hopeless)
+    if static:
+        yield from (_ranged(factor) for factor in _RANGES)
+    yield from (_shifted(step) for step in _SHIFTS)
+
+
+def _fine_moves(static: bool) -> Iterator[Callable[[Setting], Setting]]:
+    """Smaller ones."""
+    if static:
+        yield from (_ranged(factor) for factor in _FINE_RANGES)
+    yield from (_shifted(step) for step in _FINE_SHIFTS)
+
+
+def site_moves(static: bool) -> list[Callable[[Setting], Setting]]:
+    """Moves of a single site whose effects are predicted together, without a trial.
+
+    Args:
+        static: Whether activations have static ranges.
+    """
+    moves = [_chosen(choice) for choice in ("ours", "best_single", "one_alpha")]
+    moves += [_shifted(step) for step in _SHIFTS]
+    return moves + ([_ranged(factor) for factor in _FORESEEN_RANGES] if static else [])
 
 
 def _chosen(choice: str) -> Callable[[Setting], Setting]:

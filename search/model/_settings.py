@@ -59,8 +59,8 @@ class SearchedSite:
         operators: Names of the operators that read it.
         choices: Choice -> its smoothing with every alpha moved by a shift; shift 0 is the choice itself. ``ours``, and the others as
             far as they are known.
-        loss: Relative error of the winner at the site. Says which sites are looked at first: relative errors of sites add
-            up, to first order, to that of the output.
+        loss: Relative error of the winner at the site. Says which sites are looked at first where their shares of the output's error
+            are not known.
     """
 
     name: str
@@ -98,17 +98,23 @@ class SettingSpace:
         sites: All of them, in forward order.
         units: Unit -> its sites; sites of no unit keep what they have.
         start: Site -> what it has before.
+        among: Choices that units may move to.
     """
 
     def __init__(
-        self, sites: Sequence[SearchedSite], units: Mapping[str, tuple[str, ...]], start: Mapping[str, Setting]
+        self,
+        sites: Sequence[SearchedSite],
+        units: Mapping[str, tuple[str, ...]],
+        start: Mapping[str, Setting],
+        *,
+        among: Sequence[Variant] = CHOICES,
     ) -> None:
         self._sites = {site.name: site for site in sites}
         self._unit_of = {name: unit for unit, names in units.items() for name in names}
         self._start = dict(start)
         self.units = dict(units)
-        #: Unit -> choices that all its sites have, the richest first, those that equal a richer one at every site left out.
-        self.choices = {unit: self._distinct(names) for unit, names in units.items()}
+        #: Unit -> choices of ``among`` that all its sites have, the richest first, those that equal a richer one at every site left out.
+        self.choices = {unit: tuple(c for c in self._distinct(names) if c in among) for unit, names in units.items()}
 
     def plain(self) -> list[Change]:
         """One change for every choice that all sites have: the same everywhere."""

@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.model_objective import ModelObjective
+from alphasmith.objectives.literals import Variant
 from alphasmith.objectives.quantization.plan import same_smoothing
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.config import SearchConfig
-from alphasmith.search.model._descent import MoveScorer, descend
+from alphasmith.search.model._descent import MoveScorer, descend, site_moves
 from alphasmith.search.model._held_out import HeldOutScore, Judgement, held_out_score, judged
 from alphasmith.search.model._settings import (
     OURS,
@@ -41,6 +42,19 @@ _TRIALS_PER_SITE = 5
 #: Sites are many, so that some seem better by luck: a move of one has to gain so many paired standard errors, and the study ends
 #: after so many sites in a row that gained nothing.
 _SITE_ERRORS, _SITE_PATIENCE = 2.0, 4
+#: What single sites start from: without smoothing, or at alpha 0.5, one of them alone is hardly ever better.
+_SITE_CHOICES: tuple[Variant, ...] = ("one_alpha", "best_single", "ours")
+#: Moves of a kind that are tried, about, beside its choices.
+_MOVES_PER_KIND = 5
+
+#: A site is moved before any trial where that is predicted to lower what it adds to the loss by this share of it.
+_FORESEEN = 0.1
+#: Most sites that get settings of their own.
+_SITES_MAX = 40
+
+#: Smoothings of all sites, several of them -> what every site adds to the loss at the output under each; sites of which that is
+#: not known are left out.
+_Contributions: TypeAlias = Callable[[Sequence[Mapping[str, Smoothing]]], Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +121,7 @@ def refine(
     static: bool = True,
     contexts: Callable[[str], StudyContext] | None = None,
     on_score: Callable[[], None] | None = None,
+    contributions: _Contributions | None = None,
 ) -> RefinementResult:
     """Search around the sites' winners and the baselines at the model's output.
 
@@ -116,8 +131,11 @@ def refine(
         reserve: The same on held-out batches.
         search: Its ``refine_trials`` and ``seed``.
         static: Whether activations have static ranges, which can be widened and clipped.
-        contexts: Name of a study -> where it is recorded, who hears of its trials, and when it is left; None: nothing is kept.
+        contexts: Name of a study -> where it is recorded, who hears of its trials, and when it is left; None: nothing is kept. Called once
+            for each study, when it begins.
         on_score: Called after every candidate model that is scored outside the studies.
+        contributions: Says which sites matter most at the output, and which moves of them are likely to pay; None: those with the largest
+            losses of their own are moved first.
 
     Raises:
         Interrupted: ``stop`` of a context said so.
@@ -126,7 +144,7 @@ def refine(
     """
     _check(sites, search.refine_trials)
     contexts = contexts or (lambda _: StudyContext())
-    run = _Refinement(sites, judge, reserve, search, static, contexts, on_score or _nobody)
+    run = _Refinement(sites, judge, reserve, search, static, contexts, on_score or _nobody, contributions or _unknown)
     start = run.clock()
     evaluations = judge.evaluations + reserve.evaluations
     winners = {site.name: Setting() for site in sites}
@@ -148,17 +166,33 @@ def refine(
     )
 
 
-def costs_to_come(search: SearchConfig) -> list[float]:
-    """Relative cost of every candidate model that :func:`refine` scores at most, in order.
+def costs_to_come(sites: Sequence[SearchedSite], search: SearchConfig) -> dict[str, list[float]]:
+    """Study -> relative cost of every candidate model that it is likely to score, in order.
 
-    The winners on the held-out batches, the trials of the kinds, of which half are given up early, what they end with; the trials
-    of single sites, of which much is remembered too; and what these end with.
+    Of the kinds: the winners on the held-out batches, the plain choices, the moves, of which half are given up early, and what they
+    end with. Of single sites, where what comes before the site is remembered: the moves, until some sites have gained nothing, and
+    what they end with.
+
+    Args:
+        sites: As for :func:`refine`.
+        search: Likewise.
     """
-    return [1.0] + [0.6] * search.refine_trials + [1.0] * 2 + [0.4] * search.refine_trials + [1.0]
+    plain = len(set.intersection(*(set(site.choices) for site in sites)))
+    moves = len(site_kinds(sites)) * (plain - 1 + _MOVES_PER_KIND)
+    first = min(plain, search.refine_trials)
+    kinds = [1.0] + [1.0] * first + [0.6] * min(search.refine_trials - first, moves) + [1.0] * 2
+    likely = min(len(sites), _SITE_PATIENCE + 2) * (_TRIALS_PER_SITE + 1)
+    single = [1.0] + [0.4] * min(search.refine_trials - 1, likely) + [1.0]
+    return {REFINEMENT_KINDS: kinds, REFINEMENT_SITES: single}
 
 
 def _nobody() -> None:
     """Hears nothing."""
+
+
+def _unknown(rivals: Sequence[Mapping[str, Smoothing]]) -> Sequence[Mapping[str, float]]:
+    """Nothing is known of any."""
+    return [{} for _ in rivals]
 
 
 def _check(sites: Sequence[SearchedSite], trials: int) -> None:
@@ -186,6 +220,7 @@ class _Refinement:
         static: bool,
         contexts: Callable[[str], StudyContext],
         heard: Callable[[], None],
+        contributions: _Contributions,
     ) -> None:
         self._sites = sites
         self._judge = judge
@@ -194,7 +229,9 @@ class _Refinement:
         self._static = static
         self._contexts = contexts
         self._heard = heard
-        self.clock = contexts(REFINEMENT_KINDS).clock
+        self._contributions = contributions
+        self._of_kinds = contexts(REFINEMENT_KINDS)
+        self.clock = self._of_kinds.clock
 
     def held_out(self, settings: Mapping[str, Setting]) -> HeldOutScore | None:
         """Held-out score of a setting of all sites."""
@@ -210,7 +247,7 @@ class _Refinement:
         losses = {site.name: site.loss for site in self._sites}
         ordered = dict(sorted(kinds.items(), key=lambda item: -sum(losses[name] for name in item[1])))
         space = SettingSpace(self._sites, ordered, winners)
-        study, change = self._study(REFINEMENT_KINDS, space, space.plain())
+        study, change = self._study(self._of_kinds, space, space.plain())
         plain = None if change is None else _plain(study.results)
         kept, score = winners, before
         told: Judgement = Judgement(
@@ -234,14 +271,22 @@ class _Refinement:
     def of_sites(
         self, kept: dict[str, Setting], score: HeldOutScore | None
     ) -> tuple[dict[str, Setting], HeldOutScore | None, Step]:
-        """A setting of their own for the sites with the largest losses."""
+        """A setting of their own for the sites that matter most."""
         start = self.clock()
-        most = max(1, (self._search.refine_trials - 1) // _TRIALS_PER_SITE)
-        ordered = sorted(self._sites, key=lambda site: -site.loss)[:most]  # stable: forward order on ties
-        units = {site.name: (site.name,) for site in ordered}
-        space = SettingSpace(self._sites, units, kept)
+        known, foreseen = self._foreseen(kept)
+        context = self._contexts(REFINEMENT_SITES)
+        # Sites of unknown share come last, those with the largest losses first; stable: forward order on ties.
+        ordered = sorted(self._sites, key=lambda site: (-known.get(site.name, 0.0), -site.loss))
+        most = _SITES_MAX if foreseen else max(1, (self._search.refine_trials - 1) // _TRIALS_PER_SITE)
+        units = {site.name: (site.name,) for site in ordered[:most]}
+        space = SettingSpace(self._sites, units, kept, among=_SITE_CHOICES)
         as_kept = Change(kind="ours", settings={name: kept[name] for name in units})
-        study, change = self._study(REFINEMENT_SITES, space, [as_kept], errors=_SITE_ERRORS, patience=_SITE_PATIENCE)
+        leaps = [{name: foreseen[name] for name in units if name in foreseen}]
+        # Where all of them together do not pay, those of the sites that matter most may.
+        leaps.append(dict(list(leaps[0].items())[: (len(leaps[0]) + 3) // 4]))
+        study, change = self._study(
+            context, space, [as_kept], errors=_SITE_ERRORS, patience=_SITE_PATIENCE, leaps=leaps
+        )
         told = Judgement(
             accepted=False, reason="no site alone lowers the output loss", before=_loss(score), after=_loss(score)
         )
@@ -253,16 +298,31 @@ class _Refinement:
                 kept, score = settings, found
         return kept, score, self._step("sites", told, units, study, start)
 
+    def _foreseen(self, kept: Mapping[str, Setting]) -> tuple[Mapping[str, float], dict[str, Setting]]:
+        """What every site adds to the loss as it is, and the setting under which it is predicted to add clearly less."""
+        rivals = [dict(kept)]
+        for move in site_moves(self._static):
+            settings = {site.name: move(kept[site.name]) for site in self._sites}
+            known = {site.name: settings[site.name].choice in site.choices for site in self._sites}
+            rivals.append({name: setting if known[name] else kept[name] for name, setting in settings.items()})
+        found = self._contributions([smoothings_of(self._sites, rival) for rival in rivals])
+        foreseen = {}
+        for name, as_kept in found[0].items():
+            value, number = min((of_sites.get(name, as_kept), number) for number, of_sites in enumerate(found))
+            if value < (1 - _FORESEEN) * as_kept:
+                foreseen[name] = rivals[number][name]
+        return found[0], foreseen
+
     def _study(
         self,
-        name: str,
+        context: StudyContext,
         space: SettingSpace,
         first: Sequence[Change],
         *,
         errors: float = 1.0,
         patience: int | None = None,
+        leaps: Sequence[Mapping[str, Setting]] = (),
     ) -> tuple[RecordedStudy[Change], Change | None]:
-        context = self._contexts(name)
         study = RecordedStudy(self._search, space, context)
         study.note("units", {unit: list(names) for unit, names in space.units.items()})
         scorer = MoveScorer(self._judge, space, context.clock, errors=errors, remember=patience is not None)
@@ -276,6 +336,7 @@ class _Refinement:
             stop=context.stop,
             fine=patience is None,
             patience=patience,
+            leaps=leaps,
         )
         return study, change
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,11 +11,13 @@ from alphasmith.objectives.calibration.site_data import SiteData, to_device
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.judge.site_objective import SiteObjective
 from alphasmith.objectives.literals import Variant
+from alphasmith.objectives.sensitivity.rival_contributions import rival_contributions
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import search_device
 from alphasmith.search.inputs.preparation import PreparedModel
+from alphasmith.search.interruption import leave, never
 from alphasmith.search.model._settings import SearchedSite, Setting
 from alphasmith.search.model.refinement import RefinementResult, costs_to_come, refine
 from alphasmith.search.model.search import ModelScales
@@ -26,7 +28,13 @@ from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
 from alphasmith.search.study.candidates import Candidate
 from alphasmith.search.study.types import StudyContext
 from alphasmith.search.work.site_sources import PreparedSites
+from alphasmith.storage.runs.data_frames import REFINEMENT_KINDS, REFINEMENT_SITES
 from alphasmith.storage.runs.entries import Losses
+
+#: Studies of the refinement as stages of a run.
+_STAGES = {REFINEMENT_KINDS: "refining kinds of sites", REFINEMENT_SITES: "refining single sites"}
+#: Samples that say which sites matter most and which moves pay.
+_FORESEEN_SAMPLES = 16
 
 
 def refine_sites(
@@ -59,18 +67,26 @@ def refine_sites(
     by_name = {s.name: s for s in prepared.sites}
     alphas = {name: _alphas(result, sweep) for name, result in results.items()}
     sites = [_searched(by_name[name], result, scales, alphas[name]) for name, result in results.items()]
-    costs = costs_to_come(config.search)
-    left = len(costs)
-    progress.stage("refining at the output", left)
-    progress.expect(costs)
+    stages, stop = _Stages(progress), never
 
     def heard(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        progress.advance()
+        stages.advance()
 
     def context(name: str) -> StudyContext:
-        return replace(contexts(name), on_trial=heard)
+        nonlocal stop
+        stages.begin(_STAGES[name], costs_to_come(sites, config.search)[name])
+        made = contexts(name)
+        stop = made.stop
+        return replace(made, on_trial=heard)
+
+    def step() -> None:
+        leave(stop)
+        stages.advance()
+
+    def contributions(rivals: Sequence[Mapping[str, Smoothing]]) -> tuple[dict[str, float], ...]:
+        samples = sum(batch.size for batch in judge.batches)
+        stages.begin("what sites add at the output", [1.0] * min(samples, _FORESEEN_SAMPLES))
+        return _contributions(config, prepared, judge, rivals, step)
 
     with judge.candidate.restored():  # sites are scored again on the float weights
         refinement = refine(
@@ -81,9 +97,9 @@ def refine_sites(
             static=config.scheme.build().static,
             contexts=context,
             on_score=heard,
+            contributions=contributions,
         )
-    for _ in range(left):  # studies that ended early
-        progress.advance()
+    stages.end()
     progress.note(f"refinement: {refinement.reason}")
     final = dict(results)
     for name in refinement.changed:
@@ -92,6 +108,54 @@ def refine_sites(
         final[name] = replace(results[name], candidate=candidate, smoothing=refinement.smoothings[name])
     _rescore(config, prepared, final, refinement.changed)
     return final, refinement
+
+
+class _Stages:
+    """Stages of which it is only known what is likely to be done."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._left = 0
+
+    def begin(self, name: str, costs: Sequence[float]) -> None:
+        """A stage follows whose units are likely to have these relative costs; the one before has ended."""
+        self.end()
+        self._left = len(costs)
+        self._progress.stage(name, len(costs))
+        self._progress.expect(costs)
+
+    def advance(self) -> None:
+        """A unit is done; those beyond what was likely are not counted."""
+        if self._left:
+            self._left -= 1
+            self._progress.advance()
+
+    def end(self) -> None:
+        """What was likely and not done is done."""
+        while self._left:
+            self.advance()
+
+
+def _contributions(
+    config: RunConfig,
+    prepared: PreparedModel,
+    judge: ModelObjective,
+    rivals: Sequence[Mapping[str, Smoothing]],
+    step: Callable[[], None],
+) -> tuple[dict[str, float], ...]:
+    """What every site is predicted to add to the output's loss under each of several smoothings, on a few of the judge's samples."""
+    plan = prepared.plan
+    given = config.hardware.search_memory or plan.total
+    return rival_contributions(
+        judge.candidate,
+        rivals,
+        judge.batches,
+        loss=judge.kind,
+        seed=config.search.seed,
+        memory=max(given - plan.total, 0) + plan.working_set,
+        samples=_FORESEEN_SAMPLES,
+        step=step,
+    )
 
 
 def _alphas(result: SiteResult, sweep: Sweep | None) -> dict[Variant, float]:

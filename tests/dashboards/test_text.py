@@ -51,6 +51,10 @@ def test_verdict_of_refinement_has_its_figures_or_its_reason() -> None:
         verdict_of_refinement(figures | {"accepted": True})
         == "accepted: output loss 1.23e-3 -> 1.10e-3 (difference 1.30e-4 +- 2.00e-5)"
     )
+    simpler = {"accepted": True, "after": 1.24e-3, "difference": -1e-5}
+    assert verdict_of_refinement(figures | simpler).startswith(
+        "accepted, being simpler and no worse beyond the noise: output loss 1.23e-3 -> 1.24e-3 ("
+    )
     assert verdict_of_refinement(figures | {"accepted": False}) == "not accepted: why; the output loss stays 1.23e-3"
     unknown = dict.fromkeys(("before", "difference", "standard_error"))
     assert verdict_of_refinement(figures | unknown | {"accepted": True}) == "accepted: output loss n/a -> 1.10e-3"

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.judge.answers import answer, check_repeatable, distance, farthest, silent_outputs
+from alphasmith.objectives.judge.answers import (
+    answer,
+    check_repeatable,
+    distance,
+    farthest,
+    loss_of_answers,
+    silent_outputs,
+)
 from alphasmith.objectives.media.batch import Batch, floating_outputs, main_output
 
 
@@ -123,3 +130,20 @@ def test_a_constant_main_output_is_refused_unless_the_data_are_constant() -> Non
         silent_outputs(model, [batch(0), batch(1)])
     same = [batch(0, 1), replace(batch(0, 1), labels=None)]
     assert len(silent_outputs(Answers(lambda scores, mean: scores), same)) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "places", "loss"),
+    [
+        (lambda scores, _: {"logits": scores}, 3, "kl"),
+        (lambda scores, _: {"logits": scores}, 2, "mse"),  # one class a sample
+        (lambda scores, _: {"last_hidden_state": scores, "logits_of_something": scores}, 3, "mse"),
+        (lambda scores, _: scores, 3, "mse"),
+    ],
+)
+def test_logits_of_tokens_are_judged_by_their_divergence(
+    shape: Callable[[Tensor, Tensor], Any], places: int, loss: str
+) -> None:
+    x = torch.randn(*(2, 5, 4)[3 - places :])
+    mask = torch.tensor([[True] * 3 + [False] * 2] * 2) if places == 3 else None
+    assert loss_of_answers(Answers(shape), Batch(args=(x,), mask=mask)) == loss

@@ -569,8 +569,8 @@ def test_every_stage_counts_all_of_its_work(scope: str, tmp_path: Path, model: n
         tmp_path, model, vectors(), {"search": {"scope": scope, "refine": True, "refine_trials": 7}}, progress=Counted()
     )
     assert all(total == done for total, done in counted.values()), counted
-    assert ("refining at the output" in counted) == (scope == "site")
+    stages = ("refining kinds of sites", "refining single sites")
+    assert all((stage in counted) == (scope == "site") for stage in stages)
     assert ("one alpha for the whole model" in counted) == (scope == "site")
-    assert (
-        counted.get("refining at the output", [99])[0] >= 2 * 7 + 1
-    )  # two studies, and the winners on held-out samples
+    # Trials, and what is scored on held-out samples.
+    assert all(counted.get(stage, [99])[0] >= 7 + 1 for stage in stages)
