@@ -1,7 +1,7 @@
 """Compressed models trained through their quantizers: what the search left, how much of it training recovers, what a step costs.
 
     python -m benchmarks.training SHARED_DATA [--models kwt1 ...] [--schemes w4a8-channel-static ...] [--seeds 0 1 2] [--short]
-                                  [--home FOLDER] [--out docs/training.md]
+                                  [--home FOLDER] [--work FOLDER] [--out docs/training.md]
 
 SHARED_DATA is the folder with zoo.py and zoo_eval.py, --home that of the models out of packages; neither is part of this
 repository. One search for each model and scheme, one training for each seed.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import platform
 import statistics
@@ -34,12 +35,13 @@ from alphasmith.objectives.training.outcome import TrainingOutcome
 from alphasmith.objectives.training.ports import Samples
 from alphasmith.objectives.training.settings import TrainingSettings
 from alphasmith.search import RunConfig, load_quantized, run
+from alphasmith.storage.output.result_folder import ResultFolder
 from benchmarks.real_folders import home_folder
 from benchmarks.training_cases import NAMES, Case, load_case
 
 SCHEMES = ("w8a8-channel-static", "w4a8-channel-static", "w4a16-channel")
-#: Updates, and most batches timed for the cost of a step.
-_SHORT_STEPS, _TIMED = 150, 7
+#: Updates of the short form, and batches timed for the cost of a step.
+SHORT_STEPS, TIMED = 60, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,31 +49,41 @@ class Finding:
     """One model under one scheme.
 
     Attributes:
-        case: Name of the model.
+        model: Its name.
+        metric: What its metric is called.
+        higher_is_better: Whether larger is better.
+        data: Which data are in which part, in words.
         scheme: Name of the scheme.
+        form: What was asked for: trials, seeds and settings; findings of another form are made anew.
         float_model: Metric of the float model.
         naive: Quantized without smoothing.
         searched: As the run wrote it.
         trained: After training, one for each seed; ``searched`` where training was not kept.
-        outcomes: Of the trainings.
-        ratio: Time of a step of the quantized model divided by that of the float model, median.
-        seconds: Wall time of the search and of all trainings [s].
+        kept: Trainings that were kept.
+        ratio: Time of a step of the quantized model divided by that of the float model.
+        search_seconds: Wall time of the search [s]; 0 where an earlier one was taken.
+        train_seconds: Wall time of all trainings [s].
     """
 
-    case: Case
+    model: str
+    metric: str
+    higher_is_better: bool
+    data: str
     scheme: str
+    form: str
     float_model: float
     naive: float
     searched: float
-    trained: tuple[float, ...]
-    outcomes: tuple[TrainingOutcome, ...]
+    trained: list[float]
+    kept: int
     ratio: float
-    seconds: tuple[float, float]
+    search_seconds: float
+    train_seconds: float
 
     @property
     def recovered(self) -> float | None:
         """Share of the gap between search and float that training closed, mean over seeds; None where there is no gap."""
-        sign = 1 if self.case.higher_is_better else -1
+        sign = 1 if self.higher_is_better else -1
         gap = sign * (self.float_model - self.searched)
         return None if gap <= 0 else sign * (statistics.mean(self.trained) - self.searched) / gap
 
@@ -97,7 +109,7 @@ def step_ratio(case: Case, quantized: nn.Module, settings: TrainingSettings) -> 
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.eval()
     size = min(settings.batch_size, len(case.train))
-    for turn in range(_TIMED):
+    for turn in range(TIMED):
         batch = case.train.batch([(turn * size + i) % len(case.train) for i in range(size)])
         for model, optimizer, times in contestants:
             start = time.perf_counter()
@@ -133,7 +145,7 @@ def trained_once(
 
 
 def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: bool) -> Finding:
-    """Search, then train once for each seed.
+    """Search, then train once for each seed; what ``work`` has of it from an earlier call is taken.
 
     Args:
         case: Model and data.
@@ -142,42 +154,54 @@ def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: b
         work: An existing folder.
         short: Fewer trials and updates.
     """
-    settings = (
-        replace(case.settings, steps=min(case.settings.steps or _SHORT_STEPS, _SHORT_STEPS)) if short else case.settings
-    )
+    settings = case.settings
+    if short:
+        settings = replace(
+            settings, steps=min(settings.steps or SHORT_STEPS, SHORT_STEPS), evaluate_every=SHORT_STEPS // 2
+        )
+    trials = 6 if short else 24
+    form = json.dumps([trials, list(seeds), asdict(settings)], sort_keys=True)
+    kept = work / f"{case.name}-{scheme}.json"
+    if kept.exists():
+        finding = Finding(**json.loads(kept.read_text(encoding="utf-8")))
+        if finding.form == form:
+            return finding
     start = time.perf_counter()
     out = work / f"{case.name}-{scheme}"
+    if not (out / "manifest.json").exists():
+        _search(case, scheme, trials, work, out)
+    (measured,) = ResultFolder(out).manifest.output.metrics
+    quantized = load_quantized(out, case.model)
+    searched = time.perf_counter()
+    ratio = step_ratio(case, quantized, settings)
+    trained = [trained_once(case, quantized, case.train, replace(settings, seed=seed)) for seed in seeds]
+    finding = Finding(
+        model=case.name, metric=case.metric_name, higher_is_better=case.higher_is_better, data=case.data,
+        scheme=scheme, form=form,
+        float_model=_known(measured.float_model), naive=_known(measured.naive), searched=case.metric(quantized),
+        trained=[metric for metric, _ in trained], kept=sum(outcome.kept for _, outcome in trained),
+        ratio=ratio, search_seconds=searched - start, train_seconds=time.perf_counter() - searched,
+    )  # fmt: skip
+    kept.write_text(json.dumps(asdict(finding), indent=1), encoding="utf-8")
+    return finding
+
+
+def _search(case: Case, scheme: str, trials: int, work: Path, out: Path) -> None:
     config = RunConfig.build(
         {
             "name": f"{case.name} {scheme}",
             "storage": f"sqlite:///{work}/trials.db",
             "out": str(out),
             "scheme": asdict(Scheme.parse(scheme)),
-            "search": {"trials": 6 if short else 24},
+            "search": {"trials": trials},
             "data": {"metric_name": case.metric_name, "metric_goal": "max" if case.higher_is_better else "min"},
         }
     )
-    result = run(config, model=copy.deepcopy(case.model), batches=case.calibration, metric=case.metric)
-    (measured,) = result.manifest.output.metrics
-    quantized = load_quantized(out, case.model)
-    searched = time.perf_counter()
-    ratio = step_ratio(case, quantized, settings)
-    trained = [trained_once(case, quantized, case.train, replace(settings, seed=seed)) for seed in seeds]
-    return Finding(
-        case=case,
-        scheme=scheme,
-        float_model=_known(measured.float_model),
-        naive=_known(measured.naive),
-        searched=case.metric(quantized),
-        trained=tuple(metric for metric, _ in trained),
-        outcomes=tuple(outcome for _, outcome in trained),
-        ratio=ratio,
-        seconds=(searched - start, time.perf_counter() - searched),
-    )
+    run(config, model=copy.deepcopy(case.model), batches=case.calibration, metric=case.metric)
 
 
 HEADER = (
-    "| model | metric | scheme | float | no smoothing | searched | trained | kept | recovered | step ratio | search, train [s] |\n"
+    "| model | metric | scheme | float | no smoothing | searched | trained | kept | recovered | step ratio | training [s] |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -187,11 +211,10 @@ def row(finding: Finding) -> str:
     values = finding.trained
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     recovered = "no gap" if finding.recovered is None else f"{finding.recovered:.0%}"
-    kept = sum(outcome.kept for outcome in finding.outcomes)
     return (
-        f"| {finding.case.name} | {finding.case.metric_name} | {finding.scheme} | {finding.float_model:.4f} | {finding.naive:.4f} "
-        f"| {finding.searched:.4f} | {statistics.mean(values):.4f} +- {error:.4f} | {kept}/{len(values)} | {recovered} "
-        f"| {finding.ratio:.2f} | {finding.seconds[0]:.0f}, {finding.seconds[1]:.0f} |"
+        f"| {finding.model} | {finding.metric} | {finding.scheme} | {finding.float_model:.4f} | {finding.naive:.4f} "
+        f"| {finding.searched:.4f} | {statistics.mean(values):.4f} +- {error:.4f} | {finding.kept}/{len(values)} | {recovered} "
+        f"| {finding.ratio:.2f} | {finding.train_seconds:.0f} |"
     )
 
 
@@ -206,7 +229,7 @@ def page(findings: Sequence[Finding], command: str) -> str:
         findings: What was measured.
         command: Which made it.
     """
-    data = dict.fromkeys(f"- {finding.case.name}: {finding.case.data}." for finding in findings)
+    data = dict.fromkeys(f"- {finding.model}: {finding.data}." for finding in findings)
     where = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return "\n".join(
         [f"    {command}", "", f"Machine: {where}.", "", HEADER, *map(row, findings), "", "Data:", "", *data, ""]
@@ -237,26 +260,24 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="fewer trials and updates")
     parser.add_argument("--home", type=Path, default=home_folder())
+    parser.add_argument("--work", type=Path, help="keeps searches and findings, so that a later call goes on")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.data.resolve()))
     findings = []
+    flags = [*(["--short"] if arguments.short else []), "--models", *arguments.models, "--schemes", *arguments.schemes]
+    command = f"python -m benchmarks.training SHARED_DATA {' '.join(flags)}"
     print(HEADER, flush=True)
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
         for name in arguments.models:
             case = load_case(name, arguments.data, arguments.home)
             for scheme in arguments.schemes:
-                findings.append(found(case, scheme, arguments.seeds, Path(work), short=arguments.short))
+                findings.append(found(case, scheme, arguments.seeds, work, short=arguments.short))
                 print(row(findings[-1]), flush=True)
-    if arguments.out:
-        flags = [
-            *(["--short"] if arguments.short else []),
-            "--models",
-            *arguments.models,
-            "--schemes",
-            *arguments.schemes,
-        ]
-        write(arguments.out, page(findings, f"python -m benchmarks.training SHARED_DATA {' '.join(flags)}"))
+                if arguments.out:
+                    write(arguments.out, page(findings, command))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Case:
 
 
 #: Labels and half of the distance from the float model, whose answers say more than a label.
-CLASSES = TrainingSettings(learning_rate=3e-4, steps=300, batch_size=32, distill=0.5, evaluate_every=50, patience=0)
+CLASSES = TrainingSettings(learning_rate=1e-3, steps=300, batch_size=32, distill=0.5, evaluate_every=50, patience=0)
 TOKENS = TrainingSettings(learning_rate=5e-4, steps=300, batch_size=8, distill=0.5, evaluate_every=50, patience=0)
 VALUES = TrainingSettings(
     learning_rate=5e-4, steps=300, batch_size=8, loss="mse", distill=1.0, evaluate_every=50, patience=0
@@ -140,7 +140,7 @@ def _split_classes(name: str, data: Path, _: Path) -> Case:
         name=name, model=model, calibration=[(inputs[train][::3],)],
         train=TensorSamples(inputs[train], labels[train]), held_out=TensorSamples(inputs[held_out], labels[held_out]),
         metric=_accuracy(inputs[judged], labels[judged]), metric_name="accuracy", higher_is_better=True,
-        data=f"the shared evaluation set, cut by class into {told}", settings=CLASSES,
+        data=f"the shared evaluation set, cut by class into {told}", settings=replace(CLASSES, learning_rate=3e-4, batch_size=16),
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _cifar(name: str, data: Path, _: Path) -> Case:
         train=TensorSamples(inputs[train], labels[train]), held_out=TensorSamples(inputs[held_out], labels[held_out]),
         metric=_accuracy(judged, classes), metric_name="accuracy", higher_is_better=True,
         data="cifar10_jpeg1000 cut by class into 700 / 300; judged on the 200 of cifar10_test200",
-        settings=replace(CLASSES, learning_rate=5e-4),
+        settings=CLASSES,
     )  # fmt: skip
 
 

@@ -362,7 +362,7 @@ class QuantizedOperator(nn.Module):
         """The inner module's own forward, lent the weight, the corrected bias and, if x is padded, no padding."""
         inner = self.inner
         bias, padding = inner._parameters.get("bias"), getattr(inner, "padding", None)
-        inner.weight = weight  # a plain attribute: the forward of any subclass finds it there
+        vars(inner)["weight"] = weight  # the forward of any subclass finds it there
         try:
             if correction is not None:
                 vars(inner)["bias"] = self._corrected(bias, correction)  # found before the parameter, which stays
@@ -370,7 +370,7 @@ class QuantizedOperator(nn.Module):
                 vars(inner)["padding"] = (0,) * (len(self._shape) - 2)
             return inner(x, *more, **kwargs)
         finally:
-            del inner.weight
+            del vars(inner)["weight"]
             if correction is not None:
                 del vars(inner)["bias"]
             if padded:

@@ -1,8 +1,22 @@
-"""The order in which samples are trained on."""
+"""The order in which samples are trained on, and seeds for places in it."""
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
+
+
+def place_seed(seed: int, place: int, purpose: str) -> int:
+    """A seed of its own for every place, the same in every process.
+
+    Args:
+        seed: Of the whole training; of any size.
+        place: Number of the place.
+        purpose: What is drawn there, so that two things drawn at one place differ.
+    """
+    digest = hashlib.blake2b(f"{seed}/{place}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits
 
 
 class EndlessOrder:
@@ -31,7 +45,6 @@ class EndlessOrder:
     def _at(self, place: int) -> int:
         number, within = divmod(place, self._samples)
         if number != self._pass:
-            # Seeds of neighbouring passes are as good as any: the generator mixes them.
-            generator = torch.Generator().manual_seed((self._seed << 24) + number)
+            generator = torch.Generator().manual_seed(place_seed(self._seed, number, "order"))
             self._pass, self._order = number, torch.randperm(self._samples, generator=generator).tolist()
         return self._order[within]

@@ -164,16 +164,28 @@ class _Step(nn.Module):
 
     def __init__(self, start: Tensor, *, learned: bool) -> None:
         super().__init__()
+        self._kept: Tensor | None = None
         self.register_buffer("start", start.detach().clone())
         self.logarithm = nn.Parameter(torch.zeros_like(self.start)) if learned else None
 
     def forward(self) -> Tensor:
         """The scales."""
-        return self.start if self.logarithm is None else self.start * self.logarithm.exp()
+        if self.logarithm is None:
+            return self.start
+        return self.start * self.logarithm.exp() if self._kept is None else self._kept
+
+    def hold(self) -> None:
+        """Compute them once from now on: a recurrent layer asks for them at every position."""
+        self.release()
+        self._kept = self()
+
+    def release(self) -> None:
+        """Forget them."""
+        self._kept = None
 
 
 class _Held(nn.Module):
-    """Keeps what :meth:`rounded_weight` computes from :meth:`hold` to :meth:`release`."""
+    """Keeps what it computes from its parameters from :meth:`hold` to :meth:`release`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,12 +193,16 @@ class _Held(nn.Module):
         self._kept: Tensor | None = None
 
     def hold(self) -> None:
-        """Compute the rounded weight once from now on."""
+        """Compute steps, range and the rounded weight once from now on."""
         self._holding, self._kept = True, None
+        for step in self._steps():
+            step.hold()
 
     def release(self) -> None:
-        """Forget it."""
+        """Forget them."""
         self._holding, self._kept = False, None
+        for step in self._steps():
+            step.release()
 
     def rounded_weight(self) -> Tensor:
         """Codes times scales, shaped like the float weight."""
@@ -199,7 +215,10 @@ class _Held(nn.Module):
 
     def logarithms(self) -> list[nn.Parameter]:
         """Parameters that are logarithms of step sizes."""
-        return [m.logarithm for m in self.modules() if isinstance(m, _Step) and m.logarithm is not None]
+        return [step.logarithm for step in self._steps() if step.logarithm is not None]
+
+    def _steps(self) -> list[_Step]:
+        return [module for module in self.children() if isinstance(module, _Step)]
 
     def _rounded(self) -> Tensor:
         raise NotImplementedError

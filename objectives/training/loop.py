@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.media.batch import Batch, call, data_errors, main_output, unfused_attention
 from alphasmith.objectives.text import number
-from alphasmith.objectives.training._sampler import EndlessOrder
+from alphasmith.objectives.training._sampler import EndlessOrder, place_seed
 from alphasmith.objectives.training._teacher import TeacherOutputs
 from alphasmith.objectives.training._verdict import paired
 from alphasmith.objectives.training.fake_quantized import FakeQuantized
@@ -291,7 +291,7 @@ class _Training:
         """Dropout that depends on the seed and the samples drawn before; the generator of the process stays as it was."""
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed((self._settings.seed << 32) + drawn)
+            torch.manual_seed(place_seed(self._settings.seed, drawn, "dropout"))
             yield
 
     def _looks_since_best(self) -> int:
