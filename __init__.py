@@ -1,7 +1,8 @@
 """Search smoothing coefficients for quantized neural networks, with every trial on record.
 
 One layer: ``alphasmith.search_site(x, w, scheme="w8a8-channel-static")``. A whole model: ``alphasmith.run(config, model=...,
-batches=...)``, gone on with by ``alphasmith.resume``; its output folder is read by ``load_smoothed`` and ``load_quantized``.
+batches=...)``, gone on with by ``alphasmith.resume``; its output folder is read by ``load_smoothed`` and ``load_quantized``, and its
+compressed model is trained further by ``alphasmith.finetune``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
         RunConfig,
         RunResult,
         SiteResult,
+        TrainingResult,
+        finetune,
         load_quantized,
         load_smoothed,
         resume,
@@ -29,7 +32,9 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "SiteResult",
+    "TrainingResult",
     "__version__",
+    "finetune",
     "load_quantized",
     "load_smoothed",
     "resume",

@@ -26,6 +26,7 @@ from alphasmith.dashboards.figures.sites import (
     shares_of_output,
     trial_history,
 )
+from alphasmith.dashboards.figures.training import training_curve
 from alphasmith.dashboards.site_table import BASELINES, SITE_TABLE, site_rows
 from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
 from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice, run_verdict, swept_alpha, whole_model
@@ -39,6 +40,8 @@ from alphasmith.storage.runs.records import TrialRecord
 _SEARCHED = {"naive": "identity"}
 _EXPONENT = re.compile(r"[\d.]+e-\d+")
 _CAPTIONS = {
+    "training": "The compressed model trained further through its quantizers. The first point is the untrained model; what is kept is "
+    "decided on held-out samples, beyond their paired standard error.",
     "shares": "What quantizing one site adds to the loss at the model's output, predicted from gradients on calibration samples, as a part "
     "of the sum over all sites. A diamond is the loss measured with only that site quantized, over the same sum. Smoothing pays where "
     "the bars are long.",
@@ -70,6 +73,11 @@ _SECTIONS = (
         "proof",
         "Proof of equivalence",
         "The float model before and after folding, compared on data that neither calibration nor search has seen.",
+    ),
+    (
+        "training",
+        "Training",
+        "Of the compressed model, further than the run. All else on this page is about the run; its proof does not apply here.",
     ),
     (
         "guard",
@@ -163,6 +171,8 @@ def render_page(
         # Trials of the refinement have losses of the model's output, not of a site.
         of_sites = trials[~trials["site"].isin(AT_OUTPUT)] if "site" in trials.columns else trials
         figures.append(_figure("history", trial_history(of_sites)))
+    if manifest.get("training"):
+        figures.insert(0, _figure("training", training_curve(manifest["training"])))
     rows = site_rows(site_frame)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -362,12 +372,22 @@ def _decisions(guard: Sequence[Mapping[str, Any]]) -> Facts:
     return [(str(entry.get("site") or "whole model"), value_text(entry.get("reason"))) for entry in guard]
 
 
+def _trained(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A training without what the figure shows and with numbers of samples in place of long lists."""
+    if not entry:
+        return None
+    told = {key: value for key, value in entry.items() if key not in ("curve", "classes")}
+    return told | {key: f"{len(entry[key])} samples, numbered in manifest.json" for key in ("trained", "held_out")}
+
+
 def _sections(manifest: Mapping[str, Any]) -> list[_Section]:
     sections = []
     for key, heading, intro in _SECTIONS:
         facts = (
             _decisions(manifest.get(key) or ())
             if key == "guard"
+            else facts_of(_trained(manifest.get(key)))
+            if key == "training"
             else facts_of(manifest.get(key), unit="bytes" if key in {"payload", "memory"} else "")
         )
         if facts:

@@ -14,6 +14,7 @@
 - ``progress``: progress of a run: bars on a terminal, plain lines elsewhere, nothing for scripts
 - ``site``: the search of one site: parametrizations, proposals, exact scores, result
 - ``study``: one Optuna study of anything: candidates, space, sampler, record
+- ``training``: a compressed model trained further on labelled media
 - ``work``: sites handed out: plan, sources, stage, accepted results, the session under a lease
 """
 
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     from alphasmith.search.processing.classifier import Classifier
     from alphasmith.search.site.result import SiteResult
     from alphasmith.search.site.search import search_site
+    from alphasmith.search.training.finetune import TrainingResult, finetune
 
 __all__ = [
     "Classifier",
     "RunConfig",
     "RunResult",
     "SiteResult",
+    "TrainingResult",
+    "finetune",
     "load_quantized",
     "load_smoothed",
     "resume",
@@ -49,6 +53,8 @@ _HOMES = {
     "RunConfig": "config",
     "RunResult": "launch.recorder",
     "SiteResult": "site.result",
+    "TrainingResult": "training.finetune",
+    "finetune": "training.finetune",
     "load_quantized": "checkpoints.load",
     "load_smoothed": "checkpoints.load",
     "resume": "launch.pipeline",

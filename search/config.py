@@ -120,7 +120,9 @@ def scheme_fields(value: object) -> object:
     return asdict(value) if isinstance(value, Scheme) else value
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Fields that belong together: frozen, nothing unknown, nothing non-finite; what is wrong is one ``InputError``."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def __init__(self, /, **values: Any) -> None:
@@ -136,7 +138,7 @@ class _Section(BaseModel):
             raise _as_input_error(type(self), error) from error
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Where the float model comes from: exactly one of ``path``, ``factory`` and ``demo``.
 
     Attributes:
@@ -154,7 +156,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = False
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Media: what kind, where, how many. Calibration, tuning, held-out and proof samples are disjoint.
 
     Attributes:
@@ -207,7 +209,7 @@ class DataConfig(_Section):
         return self.samples // 2 if self.tuning is None else self.tuning
 
 
-class SchemeConfig(_Section):
+class SchemeConfig(Section):
     """The quantization scheme, see ``alphasmith.objectives.quantization.scheme.Scheme``."""
 
     weights: WeightFormat = "int8"
@@ -221,7 +223,7 @@ class SchemeConfig(_Section):
         return Scheme(**self.model_dump())
 
 
-class GroupsConfig(_Section):
+class GroupsConfig(Section):
     """How channels are grouped (claims A-6, A-8, A-10) and how wide each group's alpha range is (claim A-3).
 
     Attributes:
@@ -245,7 +247,7 @@ class GroupsConfig(_Section):
     betas: bool = False
 
 
-class HardwareConfig(_Section):
+class HardwareConfig(Section):
     """The machine that will run the model. Nothing given and nothing detected: rho = 0 (formula fA7).
 
     Attributes:
@@ -265,7 +267,7 @@ class HardwareConfig(_Section):
     search_memory: Bytes | None = None
 
 
-class SearchConfig(_Section):
+class SearchConfig(Section):
     """What is tried.
 
     Attributes:
@@ -337,7 +339,7 @@ class SearchConfig(_Section):
     reuse: bool = True
 
 
-class SitesConfig(_Section):
+class SitesConfig(Section):
     """Which sites take part.
 
     Attributes:
@@ -354,7 +356,7 @@ class SitesConfig(_Section):
     experts: bool = False
 
 
-class ProofConfig(_Section):
+class ProofConfig(Section):
     """Float equivalence before and after folding.
 
     Attributes:
@@ -364,7 +366,7 @@ class ProofConfig(_Section):
     tolerance: float = Field(default=1e-4, gt=0, lt=1)
 
 
-class WorkersConfig(_Section):
+class WorkersConfig(Section):
     """Who evaluates candidates, and how dead workers are distinguished from slow ones. Nothing here changes a result.
 
     Attributes:
@@ -384,7 +386,7 @@ class WorkersConfig(_Section):
     address: Annotated[Label, Field(max_length=512)] | None = None
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One launch: model, data, scheme, budget and search settings.
 
     Attributes:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,14 +12,11 @@ from torch import nn
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.media.batches import FolderName, MediaBatches
-from alphasmith.objectives.reading import read_text
 from alphasmith.objectives.text import counted, listed
 
 _HEADS = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification", "ForVideoClassification")
 
 
-#: Largest file of class names [bytes].
-_MOST_NAMES = 2**24
 _NAME_LABELS = "use the names or numbers of the model's classes, or name them with --labels FILE"
 
 
@@ -38,34 +33,13 @@ class Classes:
     names: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Any, count: int) -> Self:
-        """Those of a model.
+    def named(cls, names: Sequence[str], count: int) -> Self:
+        """Those that names are given for, in the order of the model's outputs.
 
         Args:
-            config: Its configuration, whose ``label2id`` and ``id2label`` name classes: an object, a mapping or None.
-            count: Values of its output.
-        """
-        return cls(count=count, names={name: number for name, number in _names(config).items() if 0 <= number < count})
-
-    @classmethod
-    def listed_in(cls, file: Path, count: int) -> Self:
-        """Those named in a file, a line each, in the order of the model's outputs.
-
-        Args:
-            file: UTF-8 text.
+            names: One for each class; empty: nobody names them.
             count: Values of the model's output.
-
-        Raises:
-            InputError: It cannot be read, names a class twice, or names more or fewer classes than the model has.
         """
-        text = read_text(file, field="--labels", remedy="give a file with a name a line", most=_MOST_NAMES)
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-        if len(names) != count:
-            problem = f"{file} names {len(names)} classes, the model has {count}"
-            raise InputError("--labels", problem, "name every class, in order")
-        twice = [name for name, times in Counter(map(_plain, names)).items() if times > 1]
-        if twice:
-            raise InputError("--labels", f"{file} names {twice[0][:80]!r} twice", "give every class a name of its own")
         return cls(count=count, names={_plain(name): number for number, name in enumerate(names)})
 
     def number(self, target: Any) -> int | None:
@@ -178,14 +152,10 @@ def are_classes(batches: Sequence[Batch], config: Any) -> bool:
 
 
 def _names(config: Any) -> dict[str, int]:
-    by_name, by_number = _setting(config, "label2id"), _setting(config, "id2label")
+    by_name, by_number = getattr(config, "label2id", None), getattr(config, "id2label", None)
     names = {str(name): int(number) for number, name in by_number.items()} if isinstance(by_number, Mapping) else {}
     names |= {str(name): int(number) for name, number in by_name.items()} if isinstance(by_name, Mapping) else {}
     return {_plain(name): number for name, number in names.items()}
-
-
-def _setting(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,8 @@ from alphasmith.objectives.quantization.payload import restore
 from alphasmith.objectives.text import error_line
 from alphasmith.storage.output.result_folder import ResultFolder
 
-_STRUCTURE = "quantized/quantization.json"
+#: File that says which operators of the architecture are quantized, and how.
+STRUCTURE = "quantized/quantization.json"
 
 
 def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
@@ -30,7 +31,7 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
         IntegrityError: A file that decides what is computed has changed since it was written, is gone, or has no digest.
     """
     result = ResultFolder(folder)
-    structure = result.read_json(_STRUCTURE)
+    structure = result.read_json(STRUCTURE)
     if model is not None:
         skeleton = private_copy(model)
     elif result.has("quantized/config.json"):
@@ -49,7 +50,7 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # digests fit, since they were written anew
-        raise IntegrityError(f"{result.path / _STRUCTURE} describes no model ({error_line(error)})") from error
+        raise IntegrityError(f"{result.path / STRUCTURE} describes no model ({error_line(error)})") from error
 
 
 def load_smoothed(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
@@ -64,6 +65,9 @@ def load_smoothed(folder: Path | str, model: nn.Module | None = None) -> nn.Modu
         IntegrityError: A file that decides what is computed has changed since it was written, is gone, or has no digest.
     """
     result = ResultFolder(folder)
+    if result.manifest.training is not None:
+        told = f"{folder} holds a trained model, which has no float form"
+        raise InputError("folder", told, f"give the folder of run {result.manifest.run.id}")
     result.weight_files("smoothed")
     if result.has("smoothed/config.json"):
         with result.only_named("smoothed") as checked:

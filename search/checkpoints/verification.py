@@ -6,17 +6,20 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from alphasmith.objectives.demo import load_demo
 from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.judge.equivalence import prove
 from alphasmith.objectives.model.hf_folder import save_folder
 from alphasmith.objectives.model.loading import load_model
 from alphasmith.objectives.model.plain_operators import BakedWeight, Piece, Rewriting
+from alphasmith.objectives.quantization.payload import payload
 from alphasmith.objectives.sites.folding import edit_parameter, shift_bias
 from alphasmith.objectives.sites.types import ParameterEdit, ShiftEdit
 from alphasmith.objectives.text import error_line
-from alphasmith.search.checkpoints.load import load_quantized, load_smoothed
+from alphasmith.search.checkpoints.load import STRUCTURE, load_quantized, load_smoothed
 from alphasmith.search.config import RunConfig
 from alphasmith.search.inputs.permission import check_code
 from alphasmith.search.inputs.task import load_task
@@ -27,7 +30,8 @@ from alphasmith.storage.output.output_folder import OutputFolder
 from alphasmith.storage.output.result_folder import ResultFolder
 
 #: Files without which a result says nothing.
-_DECIDING = ("quantized/model.safetensors", "quantized/quantization.json", "scales.safetensors")
+_TRAINED = ("quantized/model.safetensors", STRUCTURE)
+_DECIDING = (*_TRAINED, "scales.safetensors")
 
 
 def verify(
@@ -53,8 +57,11 @@ def verify(
         factory_path: Folder of that module.
         allow_code: Further functions and folders that the manifest may lead to, as of ``resume``.
 
+    Of a trained model there is no equivalence to prove: its integer model is loaded and must hold the bits that were written.
+
     Returns:
-        ``artifacts`` checked, ``error``, ``tolerance`` and ``samples`` of the proof, or ``skipped`` with the reason.
+        ``artifacts`` checked, ``error``, ``tolerance`` and ``samples`` of the proof, or ``skipped`` with the reason; ``training``
+        where the model was trained.
 
     Raises:
         InputError: Not an output folder, or the original cannot be loaded or is another model.
@@ -64,10 +71,15 @@ def verify(
     result = ResultFolder(folder)
     manifest = result.manifest
     result.check()
-    for name in (*_DECIDING, *result.weight_files("smoothed")):
+    deciding = _TRAINED if manifest.training is not None else (*_DECIDING, *result.weight_files("smoothed"))
+    for name in deciding:
         if not result.has(name):
             raise IntegrityError(f"{folder / FILE_NAME} does not name {name}, which decides what is computed")
     answer: dict[str, Any] = {"folder": str(folder), "artifacts": len(manifest.artifacts)}
+    if manifest.training is not None:
+        return (
+            answer | {"training": manifest.training.id} | _same_bits(result, model, factory, factory_path, allow_code)
+        )
     reason = _not_provable(manifest)
     if reason:
         return answer | {"skipped": reason}
@@ -81,6 +93,54 @@ def verify(
     error = prove(task.loaded.model, load_smoothed(folder, task.loaded.model), task.proof, tolerance=tolerance)
     load_quantized(folder, task.loaded.model)
     return answer | {"error": error, "tolerance": tolerance, "samples": sum(b.size for b in task.proof)}
+
+
+def _same_bits(
+    result: ResultFolder,
+    model: Path | None,
+    factory: str | None,
+    factory_path: Path | None,
+    allow_code: Collection[str | Path],
+) -> dict[str, Any]:
+    """Load an integer model and compare all that it holds with what was written.
+
+    Raises:
+        IntegrityError: Something differs.
+    """
+    architecture = None
+    if not result.has("quantized/config.json"):
+        manifest = result.manifest
+        if manifest.model.kind == "demo":
+            demo = dict(manifest.config["model"])["demo"] or "image"  # type: ignore[arg-type]
+            architecture = load_demo(demo).model  # type: ignore[arg-type]
+        elif factory is None and manifest.model.kind == "module":
+            return {"skipped": "the model was handed over by a script: name a function that builds it with --factory"}
+        else:
+            config = _original(manifest, model, None, factory, factory_path)
+            given = [name for name in (factory, factory_path, model) if name is not None]
+            check_code(config, [*allow_code, *given], str(result.path / FILE_NAME), ("batches", "metric"))
+            source = config.model
+            architecture = load_model(path=source.path, factory=source.factory, factory_path=source.factory_path).model
+    tensors, structure = payload(load_quantized(result.path, architecture))
+    stored, told = result.read_tensors("quantized/model.safetensors"), result.read_json(STRUCTURE)
+    differing = [
+        name
+        for name in sorted(tensors.keys() | stored.keys())
+        if name not in tensors or name not in stored or not _identical(tensors[name], stored[name])
+    ]
+    same = all(structure[name] == told.get(name, structure[name]) for name in structure)
+    if differing or not same:
+        raise IntegrityError(f"{result.path}: {(differing or [STRUCTURE])[0]} is another one when the model is loaded")
+    return {}
+
+
+def _identical(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(
+        left.contiguous().reshape(-1).view(torch.uint8), right.contiguous().reshape(-1).view(torch.uint8)
+    )
 
 
 def undo(folder: Path, out: Path) -> dict[str, Any]:
@@ -101,6 +161,8 @@ def undo(folder: Path, out: Path) -> dict[str, Any]:
         IntegrityError: A file has changed.
     """
     result = ResultFolder(folder)
+    if result.manifest.training is not None:
+        raise InputError("DIR", f"{folder} holds a trained model", f"undo the folder of run {result.manifest.run.id}")
     scales = result.read_tensors("scales.safetensors")
     sites = result.manifest.sites
     rewriting = _rewriting(result.manifest.model)

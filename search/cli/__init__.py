@@ -1,6 +1,7 @@
 """The command line and its texts.
 
 - ``_db``: ``alphasmith db``: making, upgrading, checking, cleaning and copying the trial database
+- ``_finetune``: ``alphasmith finetune``: a compressed model trained further on labelled media
 - ``_layout``: tables and sentences as a terminal holds them
 - ``_status``: progress of a run as text and as JSON, read from its database
 - ``_options``: options that several commands take, and how every command prints its answer

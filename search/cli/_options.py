@@ -1,11 +1,13 @@
-"""Options that several commands take, and how every command prints its answer."""
+"""Options that several commands take, how every command prints its answer, and how long ones show progress and are interrupted."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +15,8 @@ import click
 
 from alphasmith.objectives.reading import usable_path
 from alphasmith.objectives.text import visible
+from alphasmith.search.interruption import Interruption
+from alphasmith.search.progress import Progress, TerminalBars, for_terminal
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,3 +77,23 @@ def print_answer(answer: Any, as_json: bool, text: Callable[[], str]) -> None:
     """Print an answer on standard output, as JSON or as text for a reader."""
     # What a database or a folder holds may be another's: it must not steer the terminal.
     click.echo(json.dumps(answer, indent=2, sort_keys=True, allow_nan=False) if as_json else visible(text()))
+
+
+@contextmanager
+def interruptible() -> Iterator[tuple[Progress, Interruption]]:
+    """Progress on standard error, and a first Ctrl-C that asks to stop in good order."""
+    with _progress() as progress:
+        said = "stopping after the current batch; Ctrl-C again leaves at once"
+        with Interruption(lambda: progress.note(said)) as stop:
+            progress.stage("starting")  # seen before torch is imported, which takes seconds
+            yield progress, stop
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    progress = for_terminal(sys.stderr)
+    if isinstance(progress, TerminalBars):
+        with progress:
+            yield progress
+    else:
+        yield progress

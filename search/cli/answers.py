@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alphasmith.objectives.text import counted, one_line, size_text, with_times
+from alphasmith.objectives.text import counted, duration, number, one_line, size_text, with_times
 from alphasmith.search.cli._layout import table
 
 if TYPE_CHECKING:
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Longest name or reason in the table of runs: a longer one would squeeze the ids [characters].
 _LONGEST_CELL = 100
+#: Looks at held-out samples that are shown of a training, its last ones.
+_MOST_POINTS = 8
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -20,7 +22,63 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no runs yet; `alphasmith run` makes one"
     columns = ("id", "name", "status", "scheme", "scope", "created", "reason")
-    return table(columns, ([_state(row) if c == "status" else _cell(row[c]) for c in columns] for row in rows))
+    told = table(columns, ([_state(row) if c == "status" else _cell(row[c]) for c in columns] for row in rows))
+    trainings = [training for row in rows for training in row.get("trainings", ())]
+    return f"{told}\n\n{trainings_text(trainings)}" if trainings else told
+
+
+def trainings_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Trainings, a line each; of one alone all that is known."""
+    columns = ("id", "run", "status", "kept", "created", "reason")
+    cells = ([_cell({True: "yes", False: "no"}.get(row[c], row[c])) for c in columns] for row in rows)
+    made = table(columns, cells, texts=("run", "reason"))
+    if len(rows) != 1 or "training" not in rows[0]:
+        return made
+    (row,) = rows
+    return made if row["training"] is None else f"{made}\n\n{training_text(row['training'], row['folder'])}"
+
+
+def training_text(entry: Mapping[str, Any], folder: str) -> str:
+    """What a training came to.
+
+    Args:
+        entry: The section ``training`` of its manifest, as JSON values.
+        folder: Its output folder.
+    """
+    metric = entry["metric_name"]
+    columns = ("step", "learning rate", "trained on", "held out", *([metric] if metric else []))
+    curve = entry["curve"]
+    # The first and the last looks, and the best one.
+    shown = [point for place, point in enumerate(curve) if place < 1 or place >= len(curve) - _MOST_POINTS]
+    shown += [point for point in curve if point["step"] == entry["best_step"] and point not in shown]
+    rows = [
+        [
+            str(point["step"]),
+            number(point["learning_rate"]),
+            "" if point["train_loss"] is None else number(point["train_loss"]),
+            number(point["held_out_loss"]),
+            *([] if not metric else [number(point["metric"])]),
+        ]
+        for point in sorted(shown, key=lambda point: int(point["step"]))
+    ]
+    study = entry["study"]
+    chosen = (
+        ""
+        if study is None
+        else "; settings by a study: "
+        + ", ".join(
+            f"{name} {number(value) if isinstance(value, float) else value}" for name, value in study["chosen"].items()
+        )
+    )
+    used = f"{counted(len(entry['trained']), 'sample')} trained on, {len(entry['held_out'])} held out, of {entry['samples']}"
+    lines = [
+        entry["reason"],
+        f"{used}; {counted(entry['steps'], 'update')}, {duration(entry['seconds'])}{chosen}",
+        table(columns, rows, title="losses by updates"),
+        f"{'the trained' if entry['kept'] else 'the untrained'} integer model is in {folder}",
+        "equivalence with the float model does not apply: training is meant to change it",
+    ]
+    return "\n".join(lines)
 
 
 def worker_text(done: WorkSummary) -> str:
@@ -34,6 +92,9 @@ def worker_text(done: WorkSummary) -> str:
 def verify_text(answer: Mapping[str, Any]) -> str:
     """``alphasmith verify DIR``."""
     first = f"{answer['artifacts']} files have the digests of the manifest"
+    if "training" in answer:
+        told = answer.get("skipped") or "the integer model has the same bits when it is loaded again"
+        return f"{first}\n{told}\nequivalence does not apply: training {answer['training']} changed the model"
     if "skipped" in answer:
         return f"{first}\nequivalence not checked: {answer['skipped']}"
     return (

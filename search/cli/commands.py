@@ -17,6 +17,7 @@ from alphasmith.storage.queue.status import RunSnapshot, lease_of, live_drivers,
 from alphasmith.storage.runs.entries import Group, SiteRecord
 from alphasmith.storage.runs.records import RunRecord, TrialState, UnreadableRun
 from alphasmith.storage.runs.run_store import RunStore
+from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore, is_training_id
 
 if TYPE_CHECKING:
     from alphasmith.search.config import RunConfig
@@ -33,11 +34,25 @@ def list_runs(storage: str | None) -> list[dict[str, Any]]:
     """One mapping per run, newest first; a row that cannot be read has status ``unreadable`` and a reason."""
     with opened(storage or DEFAULT_STORAGE) as database:
         drivers = live_drivers(database)
+        trainings = TrainingStore(database).listing()
         return [
             (_run_facts(run) if isinstance(run, RunRecord) else _unreadable_facts(run))
             | {"driver": drivers.get(run.id)}
+            | {"trainings": [_training_facts(training) for training in trainings if training.parent == run.id]}
             for run in RunStore(database).listing()
         ]
+
+
+def show_training(prefix: str, storage: str | None) -> dict[str, Any]:
+    """What is on record of a training, its configuration and, once it has finished, the section of its manifest.
+
+    Raises:
+        InputError: No such training or database.
+    """
+    with opened(storage or DEFAULT_STORAGE) as database:
+        record = TrainingStore(database).get(prefix)
+    entry = None if record.entry is None else dict(record.entry)
+    return _training_facts(record) | {"config": dict(record.config), "training": entry}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +65,7 @@ class ShownRun:
         groups: Groups over the whole model (scope ``model``).
         counts: State -> trials that ended so.
         storage: Address of its database, passwords masked.
+        trainings: Trainings of its model, newest first.
         manifest: That of its output folder; None where it is not finished, or its folder is not seen from here.
     """
 
@@ -59,6 +75,7 @@ class ShownRun:
     counts: Mapping[TrialState, int]
     storage: str
     manifest: Manifest | None
+    trainings: Sequence[Mapping[str, Any]] = ()
 
     @property
     def trials(self) -> int:
@@ -80,8 +97,11 @@ def show_run(prefix: str, storage: str | None) -> ShownRun:
         counts = store.trial_counts(record.id)
         look = look_at(database, record, lease=lease_of(record.config))
         masked = database.masked
+        trainings = [_training_facts(training) for training in TrainingStore(database).listing(record.id)]
     manifest = _manifest(look.record)
-    return ShownRun(look=look, sites=sites, groups=groups, counts=counts, storage=masked, manifest=manifest)
+    return ShownRun(
+        look=look, sites=sites, groups=groups, counts=counts, storage=masked, manifest=manifest, trainings=trainings
+    )
 
 
 def shown_facts(shown: ShownRun) -> dict[str, Any]:
@@ -96,6 +116,7 @@ def shown_facts(shown: ShownRun) -> dict[str, Any]:
         "progress": progress_facts(shown.look),
         "trials": shown.trials,
         "failed_trials": shown.counts.get("failed", 0),
+        "trainings": [dict(training) for training in shown.trainings],
         "weights": [] if shown.manifest is None else [weight.model_dump() for weight in shown.manifest.weights],
         "sites": site_rows(shown.sites),
         "groups": group_rows(shown.sites, shown.groups),
@@ -153,7 +174,7 @@ def hardware(config: RunConfig) -> dict[str, Any]:
 
 
 def report(prefix: str, out: Path, storage: str | None) -> None:
-    """Render a run's report from its manifest and the storage.
+    """Render the report of a run, or of a training, from its manifest and the storage.
 
     Raises:
         InputError: No such run, it is not finished, or ``out`` cannot be written.
@@ -165,11 +186,13 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
         raise InputError("--out", f"{out} is a folder", "name the file")
     with opened(storage or DEFAULT_STORAGE) as database:
         store = RunStore(database)
-        record = store.get(prefix)
+        training = TrainingStore(database).get(prefix) if is_training_id(prefix) else None
+        record = training or store.get(prefix)
         if record.status != "finished":
-            raise InputError("RUN", f"{record.id} is {record.status}", "give a finished run")
+            raise InputError("RUN", f"{record.id} is {record.status}", "give a finished run or training")
         manifest = read_manifest(Path(record.folder))
-        text = render_report(manifest, store.trials(record.id))
+        run_id = record.id if training is None else training.run_id
+        text = render_report(manifest, [] if run_id is None else store.trials(run_id))
     try:
         partial = out.with_name(f".{out.name}.partial")
         partial.write_text(text, encoding="utf-8")
@@ -204,6 +227,20 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
         "reason": record.reason,
         "scheme": record.scheme,
         "scope": record.scope,
+        "created": record.created.isoformat(timespec="seconds"),
+        "finished": None if record.finished is None else record.finished.isoformat(timespec="seconds"),
+        "folder": record.folder,
+    }
+
+
+def _training_facts(record: TrainingRecord) -> dict[str, Any]:
+    entry = record.entry or {}
+    return {
+        "id": record.id,
+        "run": record.parent,
+        "status": record.status,
+        "kept": entry.get("kept"),
+        "reason": str(entry.get("reason", "")) or record.reason,
         "created": record.created.isoformat(timespec="seconds"),
         "finished": None if record.finished is None else record.finished.isoformat(timespec="seconds"),
         "folder": record.folder,

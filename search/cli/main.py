@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,12 +15,20 @@ import click
 from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, InputError
 from alphasmith.objectives.text import one_line
 from alphasmith.search.cli._db import db
-from alphasmith.search.cli._options import PATH, json_option, options, print_answer, seconds, storage_option
+from alphasmith.search.cli._finetune import finetune, print_training, resume_training
+from alphasmith.search.cli._options import (
+    PATH,
+    interruptible,
+    json_option,
+    options,
+    print_answer,
+    seconds,
+    storage_option,
+)
 from alphasmith.search.cli._serve import serve
 from alphasmith.search.config import RunConfig, apply_overrides
 from alphasmith.search.idle_threads import passive_waiting
-from alphasmith.search.interruption import Interrupted, Interruption
-from alphasmith.search.progress import Progress, TerminalBars, for_terminal
+from alphasmith.search.interruption import Interrupted
 
 if TYPE_CHECKING:
     from alphasmith.search.launch.recorder import RunResult
@@ -60,6 +67,7 @@ def app() -> None:
 
 app.add_command(db)
 app.add_command(serve)
+app.add_command(finetune)
 
 
 @app.command()
@@ -83,7 +91,7 @@ def run(config: Path | None, overrides: tuple[str, ...], fresh: bool, as_json: b
     continued.
     """
     settings = _settings(config, (*overrides, *_as_overrides(flags)))
-    with _interruptible() as (progress, stop):
+    with interruptible() as (progress, stop):
         from alphasmith.search.launch.pipeline import run as run_pipeline
 
         result = run_pipeline(settings, progress=progress, fresh=fresh, stop=stop)
@@ -98,9 +106,16 @@ def run(config: Path | None, overrides: tuple[str, ...], fresh: bool, as_json: b
 @allow_code_option
 @json_option
 def resume(run: str, storage: str | None, allow_code: tuple[str, ...], as_json: bool, **flags: Any) -> None:
-    """Resume a run that was interrupted, killed or failed, and finish it."""
+    """Resume a run, or a training, that was interrupted, killed or failed, and finish it."""
+    from alphasmith.storage.runs.trainings import is_training_id
+
     changes = apply_overrides({}, _as_overrides(flags))
-    with _interruptible() as (progress, stop):
+    with interruptible() as (progress, stop):
+        if is_training_id(run):
+            places = {name: flags[name] for name in ("factory", "factory_path")}
+            trained = resume_training(run, storage, progress, stop, allow_code=allow_code, **places)
+            print_training(trained, as_json)
+            return
         from alphasmith.search.launch.pipeline import resume as resume_pipeline
 
         result = resume_pipeline(
@@ -130,7 +145,7 @@ def worker(run: str, storage: str | None, no_finish: bool, as_json: bool, **opti
 
     Needs neither the model nor the data. The last one to be done writes the result where no driver is alive to do it.
     """
-    with _interruptible() as (progress, stop):
+    with interruptible() as (progress, stop):
         from alphasmith.search.launch.worker import work
 
         answer = work(run, storage=storage, finish=not no_finish, progress=progress, stop=stop, **options)
@@ -173,11 +188,16 @@ def list_(storage: str | None, as_json: bool) -> None:
 )
 @json_option
 def show(run: str, storage: str | None, watch: bool, interval: float, as_json: bool) -> None:
-    """Show one run: what was asked, what was found at every site; with --watch how far it is."""
-    from alphasmith.search.cli import commands
+    """Show one run: what was asked, what was found at every site; with --watch how far it is. Or one training of its model."""
+    from alphasmith.search.cli import answers, commands
     from alphasmith.search.cli import tables as texts
     from alphasmith.search.cli._watch import watch_run
+    from alphasmith.storage.runs.trainings import is_training_id
 
+    if is_training_id(run) and not watch:
+        rows = commands.show_training(run, storage)
+        print_answer(rows, as_json, lambda: answers.trainings_text([rows]))
+        return
     if watch:
         watch_run(run, storage, interval=interval, as_json=as_json)
         return
@@ -350,26 +370,6 @@ def _as_toml(value: Any) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[tuple[Progress, Interruption]]:
-    """Progress on standard error, and a first Ctrl-C that asks to stop in good order."""
-    with _progress() as progress:
-        said = "stopping after the current batch; Ctrl-C again leaves at once"
-        with Interruption(lambda: progress.note(said)) as stop:
-            progress.stage("starting")  # seen before torch is imported, which takes seconds
-            yield progress, stop
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    progress = for_terminal(sys.stderr)
-    if isinstance(progress, TerminalBars):
-        with progress:
-            yield progress
-    else:
-        yield progress
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from alphasmith.objectives.text import (
 )
 from alphasmith.search.cli._layout import GAP, output_width, sentences, table
 from alphasmith.search.cli._status import progress_facts, progress_lines
+from alphasmith.search.cli.answers import trainings_text
 
 if TYPE_CHECKING:
     from alphasmith.search.cli.commands import ShownRun
@@ -75,7 +76,8 @@ def run_text(shown: ShownRun, width: int | None = None) -> str:
     width = width or output_width()
     record = shown.look.record
     if shown.manifest is not None:
-        return finished_text(shown.manifest, shown.trials, shown.storage, Path(record.folder), width)
+        told = finished_text(shown.manifest, shown.trials, shown.storage, Path(record.folder), width)
+        return _blocks([told], [trainings_text(shown.trainings)] if shown.trainings else [])
     facts = {
         "id": record.id,
         "name": record.name,

@@ -18,9 +18,9 @@ from alphasmith.objectives.media import Content
 from alphasmith.objectives.media.batch import call, data_errors, main_output
 from alphasmith.objectives.media.batches import as_media
 from alphasmith.objectives.media.items import ItemLimits, ItemReader, MediaItem
-from alphasmith.search.processing._answers import Output, check_classifier, class_names, probabilities_of, settled
-from alphasmith.search.processing._opening import IntegerModel, ModelPlace, open_model
+from alphasmith.search.processing.answers import Output, check_classifier, class_names, probabilities_of, settled
 from alphasmith.search.processing.description import ModelDescription, described
+from alphasmith.search.processing.opening import IntegerModel, ModelPlace, open_model
 
 #: Classes that are named for an item unless more or fewer are asked for.
 _TOP = 5

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from alphasmith.objectives.literals import MediaKind
-from alphasmith.search.processing._opening import IntegerModel
+from alphasmith.search.processing.opening import IntegerModel
 
 
 @dataclass(frozen=True, kw_only=True)

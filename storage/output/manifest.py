@@ -40,6 +40,7 @@ from alphasmith.storage.output.entries import (
     SkippedEntry,
     WeightEntry,
 )
+from alphasmith.storage.output.training_entry import TrainingEntry
 from alphasmith.storage.runs.entries import Group, Part, Volatile, VolatileMark
 
 #: Raised when a reader of the previous version would misread a manifest.
@@ -85,11 +86,13 @@ class Manifest(Part):
     """Every parameter of two or more dimensions. Empty: not recorded."""
     output: OutputEntry = OutputEntry()
     proof: ProofEntry | None = None
-    """Null when no scale was folded."""
+    """Null when no scale was folded, or where the model was trained further: then it does not apply."""
     payload: PayloadEntry
     guard: tuple[GuardEntry, ...] = ()
     refinement: RefinementEntry | None = None
     """Null where there was none."""
+    training: TrainingEntry | None = None
+    """Where the compressed model was trained further: all else in this manifest is about the run that it comes from. Null: it was not."""
     memory: MemoryEntry
     artifacts: tuple[ArtifactEntry, ...] = ()
 
@@ -104,6 +107,8 @@ class Manifest(Part):
                 raise ValueError(f"site {site.name!r} has labels of groups that are nowhere described")
         if self.proof is not None and self.proof.error > self.proof.tolerance:
             raise ValueError(f"proof error {self.proof.error} is above its tolerance {self.proof.tolerance}")
+        if self.training is not None and self.proof is not None:
+            raise ValueError("a trained model has a proof of equivalence, which does not apply to it")
         try:
             canonical_json(self.config)  # numbers too large for a float arrive as infinity in free values
         except NonFiniteError as error:

@@ -307,6 +307,17 @@ def result_in(folder: Path) -> str | None:
         return None
 
 
+def training_in(folder: Path) -> str | None:
+    """Id of the training whose result a folder holds; None where it holds none that can be read."""
+    if not (folder / FILE_NAME).is_file():
+        return None
+    try:
+        entry = read_manifest(folder).training
+    except AlphasmithError:
+        return None
+    return None if entry is None else entry.id
+
+
 def check_target(out: Path, run_id: str | None) -> None:
     """Refuse a target that is in use, before any work is done for it.
 

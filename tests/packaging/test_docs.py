@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -14,8 +15,10 @@ import click
 import pytest
 from pydantic import BaseModel
 
+from alphasmith.objectives.training.settings import TrainingSettings
 from alphasmith.search.cli.main import app
 from alphasmith.search.config import RunConfig
+from alphasmith.search.training.config import FinetuneConfig
 from alphasmith.storage.output.entries import SiteEntry
 from alphasmith.storage.output.manifest import Manifest
 
@@ -98,6 +101,15 @@ def test_every_configuration_field_is_documented_with_its_default() -> None:
     rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \|", text("docs/configuration.md"), flags=re.MULTILINE)
     expected = {name: "none" if value is None else json.dumps(value) for name, value in fields(RunConfig).items()}
     assert dict(rows) == expected
+
+
+def test_every_field_of_a_training_is_documented_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `([a-z_.]+)` \| `(.*?)` \|", section(text("docs/training.md"), "Settings"), flags=re.MULTILINE
+    )
+    plain = {name: value for name, value in fields(FinetuneConfig).items() if name != "training"}
+    plain |= {f"training.{item.name}": item.default for item in dataclasses.fields(TrainingSettings)}
+    assert dict(rows) == {name: "none" if value is None else json.dumps(value) for name, value in plain.items()}
 
 
 @pytest.mark.parametrize("model", [Manifest, SiteEntry], ids=lambda model: model.__name__)

@@ -48,6 +48,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"model"},
         {"checkpoints", "launch"},
         {"processing"},
+        {"training"},
         {"cli"},
     ],
 }

@@ -143,28 +143,19 @@ def test_the_classes_of_pictures_are_found(tmp_path: Path) -> None:
         targets_of(folder, label="colour")
 
 
-def test_classes_of_a_model_by_name_and_number(tmp_path: Path) -> None:
-    of_config = Classes.of(CONFIG, 3)
-    assert [of_config.number(target) for target in ("Cat", "night owl", "1", 2, "bird", 3, None)] == [
-        *(0, 2, 1, 2),
-        *(None, None, None),
-    ]
-    assert Classes.of({"id2label": {0: "cat"}}, 1).number("cat") == 0
-    assert Classes.of(None, 2).number("1") == 1
-    (tmp_path / "names.txt").write_text("yes\nno\n")
-    named = Classes.listed_in(tmp_path / "names.txt", 2)
-    assert (named.number("No"), named.title(0)) == (1, "yes")
+KNOWN = Classes.named(("cat", "dog", "Night_Owl"), 3)
 
 
-@pytest.mark.parametrize(("text", "words"), [("yes\n", "names 1 classes"), ("yes\nYES\n", "'yes' twice")])
-def test_bad_names_of_classes(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "names.txt").write_text(text)
-    with pytest.raises(InputError, match=words):
-        Classes.listed_in(tmp_path / "names.txt", 2)
+def test_classes_of_a_model_by_name_and_number() -> None:
+    found = [KNOWN.number(target) for target in ("Cat", "night owl", "1", 2, "bird", 3, None)]
+    assert found == [0, 2, 1, 2, None, None, None]
+    assert KNOWN.title(2) == "night owl"
+    nameless = Classes.named((), 2)
+    assert (nameless.number("1"), nameless.number(2), nameless.title(1)) == (1, None, "1")
 
 
 def test_labels_that_a_model_can_be_trained_on() -> None:
-    classes = Classes.of(CONFIG, 3)
+    classes = KNOWN
     assert required_classes(["cat", "dog", 2, "cat"], classes) == (0, 1, 2, 0)
     assert required_classes(["cat", "dog"], classes, partial=True) == (0, 1)
 
@@ -184,6 +175,6 @@ def test_labels_that_a_model_can_be_trained_on() -> None:
 )
 def test_labels_that_no_model_can_be_trained_on(targets: list[Any], words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
-        required_classes(targets, Classes.of(CONFIG, 3))
+        required_classes(targets, KNOWN)
     assert caught.value.field == "data.label"
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.model.labels import is_classifier
 from alphasmith.objectives.reading import parse_json, read_text
 from alphasmith.objectives.text import one_line
-from alphasmith.search.processing._opening import IntegerModel
+from alphasmith.search.processing.opening import IntegerModel
 
 #: What a model answers with; ``auto``: as the model or the answers themselves say.
 Output = Literal["auto", "logits", "probabilities"]

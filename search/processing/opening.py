@@ -29,7 +29,7 @@ from alphasmith.storage.output.result_folder import ResultFolder
 from alphasmith.storage.runs.run_store import RunStore
 
 #: What transformers calls the main input of a model -> what that is.
-_INPUTS: Mapping[str, MediaKind] = {
+MAIN_INPUTS: Mapping[str, MediaKind] = {
     "input_ids": "text",
     "pixel_values": "image",
     "pixel_values_videos": "video",
@@ -81,6 +81,7 @@ class IntegerModel:
         data: The data section of its run.
         device: Where it is.
         folder: Where the original model is, for processors, when it was built by a factory; None: in ``result``, or nowhere.
+        architecture: The float architecture that it was built on, where ``result`` does not say how; None: it does.
     """
 
     model: nn.Module
@@ -89,6 +90,7 @@ class IntegerModel:
     data: Any
     device: torch.device
     folder: Path | None
+    architecture: nn.Module | None = None
 
     def setting(self, name: str) -> Any:
         """Value of the model's configuration, be it a mapping or one of transformers; None: it has none."""
@@ -127,8 +129,8 @@ class IntegerModel:
 
     def _kind(self, folder: Path | None) -> MediaKind:
         name = str(getattr(self.model, "main_input_name", "")) if self.setting("model_type") else ""
-        if name in _INPUTS:
-            found = _INPUTS[name]
+        if name in MAIN_INPUTS:
+            found = MAIN_INPUTS[name]
             return "video" if found == "image" and self.setting("num_frames") else found
         if self.data.kind != "auto":
             return self.data.kind  # type: ignore[no-any-return]
@@ -171,6 +173,7 @@ def open_model(place: ModelPlace) -> IntegerModel:
         data=config.data,
         device=device,
         folder=None if loaded is None else loaded.folder,
+        architecture=None if loaded is None else loaded.model,
     )
 
 
