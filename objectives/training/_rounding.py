@@ -87,6 +87,8 @@ class _RoundedByRow(torch.autograd.Function):
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """() sum of products; convolutions leave tensors with channels last, of which a plain flattening would be a slow copy."""
+    if left.is_contiguous() and right.is_contiguous():
+        return torch.dot(left.view(-1), right.view(-1))
     order = sorted(range(right.dim()), key=right.stride, reverse=True)
     return torch.dot(left.permute(order).reshape(-1), right.permute(order).reshape(-1))
 

@@ -72,6 +72,7 @@ def test_before_the_first_step_it_is_the_integer_model(
     for batch in made.batches:
         with torch.no_grad():
             assert distance(twin(*batch.args), model(*batch.args)) < CLOSE
+    assert payload(twin.integers())[1] == payload(model)[1]
     again, before = stored(twin.integers()), stored(model)
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name].float(), before[name].float()) for name in before)
