@@ -73,6 +73,13 @@ class SearchedSite:
         chosen = self.choices[setting.choice](setting.shift)
         return chosen if setting.range == 1 else replace(chosen, range_factor=chosen.range_factor * setting.range)
 
+    def without_margin(self, choice: Variant) -> Setting:
+        """A choice whose static range is the largest calibrated magnitude, where it is wider."""
+        factor = self.choices[choice](0.0).range_factor
+        return (
+            Setting(choice=choice, range=round(max(RANGE_MIN, 1 / factor), 6)) if factor > 1 else Setting(choice=choice)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:

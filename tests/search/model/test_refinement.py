@@ -293,6 +293,15 @@ def test_sites_are_moved_in_the_order_of_what_they_add_at_the_output() -> None:
     assert alphas_of(result)["layers.7.fc"] == pytest.approx(0.4, abs=0.06)
 
 
+def test_a_choice_without_its_margin_ends_at_the_largest_calibrated_magnitude() -> None:
+    def with_margin(factor: float) -> SearchedSite:
+        plain = site("a", 0.5)
+        return replace(plain, choices={**plain.choices, "ours": lambda _: replace(smoothing(0.5), range_factor=factor)})
+
+    for factor, least in ((1.6, 0.625), (8.0, 0.25), (1.0, 1.0), (0.9, 1.0)):
+        assert with_margin(factor).without_margin("ours") == Setting(choice="ours", range=least)
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_moves_that_are_predicted_to_pay_are_tried_together_and_judged_like_any_other(right: bool) -> None:
     targets = {f"layers.{i}.fc": 0.4 if i % 2 else 0.6 for i in range(8)}
@@ -300,7 +309,7 @@ def test_moves_that_are_predicted_to_pay_are_tried_together_and_judged_like_any_
 
     def contributions(rivals: Sequence[Mapping[str, Smoothing]]) -> Sequence[Mapping[str, float]]:
         told = [{n: abs(float(s.scales.log()) - targets[n]) for n, s in rival.items()} for rival in rivals]
-        return told if right else [{name: 1 - value for name, value in of_sites.items()} for of_sites in told]
+        return told if right else [{n: math.exp(-10 * value) for n, value in of_sites.items()} for of_sites in told]
 
     result = play(sites, Bowl(targets), Bowl(targets, seed=1), trials=9, contributions=contributions)
     first, leap, *_ = result.steps[1].results
