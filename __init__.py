@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alphasmith.search import (
         Classifier,
+        Generator,
         RunConfig,
         RunResult,
         SiteResult,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classifier",
+    "Generator",
     "RunConfig",
     "RunResult",
     "SiteResult",

@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from alphasmith.search.launch.pipeline import resume, run
     from alphasmith.search.launch.recorder import RunResult
     from alphasmith.search.processing.classifier import Classifier
+    from alphasmith.search.processing.generator import Generator
     from alphasmith.search.site.result import SiteResult
     from alphasmith.search.site.search import search_site
     from alphasmith.search.training.finetune import TrainingResult, finetune
 
 __all__ = [
     "Classifier",
+    "Generator",
     "RunConfig",
     "RunResult",
     "SiteResult",
@@ -50,6 +52,7 @@ __all__ = [
 #: Where each name is. Imported when it is asked for: `alphasmith list` must not wait for torch, a worker not for transformers.
 _HOMES = {
     "Classifier": "processing.classifier",
+    "Generator": "processing.generator",
     "RunConfig": "config",
     "RunResult": "launch.recorder",
     "SiteResult": "site.result",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,15 +18,16 @@ from alphasmith.objectives.literals import MediaKind
 from alphasmith.objectives.media._audio import load_extractor, model_rate, read_wave, sound_of, waves_batch
 from alphasmith.objectives.media._bounds import MOST_IMAGE_BYTES, MOST_PIXELS, Content, NamedBytes, check_file
 from alphasmith.objectives.media._images import load_pixel_processor, pixel_batch, read_image
+from alphasmith.objectives.media._records import TABLES, read_records
 from alphasmith.objectives.media._source import SUFFIXES, MediaSource
 from alphasmith.objectives.media._video import clip_frames, decode_frames
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.media.text import check_vocabulary, load_tokenizer, token_batch, token_limit
-from alphasmith.objectives.reading import read_text, refusing
+from alphasmith.objectives.reading import is_regular, read_text, refusing
 
 #: Longest text where neither the model nor the user says [tokens]: attention takes the square of it.
 _MOST_TOKENS = 4096
-_ARTICLES = {"image": "an image", "audio": "audio", "video": "a video", "text": "a text"}
+_ARTICLES: Mapping[MediaKind, str] = {"image": "an image", "audio": "sound", "video": "a video", "text": "a text"}
 #: First bytes of files that are told apart from texts, and from each other, where no name says what they are.
 _MARKS: tuple[tuple[int, bytes, MediaKind], ...] = (
     (0, b"\x89PNG", "image"),
@@ -63,8 +66,8 @@ class ItemLimits:
     def __post_init__(self) -> None:
         for name in ("bytes", "pixels", "seconds", "tokens"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"limits.{name}", f"{value} is not positive", "give a number above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"limits.{name}", f"{value} is not a number above 0", "give another one")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,7 +132,7 @@ class ItemReader:
             InputError: It is of another kind, larger than the limits, damaged or empty.
         """
         if isinstance(item, str) and self.kind != "text":
-            problem = f"is a text, and the model takes {_ARTICLES[self.kind]}"
+            problem = f"is a text, and the model takes {articled(self.kind)}"
             raise InputError("item", f"{name or repr(item[:40])} {problem}", "give a file, as a path or as its bytes")
         name = str(item) if not isinstance(item, str) else name or repr(item[:40])
         try:
@@ -148,8 +151,8 @@ class ItemReader:
         other = kind_of(item)
         if other is not None and other != self.kind:
             endings = ", ".join(sorted(SUFFIXES[self.kind]))
-            problem = f"{item} is {_ARTICLES[other]}, and the model takes {_ARTICLES[self.kind]}"
-            raise InputError("item", problem, f"give {_ARTICLES[self.kind]}: {endings}")
+            problem = f"{item} is {articled(other)}, and the model takes {articled(self.kind)}"
+            raise InputError("item", problem, f"give {articled(self.kind)}: {endings}")
 
     def _texts(self, folder: Path | None) -> tuple[_Read, tuple[str, ...]]:
         tokenizer = load_tokenizer(folder)
@@ -219,7 +222,62 @@ class ItemReader:
         return read, pixels.notes
 
 
+def files_of(folder: Path, kind: MediaKind) -> Iterator[Path]:
+    """Files of a kind in a folder and below it, in the order of their names; hidden ones are left out.
+
+    One folder is listed at a time, so that any number of them needs little memory.
+
+    Args:
+        folder: The folder.
+        kind: Which files.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(((e.name, e.is_dir()) for e in found if not e.name.startswith(".")), key=lambda e: e[0])
+    except OSError as error:
+        raise InputError("item", f"{folder} cannot be read ({error.strerror})", "give a readable folder") from error
+    for name, is_folder in entries:
+        if is_folder and not (folder / name).is_symlink():  # a link may lead round in a circle
+            yield from files_of(folder / name, kind)
+        elif Path(name).suffix.lower() in SUFFIXES[kind] and is_regular(folder / name):
+            yield folder / name
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file holds texts as records: jsonl, csv, tsv or parquet, by its ending."""
+    return file.suffix.lower() in TABLES
+
+
+def texts_of(file: Path, column: str) -> Iterator[tuple[str, str | None]]:
+    """Texts of a table, a record at a time.
+
+    Args:
+        file: See :func:`is_table`.
+        column: Field that holds the text.
+
+    Yields:
+        Where each is, and the text; None where it is null or no text.
+
+    Raises:
+        InputError: The file cannot be read on, or its first record has no such field.
+    """
+    for number, record in enumerate(read_records(file, [column])):
+        if not number and column not in record.fields:
+            problem = f"{record.where} has no text in {column!r} (it has {record.names})"
+            raise InputError("--column", problem, "name the field that holds it")
+        text = record.fields.get(column)
+        yield record.where, text if isinstance(text, str) else None
+
+
 _Read = Callable[[Content | str], tuple[Batch, tuple[str, ...]]]
+
+
+def articled(kind: MediaKind) -> str:
+    """A kind as one item of it, e.g. ``an image``."""
+    return _ARTICLES[kind]
 
 
 def kind_of(item: Content) -> MediaKind | None:

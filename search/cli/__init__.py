@@ -5,6 +5,7 @@
 - ``_layout``: tables and sentences as a terminal holds them
 - ``_status``: progress of a run as text and as JSON, read from its database
 - ``_options``: options that several commands take, and how every command prints its answer
+- ``_processing``: ``alphasmith classify`` and ``alphasmith generate``: the compressed model at work
 - ``_serve``: ``alphasmith serve``: the integer model of a run behind HTTP
 - ``_watch``: progress of a run from anywhere: all that is shown is read from its database
 - ``answers``: what the smaller commands answer, as plain text for a terminal

@@ -25,6 +25,7 @@ from alphasmith.search.cli._options import (
     seconds,
     storage_option,
 )
+from alphasmith.search.cli._processing import classify, generate
 from alphasmith.search.cli._serve import serve
 from alphasmith.search.config import RunConfig, apply_overrides
 from alphasmith.search.idle_threads import passive_waiting
@@ -66,6 +67,8 @@ def app() -> None:
 
 
 app.add_command(db)
+app.add_command(classify)
+app.add_command(generate)
 app.add_command(serve)
 app.add_command(finetune)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from alphasmith.search.processing.answers import Output, check_classifier, class
 from alphasmith.search.processing.description import ModelDescription, described
 from alphasmith.search.processing.opening import IntegerModel, ModelPlace, open_model
 
-#: Classes that are named for an item unless more or fewer are asked for.
+#: How many classes are named for an item; None: as many as usual.
+Top = int | Literal["all"] | None
 _TOP = 5
 #: Items that are looked at together for each one of a batch: texts of equal lengths are looked for among more of them.
 _AHEAD: Mapping[MediaKind, int] = {"text": 16}
@@ -79,7 +80,7 @@ class Refused:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named:
+class NamedItem:
     """An item under a name of its own, e.g. a line of a file.
 
     Attributes:
@@ -184,24 +185,27 @@ class Classifier:
         """
         return self._reader.read(item, name)
 
-    def check_top(self, top: int | None) -> None:
+    def check_top(self, top: Top) -> None:
         """Refuse to name more classes than there are.
+
+        Args:
+            top: As for :meth:`classify`.
 
         Raises:
             InputError: There are fewer, or none is asked for.
         """
-        if top is not None and top < 1:
+        if isinstance(top, int) and top < 1:
             raise InputError("--top", f"{top} is not positive", "give a number above 0")
-        if top is not None and self._names is not None and top > len(self._names):
+        if isinstance(top, int) and self._names is not None and top > len(self._names):
             told = f"{top} classes are asked for, and the model has {len(self._names)}"
             raise InputError("--top", told, f"give at most {len(self._names)}")
 
-    def classify(self, items: Sequence[MediaItem | Content | str], *, top: int | None = None) -> tuple[Classified, ...]:
+    def classify(self, items: Sequence[MediaItem | Content | str], *, top: Top = None) -> tuple[Classified, ...]:
         """Probabilities and classes of items, in their order.
 
         Args:
             items: What :meth:`decode` returned or takes.
-            top: Classes that are named; None: five, or all where there are fewer.
+            top: Classes that are named; None: five, or all where there are fewer; ``all``.
 
         Raises:
             InputError: As :meth:`check_top` and :meth:`decode`; or the model cannot be run on an item, is no classifier, or
@@ -216,7 +220,7 @@ class Classifier:
             found.append(answer)
         return tuple(found)
 
-    def stream(self, items: Iterable[Named | Refused], *, top: int | None = None) -> Iterator[Classified | Refused]:
+    def stream(self, items: Iterable[NamedItem | Refused], *, top: Top = None) -> Iterator[Classified | Refused]:
         """The same of any number of items, read when they are needed; those that cannot be used do not end it.
 
         Args:
@@ -232,7 +236,7 @@ class Classifier:
         while window := list(islice(waiting, together)):
             yield from self._answers([self._tried(item) for item in window], top)
 
-    def _tried(self, item: Named | Refused) -> MediaItem | Refused:
+    def _tried(self, item: NamedItem | Refused) -> MediaItem | Refused:
         if isinstance(item, Refused):
             return item
         try:
@@ -241,7 +245,7 @@ class Classifier:
             return Refused(name=item.name, error=error)
         return MediaItem(name=item.name, batch=read.batch, notes=read.notes)
 
-    def _answers(self, items: Sequence[MediaItem | Refused], top: int | None) -> list[Classified | Refused]:
+    def _answers(self, items: Sequence[MediaItem | Refused], top: Top) -> list[Classified | Refused]:
         """One answer for each item, in their order."""
         answers: dict[int, Classified | Refused] = {i: x for i, x in enumerate(items) if isinstance(x, Refused)}
         given = [(i, item) for i, item in enumerate(items) if isinstance(item, MediaItem)]
@@ -253,7 +257,7 @@ class Classifier:
                     answers[place] = answer
         return [answers[place] for place in range(len(items))]
 
-    def _group(self, items: Sequence[MediaItem], top: int | None) -> list[Classified | Refused]:
+    def _group(self, items: Sequence[MediaItem], top: Top) -> list[Classified | Refused]:
         """Answers of items with tensors of equal shapes."""
         try:
             rows = self._probabilities(items)
@@ -275,10 +279,11 @@ class Classifier:
             self._names = tuple(str(number) for number in range(rows.shape[1]))
         return rows
 
-    def _named(self, item: MediaItem, row: Tensor, top: int | None) -> Classified:
+    def _named(self, item: MediaItem, row: Tensor, top: Top) -> Classified:
         self.check_top(top)
         names = self._names or ()
-        ranked = torch.sort(row, descending=True, stable=True).indices[: _TOP if top is None else top].tolist()
+        count = len(names) if top == "all" else _TOP if top is None else top
+        ranked = torch.sort(row, descending=True, stable=True).indices[:count].tolist()
         values = row.tolist()
         return Classified(
             name=item.name,
