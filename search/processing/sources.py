@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,11 +147,19 @@ def _found(place: str) -> Sequence[Path]:
     path = Path(place).expanduser()
     if path.exists():
         return [path]
-    matched = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(place) else []
+    matched = _matched(str(path)) if glob.has_magic(place) else []
     if not matched:
         what = "no file matches" if glob.has_magic(place) else "no file or folder"
         raise InputError("FILES", f"{what} {place}", "give files that are there; a text goes with --text")
     return [Path(name) for name in matched]
+
+
+def _matched(pattern: str) -> list[str]:
+    """What a pattern matches, sorted; what ``**`` finds again through links counts once, under its shortest name."""
+    found = glob.glob(pattern, recursive=True)
+    if "**" in pattern:
+        found = list({os.path.realpath(name): name for name in sorted(found, key=lambda n: (-len(n), n))}.values())
+    return sorted(found)
 
 
 def _of_input(stdin: BinaryIO, kind: MediaKind, limits: ItemLimits) -> Iterator[NamedItem | Refused]:

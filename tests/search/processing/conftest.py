@@ -1,0 +1,58 @@
+"""Integer models of small runs, one for each kind of media."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.hostile_files import saved_classifier
+from tests.support.processed import (
+    saved_reader,
+    sounds,
+    spotted_pictures,
+    tone_classifier,
+)
+from tests.support.run_cases import launch, saved_llama, settings, written_texts
+
+FEW = {"search": {"trials": 4}, "data": {"samples": 16, "held_out": 6, "proof": 2}}
+
+
+def _of_folder(folder: Path, model: Path, data: Path, **values: object) -> Path:
+    from alphasmith.search import run
+
+    config = {**FEW, "model": {"path": str(model)}, "data": {**FEW["data"], "path": str(data), **values}}
+    return run(settings(folder, config)).folder
+
+
+@pytest.fixture(scope="session")
+def image_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a vision transformer of three classes."""
+    folder = tmp_path_factory.mktemp("image")
+    return _of_folder(folder, saved_classifier(folder / "model"), spotted_pictures(folder / "data", 24))
+
+
+@pytest.fixture(scope="session")
+def text_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a BERT of three named classes that reads letters."""
+    folder = tmp_path_factory.mktemp("text")
+    return _of_folder(folder, saved_reader(folder / "model"), written_texts(folder / "texts.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def writer_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a language model that writes letters."""
+    folder = tmp_path_factory.mktemp("writer")
+    model = saved_llama(folder / "model")
+    settings_of_tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    settings_of_tokenizer["chat_template"] = "{% for m in messages %}{{ m.content }}.{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings_of_tokenizer))
+    return _of_folder(folder, model, written_texts(folder / "texts.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def sound_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a convolutional model of sound that a script handed over."""
+    folder = tmp_path_factory.mktemp("sound")
+    return launch(folder, tone_classifier(), sounds(), FEW).folder
