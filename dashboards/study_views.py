@@ -7,6 +7,7 @@ gets two figures and one note under fixed names, refreshed in place.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from optuna_dashboard import save_note, save_plotly_graph_object
 
 from alphasmith.dashboards.checked_frames import checked_sites, geometric_mean, ratio
 from alphasmith.dashboards.figures.sites import losses_by_site, trial_history
+from alphasmith.dashboards.figures.training import training_curve
 from alphasmith.dashboards.text import Facts, Row, choices_of_site, facts_of, verdict_of_site
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import counted, number, one_line
@@ -61,6 +63,27 @@ def annotate_study(study: optuna.Study, *, sites: pd.DataFrame, trials: pd.DataF
     for name, figure in figures.items():
         save_plotly_graph_object(study, figure, graph_object_id=name)
     save_note(study, note)
+
+
+def annotate_training(study: optuna.Study, entry: Mapping[str, Any]) -> None:
+    """Put the curve and a note into the study that chose the settings of a training, and name what its trials are judged by.
+
+    Args:
+        study: The study.
+        entry: The manifest's section ``training`` as JSON values.
+    """
+    chosen = entry["study"]["chosen"]
+    facts = facts_of(
+        {"run": entry["parent"], "training": entry["id"], "kept": entry["kept"], "reason": entry["reason"]}
+    )
+    facts += facts_of({"chosen": chosen})
+    lines = ["## Settings of a training", "", "| asked | |", "|---|---|"]
+    lines += [f"| {_cell(label)} | {_cell(value)} |" for label, value in facts]
+    save_plotly_graph_object(study, _card(training_curve(entry)), graph_object_id=HISTORY_ID)
+    save_note(study, "\n".join([*lines, ""]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(["held-out loss against the labels"])  # the axis label
 
 
 def study_note(title: str, sites: pd.DataFrame, facts: Mapping[str, Any] | None = None) -> str:

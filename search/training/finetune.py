@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 from torch import nn
 
+from alphasmith.dashboards.study_views import annotate_training
 from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.objectives.reading import usable_path
 from alphasmith.objectives.text import error_line, number
@@ -145,6 +147,7 @@ def finetune(
         allow_code=allow_code,
         device=chosen.device,
     )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per trial would break into the progress display
     launch = _begun(chosen, place, batches, progress or Silent(), stop)
     if chosen.out is not None and training_in(usable_path("out", chosen.out)) is None:
         check_target(usable_path("out", chosen.out), None)
@@ -410,5 +413,9 @@ def _concluded(database: Database, record: TrainingRecord, manifest: Manifest, o
         raise AlphasmithError(f"{out} says nothing of a training")
     for left in training_leftovers(out, record.id):
         shutil.rmtree(left, ignore_errors=True)
-    TrainingStore(database).finish(record.id, manifest.training.model_dump(mode="json"))
+    entry = manifest.training.model_dump(mode="json")
+    if manifest.training.study is not None:
+        study = optuna.load_study(study_name=manifest.training.study.study, storage=optuna_storage(database))
+        annotate_training(study, entry)
+    TrainingStore(database).finish(record.id, entry)
     return TrainingResult(id=record.id, storage=database.masked, folder=out, manifest=manifest)

@@ -201,13 +201,13 @@ class TrainingStore:
         return self._database.transact(operation)
 
     def listing(self, run_id: str | None = None) -> list[TrainingRecord]:
-        """Trainings, newest first.
+        """Trainings that can be read, newest first.
 
         Args:
             run_id: Only those of this run; None: all.
         """
         of_run = () if run_id is None else (TrainingRow.run_id == run_id,)
-        return self._database.transact(lambda session: _read(session, *of_run))
+        return self._database.transact(lambda session: _read(session, *of_run, strict=False))
 
     def _insert(self, training_id: str, now: datetime, spec: TrainingSpec) -> TrainingRecord | None:
         """The record; None where another one has this id."""
@@ -256,10 +256,17 @@ class TrainingStore:
         return self._database.transact(operation)
 
 
-def _read(session: Session, *where: Any) -> list[TrainingRecord]:
-    """The trainings for which all conditions hold, newest first."""
+def _read(session: Session, *where: Any, strict: bool = True) -> list[TrainingRecord]:
+    """The trainings for which all conditions hold, newest first; unless ``strict``, without rows that hold none."""
     order = (TrainingRow.created.desc(), TrainingRow.id.desc())
-    return [_record(row) for row in session.scalars(select(TrainingRow).where(*where).order_by(*order))]
+    found = []
+    for row in session.scalars(select(TrainingRow).where(*where).order_by(*order)):
+        try:
+            found.append(_record(row))
+        except InputError:
+            if strict:
+                raise
+    return found
 
 
 def _record(row: TrainingRow) -> TrainingRecord:

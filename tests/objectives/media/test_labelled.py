@@ -194,3 +194,15 @@ def test_bad_pairs_are_named(batches: Any, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         labelled(batches, limit=100)
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_lists_clips_of_sound(tmp_path: Path) -> None:
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(4000, i / 4, np.float32), 8000)
+    table = write_table(tmp_path / "clips.csv", [{"clip": f"{i}.wav", "word": f"w{i}"} for i in (2, 0, 1)])
+    media = load_media(
+        MediaSource(path=table, files="clip", label="word", targets="class", sampling_rate=8000, whole=True)
+    )
+    assert media_kind(MediaSource(path=table, files="clip")) == "audio"
+    assert [round(float(batch.args[0][row].mean()) * 4) for batch in media for row in range(batch.size)] == [2, 0, 1]
+    assert media.targets == ("w2", "w0", "w1")

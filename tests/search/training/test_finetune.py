@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sqlalchemy import text
 from torch import nn
 
 from alphasmith.objectives.errors import InputError
@@ -338,13 +339,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         assert TrainingStore(database).listing() == []
 
 
-def test_only_finished_runs_are_trained(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        launch(tmp_path, seeded(Pictures), vectors(48, 3, 8, 8), stop=lambda: True)
-    (row,) = commands.list_runs(f"sqlite:///{tmp_path / 'runs.db'}") or [{"id": "r-0", "status": "none"}]
-    assert row["status"] == "interrupted"
+def test_only_finished_runs_are_trained(run: Path) -> None:
+    storage = f"sqlite:///{run / 'runs.db'}"
+    with opened(storage) as database, database.session() as session:
+        session.execute(text("UPDATE alphasmith_run SET status = 'interrupted'"))
+    (row,) = commands.list_runs(storage)
+    before = entries(run)
     with pytest.raises(InputError, match="is interrupted, not finished; alphasmith resume"):
-        finetune(row["id"], wanted(tmp_path))
+        finetune(row["id"], wanted(run))
+    with pytest.raises(InputError, match="RUN: no run 'r-9'"):
+        finetune("r-9", wanted(run))
+    assert entries(run) == before
+
+
+def test_a_finished_run_is_found_by_its_id(run: Path) -> None:
+    storage = f"sqlite:///{run / 'runs.db'}"
+    with opened(storage) as database, database.session() as session:
+        session.execute(text("UPDATE alphasmith_run SET folder = :folder"), {"folder": str(run / "out")})
+    (row,) = commands.list_runs(storage)
+    assert finetune(row["id"], wanted(run)).folder.parent == run
 
 
 def test_missing_classes_may_be_allowed(run: Path) -> None:
@@ -375,7 +388,7 @@ def test_samples_and_models_from_a_script(tmp_path: Path) -> None:
 
 
 def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(nn.functional.cross_entropy(scores, labels))
+    return float(nn.functional.cross_entropy(scores.detach(), labels))
 
 
 def test_texts_without_labels_teach_a_language_model(tmp_path: Path) -> None:

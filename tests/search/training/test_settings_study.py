@@ -79,6 +79,10 @@ def test_a_study_chooses_settings_and_goes_on_where_it_stood(run: Path) -> None:
         assert study.best_trial.number == entry.study.best_trial
         assert study.best_value == entry.study.loss
         assert study.trials[0].user_attrs["candidate"] == "given"
+        assert study.metric_names == ["held-out loss against the labels"]
+        storage = optuna_storage(database)
+        shown = storage.get_study_system_attrs(storage.get_study_id_from_name(entry.study.study))
+        assert "Settings of a training" in str(shown)
         assert violations(database) == []
         (row,) = RunStore(database).runs()
         delete_run(database, row.id)

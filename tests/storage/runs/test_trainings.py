@@ -97,6 +97,15 @@ def test_what_is_not_there_is_said(store: TrainingStore) -> None:
         replace(SPEC, config={"rate": float("inf")})
 
 
+def test_a_row_that_holds_no_training_stands_in_nobodys_way(database: Database, store: TrainingStore) -> None:
+    whole, damaged = store.create(SPEC), store.create(SPEC)
+    with database.session() as session:
+        session.execute(text("UPDATE alphasmith_training SET entry = '{' WHERE id = :id"), {"id": damaged.id})
+    assert store.listing() == [whole]
+    with pytest.raises(InputError, match="restore a backup"):
+        store.get(damaged.id)
+
+
 def test_ids_that_are_taken_are_passed_over(database: Database, store: TrainingStore) -> None:
     taken = store.create(SPEC).id
     tokens = iter([taken[-6:], "ffffff"])
