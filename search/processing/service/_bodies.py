@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from fastapi import HTTPException, Request
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -24,6 +25,10 @@ from alphasmith.search.processing.service._types import RequestLimits
 
 #: Name of the parts of a multipart body that hold the files.
 PART = "file"
+#: Largest body of JSON [bytes]: small values of it take many times as much memory when they are read; larger texts come as files.
+MOST_JSON = 2 * 2**20
+_SHAPE = 'give {"texts": ["..."]}'
+_FILES, _TEXTS = "multipart/form-data", "application/json"
 #: Longest name of a file that is told again [characters].
 _NAME = 200
 
@@ -49,73 +54,80 @@ class Bodies:
         Raises:
             HTTPException: 400, 408, 413, 415, 422, or 429 where all bodies together are too large.
         """
-        kind = self._kind(request.headers)
+        kind, most = self._kind(request.headers)
         taken = 0
+
+        async def chunks() -> AsyncGenerator[bytes, None]:
+            nonlocal taken
+            async for chunk in request.stream():
+                if taken + len(chunk) > most:
+                    raise _too_large(most)
+                if self.held + len(chunk) > self.limits.held:
+                    raise HTTPException(429, "too many large requests at once; come again in 1 s", {"Retry-After": "1"})
+                self.held += len(chunk)
+                taken += len(chunk)
+                yield chunk
+
         try:
-            body = bytearray()
+            yield await self._read(kind, request.headers, chunks())
+        finally:
+            self.held -= taken
+
+    async def _read(
+        self, kind: str, headers: Headers, chunks: AsyncGenerator[bytes, None]
+    ) -> list[tuple[str, NamedBytes | str]]:
+        try:
             async with asyncio.timeout(self.limits.upload):
-                async for chunk in self._chunks(request):
-                    self.held += len(chunk)
-                    taken += len(chunk)
-                    body += chunk
-            yield await self._files(request.headers, body) if kind == "multipart" else self._texts(body)
+                if kind == _FILES:
+                    return await self._files(headers, chunks)
+                return self._texts(b"".join([chunk async for chunk in chunks]))
         except TimeoutError as error:
             told = f"the body took longer than {self.limits.upload:g} s; send less at once"
             # Who sends slowly shall not go on with it.
             raise HTTPException(408, told, {"Connection": "close"}) from error
         except ClientDisconnect as error:
             raise HTTPException(400, "the body ended early; send all of it") from error
-        finally:
-            self.held -= taken
 
-    def _kind(self, headers: Headers) -> str:
-        """What a body is by its headers; refuses what need not be read to be refused."""
+    def _kind(self, headers: Headers) -> tuple[str, int]:
+        """What a body is by its headers, and how large it may be; refuses what need not be read to be refused."""
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise HTTPException(415, "content-encoding: the body is compressed; send it as it is")
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > self.limits.bytes:
-            raise self._too_large()
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            return "multipart"
-        if kind == "application/json" and self.texts:
-            return "json"
-        known = "multipart/form-data or application/json" if self.texts else "multipart/form-data"
-        raise HTTPException(415, f"content-type: {one_line(kind, 100) or 'is missing'}; give {known}")
+        taken = (_FILES, _TEXTS) if self.texts else (_FILES,)
+        if kind not in taken:
+            told = one_line(kind, 100) or "is missing"
+            raise HTTPException(415, f"content-type: {told}; give {' or '.join(taken)}")
+        most = self.limits.bytes if kind == _FILES else min(self.limits.bytes, MOST_JSON)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > most:
+            raise _too_large(most)
+        return kind, most
 
-    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > self.limits.bytes:
-                raise self._too_large()
-            if self.held + len(chunk) > self.limits.held:
-                raise HTTPException(429, "too many large requests at once; come again in 1 s", {"Retry-After": "1"})
-            yield chunk
-
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the body has more than {self.limits.bytes} bytes; send less at once")
-
-    def _texts(self, body: bytearray) -> list[tuple[str, NamedBytes | str]]:
+    def _texts(self, body: bytes) -> list[tuple[str, NamedBytes | str]]:
         try:
-            texts = Texts.model_validate_json(body).texts
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "body"
-            raise HTTPException(422, one_line(f'{place}: {first["msg"]}; give {{"texts": ["..."]}}', 300)) from error
+            # Of bounded depth, and refuses half a surrogate pair, as our own reader does that walks every value in Python.
+            value = from_json(body)
+        except ValueError as error:
+            raise HTTPException(422, one_line(f"body: is not JSON ({error}); {_SHAPE}", 300)) from error
+        texts = value.get("texts") if isinstance(value, dict) else None
+        # Before pydantic sees it, which would list everything that is wrong with a million values.
+        if not isinstance(texts, list) or len(value) > 1:
+            raise HTTPException(422, f"body: is no object with a list texts and nothing else; {_SHAPE}")
         if len(texts) > self.limits.items:
             raise self._too_many(len(texts))
-        return [(str(number), text) for number, text in enumerate(texts)]
+        try:
+            return [(str(number), text) for number, text in enumerate(Texts.model_validate(value).texts)]
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise HTTPException(422, one_line(f"{place}: {first['msg']}; {_SHAPE}", 300)) from error
 
     def _too_many(self, count: int) -> HTTPException:
         return HTTPException(422, f"{count} items are more than {self.limits.items}; send them in several requests")
 
-    async def _files(self, headers: Headers, body: bytearray) -> list[tuple[str, NamedBytes | str]]:
-        async def whole() -> AsyncGenerator[bytes, None]:
-            yield bytes(body)
-
+    async def _files(self, headers: Headers, body: AsyncGenerator[bytes, None]) -> list[tuple[str, NamedBytes | str]]:
         # Further parts cost as much as files do: a body of nothing but heads of parts shall end at the first that is too many.
-        parser = _Parser(headers, whole(), max_files=self.limits.items, max_fields=1)
+        parser = _Parser(headers, body, max_files=self.limits.items, max_fields=1)
         try:
             form = await parser.parse()
         except MultiPartException as error:
@@ -131,6 +143,10 @@ class Bodies:
             raise HTTPException(422, f"there is no item; send at least one file as part {PART!r}")
         named = [(one_line(file.filename or "", _NAME) or str(number), file) for number, file in enumerate(files)]
         return [(name, NamedBytes(name, await file.read())) for name, file in named]
+
+
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"the body has more than {most} bytes; send less at once")
 
 
 class _Parser(MultiPartParser):

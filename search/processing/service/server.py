@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import signal
 import threading
@@ -142,12 +143,18 @@ def serve(
             token = new_token()
         access = access_to(listener, hosts=hosts, token=token)  # checked before a model is loaded
         server = ModelServer(warmed(load()), listener, access=access, batch=batch, requests=requests)
+        # What is loaded stays: looking through all of torch and the model for garbage halts every request, again and again.
+        gc.collect()
+        gc.freeze()
     except BaseException:
         listener.close()
         raise
-    if ready is not None:
-        ready(server.url if token is None else f"{server.url}?token={token}")
-    server.run()
+    try:
+        if ready is not None:
+            ready(server.url if token is None else f"{server.url}?token={token}")
+        server.run()
+    finally:
+        gc.unfreeze()
 
 
 def access_to(listener: Listener, *, hosts: Iterable[str] = (), token: str | None = None) -> Access:

@@ -25,7 +25,7 @@ from alphasmith.search.processing.classifier import Classified
 from alphasmith.search.processing.service._batching import BatchSettings
 from tests.support.services import ask, multipart, served
 
-PAGE = Path(__file__).resolve().parents[4] / "docs" / "serving.md"
+PAGE = Path(__file__).resolve().parents[4] / "docs/serving.md"
 pytestmark = pytest.mark.slow
 
 
