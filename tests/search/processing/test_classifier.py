@@ -225,7 +225,9 @@ def test_a_run_is_found_by_its_id(image_result: Path) -> None:
 def test_a_run_that_is_not_finished(image_result: Path, tmp_path: Path) -> None:
     import sqlite3
 
-    shutil.copy(image_result.parent / "runs.db", tmp_path / "runs.db")
+    for name in ("runs.db", "runs.db-wal"):  # what is not in the database yet is in the log beside it
+        if (image_result.parent / name).exists():
+            shutil.copy(image_result.parent / name, tmp_path)
     ((run,),) = rows(tmp_path / "runs.db", "SELECT id FROM alphasmith_run")
     with sqlite3.connect(tmp_path / "runs.db") as connection:
         connection.execute("UPDATE alphasmith_run SET status = 'interrupted'")
