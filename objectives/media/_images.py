@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media._bounds import (
@@ -143,7 +143,10 @@ def open_image(file: Content, most: int | None = None) -> Image.Image:
     with warnings.catch_warnings(), refusing("data.path", f"{file} is not a readable image", "repair or remove it"):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
         source = file if isinstance(file, Path) else file.open()
-        image = Image.open(source, formats=IMAGE_FORMATS)
+        try:
+            image = Image.open(source, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError as error:  # its text shows the open file's address in memory
+            raise ValueError(f"none of the formats {', '.join(IMAGE_FORMATS)}") from error
     check_pixels(file, *image.size, most=most)
     return image
 

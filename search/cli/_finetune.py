@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alphasmith.search.cli._options import PATH, interruptible, json_option, options, print_answer, storage_option
+from alphasmith.search.cli._options import (
+    PATH,
+    interruptible,
+    json_option,
+    options,
+    place_options,
+    print_answer,
+    storage_option,
+)
 from alphasmith.search.config import apply_overrides, merged
 
 if TYPE_CHECKING:
@@ -58,11 +66,7 @@ _FIELDS = {
 @training_options
 @click.option("--out", metavar="DIR", type=PATH, help="Output folder; must not exist. Default: beside the run's.")
 @storage_option
-@click.option("--device", help="Torch device; default: the first GPU, else the CPU.")
-@click.option("--model", "path", type=PATH, help="The original model folder, for a factory, when it has moved.")
-@click.option("--factory", metavar="MODULE:FUNCTION", help="Function that returns the model; runs your code.")
-@click.option("--factory-path", type=PATH, help="Folder put on the module search path for --factory.")
-@click.option("--allow-code", metavar="MODULE:FUNCTION|DIR", multiple=True, help="Let code that the run names run.")
+@place_options
 @click.option("--new", "fresh", is_flag=True, help="Begin a new training even if an unfinished one is there.")
 @json_option
 def finetune(run: str, overrides: tuple[str, ...], fresh: bool, as_json: bool, **given: Any) -> None:

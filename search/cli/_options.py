@@ -73,6 +73,21 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+#: Where a model that a run wrote is put, and how its architecture is built.
+place_options = options(
+    click.option("--device", help="Torch device; default: the first GPU, else the CPU."),
+    click.option("--model", "path", type=PATH, help="The original model folder, for a factory that is called with it."),
+    click.option("--factory", metavar="MODULE:FUNCTION", help="Function that builds the architecture; runs your code."),
+    click.option("--factory-path", type=PATH, help="Folder put on the module search path for --factory."),
+    click.option(
+        "--allow-code",
+        metavar="MODULE:FUNCTION|DIR",
+        multiple=True,
+        help="Let code that the manifest names run: this function, or what lies in this folder; repeatable.",
+    ),
+)
+
+
 def print_answer(answer: Any, as_json: bool, text: Callable[[], str]) -> None:
     """Print an answer on standard output, as JSON or as text for a reader."""
     # What a database or a folder holds may be another's: it must not steer the terminal.

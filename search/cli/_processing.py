@@ -15,29 +15,16 @@ import click
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.reading import read_text
 from alphasmith.objectives.text import counted, one_line, visible
-from alphasmith.search.cli._options import PATH, F, options, storage_option
+from alphasmith.search.cli._options import PATH, F, place_options, storage_option
 
 if TYPE_CHECKING:
     from alphasmith.search.processing.classifier import Classified
     from alphasmith.search.processing.generator import Generated
 
-_OPTIONS = (
-    click.option("--device", help="Torch device; default: the first GPU, else the CPU."),
-    click.option("--model", "path", type=PATH, help="The original model folder, for a factory that is called with it."),
-    click.option("--factory", metavar="MODULE:FUNCTION", help="Function that builds the architecture; runs your code."),
-    click.option("--factory-path", type=PATH, help="Folder put on the module search path for --factory."),
-    click.option(
-        "--allow-code",
-        metavar="MODULE:FUNCTION|DIR",
-        multiple=True,
-        help="Let code that the manifest names run: this function, or what lies in this folder; repeatable.",
-    ),
-)
-
 
 def _placed(function: F) -> F:
     """The options that say where a model is and how it is built."""
-    return storage_option(options(*_OPTIONS)(function))
+    return storage_option(place_options(function))
 
 
 #: Columns of ``--csv``.

@@ -10,7 +10,7 @@ import click
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import MediaKind
-from alphasmith.search.cli._options import PATH, options, seconds, storage_option
+from alphasmith.search.cli._options import PATH, options, place_options, seconds, storage_option
 from alphasmith.search.config import parse_bytes
 
 #: Modules of the extra ``serve``.
@@ -34,11 +34,6 @@ _model_options = options(
     click.option(
         "--output", metavar="logits|probabilities", help="What the model answers with, where it does not say."
     ),
-    click.option("--device", help="Torch device; default: the first GPU, else the CPU."),
-    click.option("--model", "path", type=PATH, help="The original model folder, for a factory, when it has moved."),
-    click.option("--factory", metavar="MODULE:FUNCTION", help="Function that builds the architecture; runs your code."),
-    click.option("--factory-path", type=PATH, help="Folder put on the module search path for --factory."),
-    click.option("--allow-code", metavar="MODULE:FUNCTION|DIR", multiple=True, help="As of resume; repeatable."),
 )
 _address_options = options(
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
@@ -69,6 +64,7 @@ _limit_options = options(
 @storage_option
 @_address_options
 @_model_options
+@place_options
 @_limit_options
 def serve(
     source: str,

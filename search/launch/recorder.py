@@ -50,6 +50,7 @@ from alphasmith.storage.runs.records import TrialRecord
 _COMPANIONS = (
     "added_tokens.json",
     "chat_template.*",
+    "generation_config.json",
     "merges.txt",
     "preprocessor_config.json",
     "processor_config.json",

@@ -163,7 +163,7 @@ class Classifier:
         if batch < 1:
             raise InputError("batch", f"{batch} is not positive", "give a number above 0")
         limits = limits or ItemLimits()
-        model = open_model(ModelPlace(source=source, **place))
+        model = open_model(ModelPlace(source=source, **place), keep_dense=True)
         check_classifier(model)
         names, chosen = class_names(model, labels), settled(model, output)
         return cls(model, model.reader(kind, limits), names=names, output=chosen, batch=batch, limits=limits)

@@ -107,7 +107,7 @@ class Generator:
             InputError: No such run or folder, a run that is not finished, a model that cannot write, or no tokenizer.
             IntegrityError: A file has changed since it was written.
         """
-        opened = open_model(ModelPlace(source=source, **place))
+        opened = open_model(ModelPlace(source=source, **place), keep_dense=True)
         model: Any = opened.model
         if not getattr(model, "can_generate", bool)() or getattr(model, "main_input_name", "") != "input_ids":
             what = "takes no text" if getattr(model, "can_generate", bool)() else "writes no texts"

@@ -18,6 +18,7 @@ from alphasmith.objectives.media import MediaSource
 from alphasmith.objectives.media.items import ItemLimits, ItemReader
 from alphasmith.objectives.media.text import has_tokenizer
 from alphasmith.objectives.model.loading import LoadedModel, load_model, wrap_module
+from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.reading import usable_path
 from alphasmith.search.checkpoints.load import load_quantized
 from alphasmith.search.config import DEFAULT_STORAGE, RunConfig
@@ -147,11 +148,12 @@ class IntegerModel:
         )
 
 
-def open_model(place: ModelPlace) -> IntegerModel:
+def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
     """Load the integer model of a result; the digests of all that decides what is computed are compared.
 
     Args:
         place: Where it is.
+        keep_dense: Keep weights that are multiplied in floating point dequantized between calls, at most 4 bytes for each.
 
     Raises:
         InputError: No such run or folder, a run that is not finished, code that nobody allowed, or an architecture that is missing.
@@ -166,6 +168,9 @@ def open_model(place: ModelPlace) -> IntegerModel:
     elif not result.has("quantized/config.json"):
         loaded = _built(place, result, config)
     model = load_quantized(result.path, None if loaded is None else loaded.model).to(device)
+    for module in model.modules():
+        if isinstance(module, QuantizedOperator):
+            module.keep_dense = keep_dense
     return IntegerModel(
         model=model,
         config=getattr(model, "config", None) if loaded is None else loaded.config,

@@ -52,6 +52,18 @@ def writer_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mute_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a language model whose generation_config.json says that any token ends a text."""
+    folder = tmp_path_factory.mktemp("mute")
+    model = saved_llama(folder / "model")
+    place = model / "generation_config.json"
+    told = json.loads(place.read_text()) if place.is_file() else {}
+    tokens = json.loads((model / "config.json").read_text())["vocab_size"]
+    place.write_text(json.dumps({**told, "eos_token_id": list(range(tokens))}))
+    return _of_folder(folder, model, written_texts(folder / "texts.jsonl"))
+
+
+@pytest.fixture(scope="session")
 def sound_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a convolutional model of sound that a script handed over."""
     folder = tmp_path_factory.mktemp("sound")

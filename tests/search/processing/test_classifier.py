@@ -189,6 +189,7 @@ def test_an_item_of_another_kind(which: str, item: Any, problem: str, request: p
         classifier.decode(item)
     assert caught.value.field == "item"
     assert "\n" not in str(caught.value)
+    assert " at 0x" not in str(caught.value)
 
 
 def test_limits_of_an_item(image_result: Path, text_result: Path, tmp_path: Path) -> None:

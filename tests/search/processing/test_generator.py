@@ -66,19 +66,10 @@ def test_a_vanishing_share_is_greedy(generator: Generator) -> None:
     assert texts(generator, PROMPTS, decoding=least) == texts(generator, PROMPTS, decoding=SHORT)
 
 
-def test_a_text_ends_where_the_model_ends_it(writer_result: Path) -> None:
-    plain = Generator.opened(writer_result)
-    model: Any = load_quantized(writer_result)
-    with torch.no_grad():
-        end = int(model(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1].argmax())
-    model.generation_config.eos_token_id = end
-    from alphasmith.search.processing import opening
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(opening, "load_quantized", lambda *_: model)
-        ended = next(Generator.opened(writer_result).generate(["abc"], decoding=SHORT))
+def test_a_text_ends_where_the_model_ends_it(generator: Generator, mute_result: Path) -> None:
+    ended = next(Generator.opened(mute_result).generate(["abc"], decoding=SHORT))
     assert (ended.text, ended.tokens, ended.stopped) == ("", 0, "end")
-    assert next(plain.generate(["abc"], decoding=SHORT)).tokens == 12
+    assert next(generator.generate(["abc"], decoding=SHORT)).tokens == 12
 
 
 def test_the_model_sees_so_many_tokens(generator: Generator) -> None:
