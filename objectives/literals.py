@@ -41,3 +41,11 @@ MediaKind = Literal["text", "image", "audio", "video"]
 CodebookStart = Literal["linear", "density", "k-means++", "optimal"]
 #: How the indices of a codebook are stored: all with the same number of bits, or frequent ones with fewer.
 IndexCoding = Literal["packed", "huffman"]
+#: What a decomposition keeps most of: the weight itself, the weight times the size of every input, or the output.
+SvdMetric = Literal["plain", "activation", "whitened"]
+#: How the kernel of a convolution becomes a matrix: output channels against all else, or its rows against its columns.
+ConvForm = Literal["channel", "spatial"]
+#: What pushes the scales of normalizations to zero.
+SparsityKind = Literal["l1", "hoyer", "l2sq"]
+#: What an output is compared with its reference by.
+SignalMetric = Literal["snr", "si_sdr", "stoi", "pesq"]

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from alphasmith.objectives.sites._graph import Graph
 from alphasmith.objectives.sites._propagation import Blocked, Role, Solution
 from alphasmith.objectives.sites._weights import Operators, WeightKey
+from alphasmith.objectives.sites.graph import Graph
 from alphasmith.objectives.sites.types import ParameterEdit
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from alphasmith.objectives.sites._graph import Graph
 from alphasmith.objectives.sites._weights import Operators
+from alphasmith.objectives.sites.graph import Graph
 
 _BY_DEFAULT = "expert inputs are not smoothed by default"
 

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alphasmith.objectives.sites._graph import Graph, Node, Ref, substitute
 from alphasmith.objectives.sites._weights import Operators, Use, WeightKey
+from alphasmith.objectives.sites.graph import Graph, Node, Ref, substitute
 
 NONE, ANY = -2, -1
 

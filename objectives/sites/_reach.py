@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from alphasmith.objectives.sites._graph import Graph
 from alphasmith.objectives.sites._propagation import Blocked, Solution
 from alphasmith.objectives.sites._weights import is_plain
+from alphasmith.objectives.sites.graph import Graph
 from alphasmith.objectives.sites.types import Operator
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

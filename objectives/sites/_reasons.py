@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from alphasmith.objectives.sites._graph import Graph, Node
 from alphasmith.objectives.sites._reach import Unread
 from alphasmith.objectives.sites._weights import CHAIN, Operators, Use
+from alphasmith.objectives.sites.graph import Graph, Node
 from alphasmith.objectives.sites.types import Operator, Weight
 
 #: Part of the name of a parameter that another one is computed from.

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alphasmith.objectives.sites._graph import Node, Ref
 from alphasmith.objectives.sites._propagation import NONE, ZEROS, Alternative, Blocked, Role, Rule, Solver
 from alphasmith.objectives.sites._weights import Use, WeightKey
+from alphasmith.objectives.sites.graph import Node, Ref
 
 #: Pure data movement of one tensor: elements are copied, dropped, repeated, reordered or padded with zeros.
 MOVEMENT = frozenset({

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alphasmith.objectives.sites._graph import Graph, Node
 from alphasmith.objectives.sites._propagation import ANY, ZEROS, Solution
 from alphasmith.objectives.sites._rules import IDENTITY, MOVEMENT, NORMS
 from alphasmith.objectives.sites._weights import Operators, Use
+from alphasmith.objectives.sites.graph import Graph, Node
 from alphasmith.objectives.sites.types import Operator, ParameterEdit, ShiftEdit
 
 #: Copies of elements; operations that also make zeros would leave these unshifted.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from alphasmith.objectives.sites._graph import Graph, Node, Ref
+from alphasmith.objectives.sites.graph import Graph, Node, Ref
 from alphasmith.objectives.sites.types import Operator
 
 #: Operations that hand a weight on unchanged apart from shape, layout and dtype.

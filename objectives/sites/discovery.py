@@ -16,13 +16,13 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.sites._edits import extended_over_stack, operator_edit, solution_edits
 from alphasmith.objectives.sites._experts import Experts
-from alphasmith.objectives.sites._graph import Graph, Node, trace
 from alphasmith.objectives.sites._propagation import NONE, Blocked, Solution, Solver
 from alphasmith.objectives.sites._reach import Unread
 from alphasmith.objectives.sites._reasons import weights_of
 from alphasmith.objectives.sites._rules import IDENTITY, MOVEMENT, NORMS, RULES, channel_index
 from alphasmith.objectives.sites._shifts import shift_edits
 from alphasmith.objectives.sites._weights import Operators, Use, find_operators
+from alphasmith.objectives.sites.graph import Graph, Node, trace
 from alphasmith.objectives.sites.types import Discovery, Operator, Site
 from alphasmith.objectives.text import matches
 

@@ -1,0 +1,243 @@
+"""The layers of a model in factored form wherever that has fewer numbers. Source: claim B-5, formulas fB5, fB6."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.joint.low_rank.decomposition import Factors, Weighting, decompose, saving_rank
+from alphasmith.objectives.joint.low_rank.factored import (
+    FactoredConv,
+    FactoredLinear,
+    LowRankProduct,
+    conv_matrices,
+)
+from alphasmith.objectives.literals import ConvForm, SvdMetric
+from alphasmith.objectives.text import matches
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = frozenset(kind.forward for kind in (nn.Linear, *_CONVOLUTIONS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankSettings:
+    """How layers are decomposed.
+
+    Attributes:
+        energy: Share of the squared singular values to keep; used where no rank is given.
+        rank: Rank of every layer in its place.
+        metric: ``plain``; ``activation``: inputs weighted by their root mean square; ``whitened``: by their covariance. The last two
+            take it from ``covariances``.
+        conv_form: How kernels of two axes become matrices; others are always ``channel``.
+        exclude: ``fnmatch`` patterns of layers that stay dense.
+    """
+
+    energy: float | None = 0.99
+    rank: int | None = None
+    metric: SvdMetric = "plain"
+    conv_form: ConvForm = "channel"
+    exclude: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoredLayer:
+    """What became of one layer.
+
+    Attributes:
+        name: Its dotted name.
+        shape: Of its weight.
+        rank: Of its factors; 0 where it stays dense.
+        kept: Share of the squared singular values kept; 1 where it stays dense.
+        numbers: Numbers of its weight now.
+        runs: ``factored`` (two products in place of one), ``product`` (the factors are multiplied at every call, because the layer's
+            own forward does more than the product), or ``dense``.
+        reason: Why it stays dense; empty where it does not.
+        notes: What the decomposition has to say.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    kept: float
+    numbers: int
+    runs: Literal["factored", "product", "dense"]
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    layer: nn.Module
+    form: ConvForm
+    groups: int
+    factors: tuple[Factors, ...] = field(default=(), repr=False)
+
+
+def factorize(
+    model: nn.Module,
+    settings: LowRankSettings,
+    *,
+    covariances: Mapping[str, Tensor] | None = None,
+    rows: Mapping[str, Tensor] | None = None,
+) -> tuple[FactoredLayer, ...]:
+    """Put factored layers into the place of linear ones and convolutions, where they have fewer numbers. Source: claim B-5, fB6.
+
+    Recurrent layers and attention modules have their matrices where nothing else can stand; let
+    :func:`~alphasmith.objectives.model.plain_operators.rewrite` take them apart first: the gates of an LSTM or a GRU are then one
+    linear layer over the input and one over the state, and each is decomposed whole. A layer under two names, or whose weight
+    another one has, stays dense.
+
+    Args:
+        model: Changed in place, so give a private copy. Nothing is changed when an error is raised.
+        settings: How.
+        covariances: Layer -> (I, I) mean of x x^T over its inputs, for convolutions over I / groups * kernel of the unfolded input;
+            needed for the metrics ``activation`` and ``whitened``, of which the spatial form knows none.
+        rows: Layer -> (O,) factor of its outputs by which errors count, e.g. gamma / sqrt(var + eps) of the normalization
+            behind it where that is not folded.
+
+    Returns:
+        Every linear layer and convolution, in the order of the model.
+
+    Raises:
+        InputError: A setting is out of range, a covariance is missing or of another size, or a decomposition does not converge.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    _check(settings)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)):
+            owners.setdefault(id(module.weight), []).append(name)
+    layers: list[FactoredLayer] = []
+    plans: dict[str, _Plan] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+            reason = _refused(name, module, owners, settings)
+            plan = None if reason else _planned(name, module, settings, covariances or {}, rows or {})
+            layers.append(_layer(name, module, plan, reason))
+            if plan is not None and layers[-1].runs != "dense":
+                plans[name] = plan
+    for name, plan in plans.items():
+        _install(model, name, plan)
+    return tuple(layers)
+
+
+def _check(settings: LowRankSettings) -> None:
+    for field_name, value, known in (
+        ("svd.metric", settings.metric, get_args(SvdMetric)),
+        ("svd.form", settings.conv_form, get_args(ConvForm)),
+    ):
+        if value not in known:
+            raise InputError(field_name, f"{value!r} is unknown", f"use one of {', '.join(known)}")
+    if settings.rank is None and settings.energy is None:
+        raise InputError("svd", "has neither an energy nor a rank", "give one of them")
+
+
+def _refused(name: str, module: nn.Module, owners: Mapping[int, list[str]], settings: LowRankSettings) -> str:
+    if matches(name, settings.exclude):
+        return f"{name} is excluded"
+    if parametrize.is_parametrized(module):
+        return "its weight is computed"
+    shared = [other for other in owners[id(module.weight)] if other != name]
+    return f"its weight is that of {shared[0]}" if shared else ""
+
+
+def _planned(
+    name: str,
+    module: nn.Module,
+    settings: LowRankSettings,
+    covariances: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
+) -> _Plan | None:
+    """The factors of a layer, or None where no rank saves anything."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
+    form: ConvForm = settings.conv_form if weight.dim() == 4 else "channel"
+    matrices = conv_matrices(weight, groups, form)
+    most = saving_rank(*matrices[0].shape)
+    if most < 1 or (settings.rank is not None and settings.rank > most):
+        return None
+    weightings = _weightings(name, matrices, form, settings, covariances, rows.get(name))
+    energy = settings.energy if settings.rank is None else None
+    made = [
+        decompose(one, energy=energy, rank=settings.rank, weighting=weighting, name=f"{name}.weight")
+        for one, weighting in zip(matrices, weightings, strict=True)
+    ]
+    rank = max(one.rank for one in made)
+    if rank > most:
+        return None
+    if len({one.rank for one in made}) > 1:  # groups run in one call: the largest rank is theirs all
+        made = [
+            decompose(one, rank=rank, weighting=weighting, name=f"{name}.weight")
+            for one, weighting in zip(matrices, weightings, strict=True)
+        ]
+    return _Plan(layer=module, form=form, groups=groups, factors=tuple(made))
+
+
+def _weightings(
+    name: str,
+    matrices: Sequence[Tensor],
+    form: ConvForm,
+    settings: LowRankSettings,
+    covariances: Mapping[str, Tensor],
+    rows: Tensor | None,
+) -> list[Weighting]:
+    outputs = [None] * len(matrices) if rows is None else list(rows.chunk(len(matrices)))
+    if form == "spatial":
+        # Outputs are part of the columns there, each with every column of the kernel.
+        width = matrices[0].shape[1]
+        return [
+            Weighting(columns=None if part is None else part.repeat_interleave(width // part.numel()))
+            for part in outputs
+        ]
+    if settings.metric == "plain":
+        return [Weighting(rows=part) for part in outputs]
+    if name not in covariances:
+        problem = f"the metric {settings.metric} needs the inputs of {name}"
+        raise InputError("svd.metric", problem, "collect them on calibration data, or use plain")
+    covariance = covariances[name]
+    if settings.metric == "whitened":
+        return [Weighting(rows=part, covariance=covariance) for part in outputs]
+    return [Weighting(rows=part, columns=covariance.diagonal().clamp_min(0).sqrt()) for part in outputs]
+
+
+def _layer(name: str, module: nn.Module, plan: _Plan | None, reason: str) -> FactoredLayer:
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+    if plan is None:
+        reason = reason or "no rank that keeps enough has fewer numbers than the weight"
+        return FactoredLayer(
+            name=name, shape=shape, rank=0, kept=1.0, numbers=math.prod(shape), runs="dense", reason=reason
+        )
+    whole = sum(float(one.singular.double().square().sum()) for one in plan.factors)
+    kept = sum(one.kept * float(one.singular.double().square().sum()) for one in plan.factors)
+    return FactoredLayer(
+        name=name,
+        shape=shape,
+        rank=plan.factors[0].rank,
+        kept=kept / whole if whole else 1.0,
+        numbers=sum(one.left.numel() + one.right.numel() for one in plan.factors),
+        runs="factored" if type(module).forward in _PLAIN else "product",
+        notes=tuple(dict.fromkeys(note for one in plan.factors for note in one.notes)),
+    )
+
+
+def _install(model: nn.Module, name: str, plan: _Plan) -> None:
+    layer = plan.layer
+    made: nn.Module
+    if type(layer).forward not in _PLAIN:
+        product = LowRankProduct(plan.factors, layer.weight.shape, plan.form)  # type: ignore[arg-type]
+        parametrize.register_parametrization(layer, "weight", product)
+        return
+    if isinstance(layer, _CONVOLUTIONS):
+        made = FactoredConv(layer, plan.factors, plan.form)
+    elif isinstance(layer, nn.Linear):
+        made = FactoredLinear(plan.factors[0], layer.bias)
+    else:
+        return
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, made.train(layer.training))
