@@ -15,6 +15,7 @@ from sklearn.cluster import KMeans
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.joint.codebook.clustering import BINS, cluster, match
 from alphasmith.objectives.literals import CodebookStart
+from tests.support.site_cases import relaxed
 
 STARTS: tuple[CodebookStart, ...] = ("linear", "density", "k-means++", "optimal")
 finite = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
@@ -38,6 +39,7 @@ def least_error(values: list[float], k: int) -> float:
     return best
 
 
+@relaxed
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=10, unique=True), st.integers(2, 5))
 def test_the_optimum_is_that_of_all_partitions(values: list[int], k: int) -> None:
     found = cluster(torch.tensor(values, dtype=torch.float32), k, keep_zero=False)
@@ -65,6 +67,7 @@ def test_the_iteration_ends_where_every_entry_is_the_mean_of_its_weights(start: 
 
 
 @pytest.mark.parametrize("start", STARTS)
+@relaxed
 @given(values=rows, k=st.integers(2, 9), keep_zero=st.sampled_from([True, False, None]))
 def test_any_weights_get_a_usable_table(
     start: CodebookStart, values: list[float], k: int, keep_zero: bool | None
@@ -86,6 +89,7 @@ def test_any_weights_get_a_usable_table(
         assert found.error == 0
 
 
+@relaxed
 @given(rows)
 def test_lloyd_never_makes_the_linear_start_worse(values: list[float]) -> None:
     weights = torch.tensor(values)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.joint.codebook._packing import index_bits, pack, packed_size, unpack
+from tests.support.site_cases import relaxed
 
 #: Bits, and indices that fit them.
 cases = st.integers(0, 16).flatmap(
@@ -18,6 +19,7 @@ cases = st.integers(0, 16).flatmap(
 )
 
 
+@relaxed
 @given(cases)
 def test_indices_come_back(case: tuple[int, list[int]]) -> None:
     bits, values = case
@@ -26,6 +28,7 @@ def test_indices_come_back(case: tuple[int, list[int]]) -> None:
     assert unpack(data, bits, len(values)).tolist() == values
 
 
+@relaxed
 @given(cases)
 def test_bits_follow_each_other(case: tuple[int, list[int]]) -> None:
     bits, values = case
