@@ -140,13 +140,14 @@ def open_image(file: Content, most: int | None = None) -> Image.Image:
         InputError: The file is no readable image, of another format than ``IMAGE_FORMATS``, or too large.
     """
     check_file(file, MOST_IMAGE_BYTES)
-    with warnings.catch_warnings(), refusing("data.path", f"{file} is not a readable image", "repair or remove it"):
+    problem, remedy = f"{file} is not a readable image", "repair or remove it"
+    with warnings.catch_warnings(), refusing("data.path", problem, remedy):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
         source = file if isinstance(file, Path) else file.open()
         try:
             image = Image.open(source, formats=IMAGE_FORMATS)
         except UnidentifiedImageError as error:  # its text shows the open file's address in memory
-            raise ValueError(f"none of the formats {', '.join(IMAGE_FORMATS)}") from error
+            raise InputError("data.path", f"{problem} (formats: {', '.join(IMAGE_FORMATS)})", remedy) from error
     check_pixels(file, *image.size, most=most)
     return image
 

@@ -349,7 +349,7 @@ def test_no_command_prints_help_and_the_version_is_told(capsys: pytest.CaptureFi
 
 
 def test_bars_on_a_terminal(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alphasmith.search.cli.main.for_terminal", TerminalBars)
+    monkeypatch.setattr("alphasmith.search.cli._options.for_terminal", TerminalBars)
     told = Answer(capsys, "run", "--model", "model", "--data", "texts.jsonl", "--out", "barred", *SMALL, "--json")
     assert told.json["folder"] == "barred"
     assert "searching sites" in told.err
