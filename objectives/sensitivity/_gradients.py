@@ -54,8 +54,27 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def watched(output: Tensor) -> Tensor:
     """A tensor of the same values that gradients reach, whether or not they reach ``output``, and that may be written to."""
-    start = output if output.requires_grad else output.detach().requires_grad_()
-    return start.clone()
+    return reachable(output).clone()
+
+
+def reachable(output: Tensor) -> Tensor:
+    """``output`` itself where gradients reach it, else a tensor that shares its memory and that they reach."""
+    return output if output.requires_grad else output.detach().requires_grad_()
+
+
+def error_of(quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    """What quantizing an operator changes at a call, at least in float32.
+
+    Args:
+        quantized: Its quantized form.
+        args: Of the call.
+        kwargs: Of the call.
+        output: Of the float operator.
+    """
+    with torch.no_grad():
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        error: Tensor = quantized(*args, **kwargs).to(dtype) - output.detach().to(dtype)
+    return error
 
 
 def direction(rows: Tensor, loss: Literal["mse", "kl"], generator: torch.Generator) -> Tensor:

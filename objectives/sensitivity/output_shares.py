@@ -16,7 +16,16 @@ from alphasmith.objectives.judge.losses import divergences, squared_sum
 from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
-from alphasmith.objectives.sensitivity._gradients import Operators, direction, frozen, hooked, single_samples, weight_of
+from alphasmith.objectives.sensitivity._gradients import (
+    Operators,
+    direction,
+    error_of,
+    frozen,
+    hooked,
+    reachable,
+    single_samples,
+    weight_of,
+)
 from alphasmith.objectives.sensitivity._graph_memory import GraphPlan, graph_plans
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import counted, error_line
@@ -208,7 +217,7 @@ class _Pass:
         """Run one sample forward without gradients: site losses alone."""
 
         def look(site: str, quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            self._count(site, self._error(quantized, args, kwargs, output), output)
+            self._count(site, error_of(quantized, args, kwargs, output), output)
             return output
 
         with torch.no_grad(), hooked(self._model, self._operators, look):
@@ -219,13 +228,12 @@ class _Pass:
         checkpoints = plan.checkpoints()
 
         def watch(site: str, quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            error = self._error(quantized, args, kwargs, output)
+            error = error_of(quantized, args, kwargs, output)
             if not checkpoints.again:
                 self._count(site, error, output)
             if not torch.is_grad_enabled():
                 return output
-            start = output if output.requires_grad else output.detach().requires_grad_()
-            projected: Tensor = _Projected.apply(start, error, self._tallies[site])  # type: ignore[no-untyped-call]
+            projected: Tensor = _Projected.apply(reachable(output), error, self._tallies[site])  # type: ignore[no-untyped-call]
             return projected
 
         with (
@@ -259,14 +267,6 @@ class _Pass:
         tally = self._tallies[site]
         tally.error += squared_sum(error)
         tally.energy += squared_sum(output.detach().to(error.dtype))
-
-    @staticmethod
-    def _error(quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        """What quantizing the site changes at this call."""
-        with torch.no_grad():
-            dtype = torch.promote_types(output.dtype, torch.float32)
-            error: Tensor = quantized(*args, **kwargs).to(dtype) - output.detach().to(dtype)
-        return error
 
 
 def _predict(

@@ -16,7 +16,16 @@ from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.plan import same_smoothing
-from alphasmith.objectives.sensitivity._gradients import Operators, direction, frozen, hooked, single_samples, weight_of
+from alphasmith.objectives.sensitivity._gradients import (
+    Operators,
+    direction,
+    error_of,
+    frozen,
+    hooked,
+    reachable,
+    single_samples,
+    weight_of,
+)
 from alphasmith.objectives.sensitivity._graph_memory import GraphPlan, graph_plans
 from alphasmith.objectives.smoothing import Smoothing
 
@@ -134,12 +143,9 @@ def _carry_back(
     def watch(label: str, quantized: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
-        with torch.no_grad():
-            dtype = torch.promote_types(output.dtype, torch.float32)
-            error = quantized(*args, **kwargs).to(dtype) - output.detach().to(dtype)
+        error = error_of(quantized, args, kwargs, output)
         axis = 1 if quantized.kind == "conv" and output.dim() > 2 else output.dim() - 1
-        start = output if output.requires_grad else output.detach().requires_grad_()
-        met: Tensor = _Met.apply(start, error, axis, tallies[label])  # type: ignore[no-untyped-call]
+        met: Tensor = _Met.apply(reachable(output), error, axis, tallies[label])  # type: ignore[no-untyped-call]
         return met
 
     with frozen(model), torch.enable_grad(), hooked(model, operators, watch), checkpoints.placed():
