@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -136,6 +136,27 @@ class Section(BaseModel):
             super().__init__(**{**values, **sections})
         except ValidationError as error:
             raise _as_input_error(type(self), error) from error
+
+
+class Configuration(Section):
+    """All sections that one call takes."""
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any] | Self) -> Self:
+        """Validate nested plain values; a configuration is returned as it is.
+
+        Args:
+            values: One, or its fields.
+
+        Raises:
+            InputError: Names the dotted field, what is wrong and what to write instead.
+        """
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, Mapping):
+            remedy = f"give a {cls.__name__} or a mapping of its fields"
+            raise InputError("config", f"is a {type(values).__name__}", remedy)
+        return cls(**_named(values))
 
 
 class ModelConfig(Section):
@@ -386,7 +407,7 @@ class WorkersConfig(Section):
     address: Annotated[Label, Field(max_length=512)] | None = None
 
 
-class RunConfig(Section):
+class RunConfig(Configuration):
     """One launch: model, data, scheme, budget and search settings.
 
     Attributes:
@@ -428,19 +449,6 @@ class RunConfig(Section):
         if self.data.path and self.data.factory:
             raise InputError("data.factory", "given together with data.path", "keep one of them")
         return self
-
-    @classmethod
-    def build(cls, values: Mapping[str, Any] | RunConfig) -> RunConfig:
-        """Validate nested plain values; a configuration is returned as it is.
-
-        Raises:
-            InputError: Names the dotted field, what is wrong and what to write instead.
-        """
-        if isinstance(values, RunConfig):
-            return values
-        if not isinstance(values, Mapping):
-            raise InputError("config", f"is a {type(values).__name__}", "give a RunConfig or a mapping of its fields")
-        return cls(**_named(values))
 
     @classmethod
     def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:

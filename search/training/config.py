@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import MediaKind
 from alphasmith.objectives.training.settings import TrainingSettings
-from alphasmith.search.config import MANY, Label, Section, UserPath
+from alphasmith.search.config import MANY, Configuration, Label, Section, UserPath
 
 _SETTINGS = TypeAdapter(TrainingSettings)
 _KNOWN = tuple(item.name for item in fields(TrainingSettings))
@@ -80,7 +80,7 @@ class LabelledDataConfig(Section):
         return self
 
 
-class FinetuneConfig(Section):
+class FinetuneConfig(Configuration):
     """One training of a compressed model.
 
     Attributes:
@@ -98,20 +98,6 @@ class FinetuneConfig(Section):
     data: LabelledDataConfig = LabelledDataConfig()
     training: Annotated[TrainingSettings, BeforeValidator(_settings)] = TrainingSettings()
     study: int = Field(default=0, ge=0, le=MANY)
-
-    @classmethod
-    def build(cls, values: Mapping[str, Any] | FinetuneConfig) -> FinetuneConfig:
-        """Validate nested plain values; a configuration is returned as it is.
-
-        Raises:
-            InputError: Names the dotted field, what is wrong and what to write instead.
-        """
-        if isinstance(values, FinetuneConfig):
-            return values
-        if not isinstance(values, Mapping):
-            remedy = "give a FinetuneConfig or a mapping of its fields"
-            raise InputError("config", f"is a {type(values).__name__}", remedy)
-        return cls(**{str(name): value for name, value in values.items()})
 
     def deciding(self) -> dict[str, Any]:
         """The part that decides the result, as JSON values: neither where it goes nor where the data lie, which have a digest."""
