@@ -130,9 +130,17 @@ def probabilities_of(output: Tensor, kind: Output, names: tuple[str, ...] | None
     soft = torch.softmax(rows, 1)
     if kind == "logits":
         return soft
-    # Numbers that are not negative and sum to 1 are hardly ever logits.
-    plain = (rows >= 0).all(1, keepdim=True) & (off < _PLAINLY_ONE)
-    return torch.where(plain, rows / sums, soft)
+    return torch.where(are_distributions(rows)[:, None], rows / sums, soft)
+
+
+def are_distributions(rows: Tensor) -> Tensor:
+    """(B,) whether rows hold probabilities, as far as numbers tell: those that are not negative and sum to 1 are hardly ever logits.
+
+    Args:
+        rows: (B, C) what a model answers with.
+    """
+    sums = rows.double().sum(1)
+    return (rows >= 0).all(1) & ((sums - 1).abs() < _PLAINLY_ONE)
 
 
 def _from_file(file: Path) -> tuple[str, ...]:

@@ -12,12 +12,10 @@ from alphasmith.objectives.errors import AlphasmithError, InputError, IntegrityE
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.model.labels import is_classifier
 from alphasmith.search.checkpoints.load import load_smoothed
+from alphasmith.search.processing.answers import are_distributions
 from alphasmith.search.processing.opening import IntegerModel, ModelPlace, open_model
 from alphasmith.storage.files.durable import digest_file
 from alphasmith.storage.output.manifest import FILE_NAME
-
-#: How far the sum of a row of probabilities may be from 1 where nobody says that it is one.
-_PLAINLY_ONE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,13 +47,9 @@ class Parent:
         if not result.names("smoothed"):
             return None
         try:
-            return load_smoothed(result.path, self.architecture()).to(self.opened.device).eval()
+            return load_smoothed(result.path, self.opened.architecture).to(self.opened.device).eval()
         except IntegrityError as error:
             raise _not_as_written(error) from error
-
-    def architecture(self) -> nn.Module | None:
-        """The float architecture, where the result does not say how to build it; None: it does."""
-        return self.opened.architecture
 
 
 def open_parent(place: ModelPlace) -> Parent:
@@ -89,8 +83,7 @@ def ends_in_probabilities(opened: IntegerModel, batch: Batch) -> bool:
         rows: Any = main_output(call(opened.model, batch.to(opened.device)))
     if rows.dim() != 2 or rows.shape[1] < 2:
         return False
-    near = (rows.double().sum(1) - 1).abs() < _PLAINLY_ONE
-    return bool((rows >= 0).all()) and bool(near.all())
+    return bool(are_distributions(rows).all())
 
 
 def _not_as_written(error: AlphasmithError) -> InputError:

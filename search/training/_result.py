@@ -95,7 +95,7 @@ def write_result(
     folder.write_text("report.html", render_report(manifest, trials))
     manifest = manifest.with_artifacts(folder.written)
     folder.write_text(FILE_NAME, manifest.to_json())
-    again = load_quantized(folder.path, parent.architecture()).to(device)
+    again = load_quantized(folder.path, parent.opened.architecture).to(device)
     if _outputs(again, batches, device) != digest:
         raise AlphasmithError(
             "the integer model that was written answers otherwise than the trained one; nothing is kept"

@@ -29,7 +29,7 @@ from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.training._checkpoints import CheckpointFolder
 from alphasmith.search.training._parent import Parent, ends_in_probabilities, open_parent
 from alphasmith.search.training._result import Trained, write_result
-from alphasmith.search.training._samples import LabelledData, LabelledSamples, read_samples
+from alphasmith.search.training._samples import LabelledData, read_samples
 from alphasmith.search.training._study import StudyPlan, TrainingDivergedError, choose_settings
 from alphasmith.search.training.config import FinetuneConfig, as_recorded
 from alphasmith.storage.database.connection import Database, check_writable, opened, optuna_storage
@@ -48,6 +48,7 @@ from alphasmith.storage.output.result_folder import ResultFolder
 from alphasmith.storage.queue.leases import Identity
 from alphasmith.storage.runs.run_store import RunStore
 from alphasmith.storage.runs.trainings import TrainingRecord, TrainingSpec, TrainingStore
+from alphasmith.storage.upkeep.delete import delete_training
 
 #: Seconds after which a training without a heartbeat counts as dead where its process cannot be seen.
 _LEASE = 60.0
@@ -291,25 +292,13 @@ def _driven(launch: _Launch, database: Database, record: TrainingRecord, made: b
             raise type(error)(f"interrupted; the last checkpoint is kept, resume with: {command}") from error
         except InputError as error:
             if made or isinstance(error, TrainingDivergedError):  # nothing is left behind of what cannot be
-                _forget(database, record, out)
+                delete_training(database, record)
             else:
                 store.fail(record.id, error_line(error))
             raise
         except BaseException as error:
             store.fail(record.id, error_line(error))
             raise
-
-
-def _forget(database: Database, record: TrainingRecord, out: Path) -> None:
-    """Remove all that a training has made."""
-    for left in training_leftovers(out, record.id):
-        discard_partial(left)
-    storage = optuna_storage(database)
-    names = [study.study_name for study in storage.get_all_studies()]
-    for name in names:
-        if name.startswith(f"{record.id}/"):
-            storage.delete_study(storage.get_study_id_from_name(name))
-    TrainingStore(database).delete(record.id)
 
 
 def _trained(launch: _Launch, database: Database, record: TrainingRecord, place: Reservation) -> TrainingResult:
@@ -348,7 +337,7 @@ def _trained(launch: _Launch, database: Database, record: TrainingRecord, place:
         outcome=outcome,
         config=config,
         study=study,
-        held_out=LabelledSamples(media=data.media, numbers=held_out, classes=data.classes),
+        held_out=data.samples(held_out),
     )
     runs = RunStore(database)
     trials = runs.trials(record.run_id) if record.run_id is not None else []

@@ -66,6 +66,21 @@ def delete_run(database: Database, run_id: str, *, dry_run: bool = False) -> lis
     return removed
 
 
+def delete_training(database: Database, training: TrainingRecord) -> None:
+    """Delete a training: its checkpoints and unfinished folders, its study, its record. The folder of a result stays.
+
+    Args:
+        database: Initialised.
+        training: Its record; nobody works on it.
+
+    Raises:
+        StorageError: The database was lost.
+    """
+    for _ in _left_of_training(database, training, dry_run=False):
+        pass
+    TrainingStore(database).delete(training.id)
+
+
 def _parts(database: Database, record: RunRecord, *, busy: bool, dry_run: bool) -> Iterator[Removal]:
     yield from _objects(database, record, busy, dry_run)
     for training in TrainingStore(database).listing(record.id):

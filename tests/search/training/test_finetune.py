@@ -20,7 +20,7 @@ from torch import nn
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch, call, main_output
-from alphasmith.search import RunResult, TrainingResult, finetune, load_quantized, load_smoothed
+from alphasmith.search import TrainingResult, finetune, load_quantized, load_smoothed
 from alphasmith.search.checkpoints.verification import undo, verify
 from alphasmith.search.cli import commands
 from alphasmith.search.interruption import Interrupted
@@ -33,22 +33,9 @@ from alphasmith.storage.output.reservation import Reservation
 from alphasmith.storage.runs.trainings import TrainingStore
 from tests.support.boards import elsewhere
 from tests.support.run_cases import Pictures, alphasmith, launch, saved_llama, seeded, settings, vectors, written_texts
-from tests.support.training_cases import NAMES, STEPS, finished_run, wanted
+from tests.support.training_cases import NAMES, STEPS, wanted
 
 WEIGHTS = "quantized/model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """A finished run."""
-    return finished_run(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def run(made: RunResult, tmp_path: Path) -> Path:
-    """The folder that holds a run's folder, database and pictures; its own copy."""
-    shutil.copytree(made.folder.parent, tmp_path / "own")
-    return tmp_path / "own"
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.training.settings import TrainingSettings
-from alphasmith.search import RunResult, finetune
+from alphasmith.search import finetune
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.training._study import SettingsSpace
 from alphasmith.search.training.finetune import resume_training
@@ -22,20 +21,7 @@ from alphasmith.storage.runs.trainings import TrainingStore
 from alphasmith.storage.upkeep.check import violations
 from alphasmith.storage.upkeep.delete import delete_run
 from tests.support.run_cases import TRIAL_SECONDS, rows
-from tests.support.training_cases import finished_run, wanted
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """A finished run."""
-    return finished_run(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def run(made: RunResult, tmp_path: Path) -> Path:
-    """A copy of the folder of a run, its database and its pictures."""
-    shutil.copytree(made.folder.parent, tmp_path / "own")
-    return tmp_path / "own"
+from tests.support.training_cases import wanted
 
 
 def stopping(after: int) -> Callable[[], bool]:
