@@ -239,6 +239,10 @@ class Service:
             done, _ = await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
+            # The futures themselves, now: a cancelled answer passes that on a turn of the loop later, and until then a
+            # forward call could still take the item.
+            for future in futures:
+                future.cancel()
             for answer in answers:
                 answer.cancel()
         if every in done:

@@ -9,14 +9,15 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from starlette.formparsers import MultiPartParser
 
 from alphasmith.search.processing.service import _bodies
-from alphasmith.search.processing.service._batching import BatchSettings
+from alphasmith.search.processing.service._batching import Batcher, BatchSettings
 from alphasmith.search.processing.service._types import RequestLimits
 from tests.support.services import Spelling, as_json, ask, classify, multipart, served
 
@@ -291,8 +292,26 @@ def test_an_answer_has_a_time() -> None:
         assert answer["reason"].startswith("the answer took longer than 0.2 s")
 
 
-def test_who_goes_away_costs_no_forward_call() -> None:
+def test_who_goes_away_costs_no_forward_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Spelling()
+    given_back: list[list[bool]] = []
+    places = Batcher.places
+
+    @contextmanager
+    def watched(batcher: Batcher[Any, Any], count: int) -> Iterator[Any]:
+        futures: list[Future[Any]] = []
+
+        def kept(item: Any) -> Future[Any]:
+            futures.append(put(item))
+            return futures[-1]
+
+        with places(batcher, count) as put:
+            try:
+                yield kept
+            finally:
+                given_back.append([future.cancelled() for future in futures])
+
+    monkeypatch.setattr(Batcher, "places", watched)
     model.gate = threading.Semaphore(0)
     with served(model, batch=BatchSettings(wait=0)) as port, ThreadPoolExecutor(2) as pool:
         first = pool.submit(classify, port, "first")
@@ -307,6 +326,7 @@ def test_who_goes_away_costs_no_forward_call() -> None:
         assert first.result(60)[0] == 200
         assert classify(port, "stays")[0] == 200
     assert model.calls == [["first"], ["stays"]]
+    assert given_back == [[True], [False], [False]], "no call can take an item once its place is given back"
 
 
 #: What is opened for writing, while there is a list to put it in: a hook of the interpreter cannot be taken out again.
