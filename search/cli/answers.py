@@ -30,7 +30,8 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def trainings_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Trainings, a line each; of one alone all that is known."""
     columns = ("id", "run", "status", "kept", "created", "reason")
-    cells = ([_cell({True: "yes", False: "no"}.get(row[c], row[c])) for c in columns] for row in rows)
+    told = [{**row, "status": _state(row), "kept": {True: "yes", False: "no"}.get(row["kept"])} for row in rows]
+    cells = ([_cell(row[c]) for c in columns] for row in told)
     made = table(columns, cells, texts=("run", "reason"))
     if len(rows) != 1 or "training" not in rows[0]:
         return made
@@ -137,5 +138,5 @@ def _budget_cells(budget: Mapping[str, Any]) -> list[str]:
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    """Status of a run, and whether it only seems to run."""
+    """Status of a run or training, and whether it only seems to run."""
     return "running (no live driver)" if row["status"] == "running" and row.get("driver") is None else row["status"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from alphasmith.search.cli._status import progress_facts
 from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.storage.database.connection import check_exists, opened
 from alphasmith.storage.output.manifest import Manifest, read_manifest
+from alphasmith.storage.output.training_driver import training_driver
 from alphasmith.storage.queue.status import RunSnapshot, lease_of, live_drivers, look_at
 from alphasmith.storage.runs.entries import Group, SiteRecord
 from alphasmith.storage.runs.records import RunRecord, TrialState, UnreadableRun
@@ -35,10 +37,11 @@ def list_runs(storage: str | None) -> list[dict[str, Any]]:
     with opened(storage or DEFAULT_STORAGE) as database:
         drivers = live_drivers(database)
         trainings = TrainingStore(database).listing()
+        known = [_training_facts(training, training_driver(database, training)) for training in trainings]
         return [
             (_run_facts(run) if isinstance(run, RunRecord) else _unreadable_facts(run))
             | {"driver": drivers.get(run.id)}
-            | {"trainings": [_training_facts(training) for training in trainings if training.parent == run.id]}
+            | {"trainings": [training for training in known if training["run"] == run.id]}
             for run in RunStore(database).listing()
         ]
 
@@ -51,8 +54,9 @@ def show_training(prefix: str, storage: str | None) -> dict[str, Any]:
     """
     with opened(storage or DEFAULT_STORAGE) as database:
         record = TrainingStore(database).get(prefix)
+        driver = training_driver(database, record)
     entry = None if record.entry is None else dict(record.entry)
-    return _training_facts(record) | {"config": dict(record.config), "training": entry}
+    return _training_facts(record, driver) | {"config": dict(record.config), "training": entry}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,10 @@ def show_run(prefix: str, storage: str | None) -> ShownRun:
         counts = store.trial_counts(record.id)
         look = look_at(database, record, lease=lease_of(record.config))
         masked = database.masked
-        trainings = [_training_facts(training) for training in TrainingStore(database).listing(record.id)]
+        trainings = [
+            _training_facts(training, training_driver(database, training))
+            for training in TrainingStore(database).listing(record.id)
+        ]
     manifest = _manifest(look.record)
     return ShownRun(
         look=look, sites=sites, groups=groups, counts=counts, storage=masked, manifest=manifest, trainings=trainings
@@ -124,23 +131,32 @@ def shown_facts(shown: ShownRun) -> dict[str, Any]:
 
 
 def delete(
-    prefix: str, storage: str | None, *, sure: Callable[[RunRecord, Sequence[Removal]], bool]
-) -> tuple[RunRecord, list[Removal]] | None:
-    """Delete a run after ``sure`` was asked, with the run and what would go.
+    prefix: str,
+    storage: str | None,
+    *,
+    sure: Callable[[RunRecord | TrainingRecord, Sequence[Removal]], bool],
+) -> tuple[RunRecord | TrainingRecord, list[Removal]] | None:
+    """Delete a run, or a training alone, after ``sure`` was asked, with its record and what would go.
 
     Returns:
-        The run as it was, and what was removed; None: it was not to be deleted.
+        The run or training as it was, and what was removed; None: it was not to be deleted.
 
     Raises:
-        InputError: No such run, or a process works on it.
+        InputError: No such run or training, or a process works on it.
     """
-    from alphasmith.storage.upkeep.delete import delete_run
+    from alphasmith.storage.upkeep.delete import delete_run, delete_training
 
     with opened(storage or DEFAULT_STORAGE) as database:
-        record = RunStore(database).get(prefix)
-        if not sure(record, delete_run(database, record.id, dry_run=True)):
+        record: RunRecord | TrainingRecord
+        if is_training_id(prefix):
+            record = training = TrainingStore(database).get(prefix)
+            remove = partial(delete_training, database, training)
+        else:
+            record = RunStore(database).get(prefix)
+            remove = partial(delete_run, database, record.id)
+        if not sure(record, remove(dry_run=True)):
             return None
-        return record, delete_run(database, record.id)
+        return record, remove(dry_run=False)
 
 
 def hardware(config: RunConfig) -> dict[str, Any]:
@@ -194,9 +210,9 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
         run_id = record.id if training is None else training.run_id
         text = render_report(manifest, [] if run_id is None else store.trials(run_id))
     try:
-        partial = out.with_name(f".{out.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out)
+        beside = out.with_name(f".{out.name}.partial")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, out)
     except OSError as error:
         raise InputError("--out", f"{out} cannot be written ({error.strerror})", "choose another file") from error
 
@@ -233,12 +249,13 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _training_facts(record: TrainingRecord) -> dict[str, Any]:
+def _training_facts(record: TrainingRecord, driver: str | None) -> dict[str, Any]:
     entry = record.entry or {}
     return {
         "id": record.id,
         "run": record.parent,
         "status": record.status,
+        "driver": driver,
         "kept": entry.get("kept"),
         "reason": str(entry.get("reason", "")) or record.reason,
         "created": record.created.isoformat(timespec="seconds"),

@@ -34,6 +34,7 @@ from alphasmith.search.interruption import Interrupted
 if TYPE_CHECKING:
     from alphasmith.search.launch.recorder import RunResult
     from alphasmith.storage.runs.records import RunRecord
+    from alphasmith.storage.runs.trainings import TrainingRecord
     from alphasmith.storage.upkeep.garbage import Removal
 
 # Every command imports what it does when it is called: `alphasmith list` must not wait for torch and transformers.
@@ -209,21 +210,25 @@ def show(run: str, storage: str | None, watch: bool, interval: float, as_json: b
 
 
 @app.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN|TRAINING")
 @storage_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def delete(run: str, storage: str | None, yes: bool, as_json: bool) -> None:
-    """Delete a run: its records, its studies and the objects nothing else needs. Its output folder stays."""
+    """Delete a run: its records, its trainings, their studies and the objects nothing else needs. Its output folder stays.
+
+    Or one training alone, by its id (t-...): its record, study and checkpoints.
+    """
     from alphasmith.search.cli import commands
     from alphasmith.search.cli._db import removed_facts, removed_text
+    from alphasmith.storage.runs.trainings import is_training_id
 
-    def sure(record: RunRecord, would: Sequence[Removal]) -> bool:
+    def sure(record: RunRecord | TrainingRecord, would: Sequence[Removal]) -> bool:
         if yes:
             return True
         if not sys.stdin.isatty():
             raise InputError("--yes", "is missing, and there is no terminal to ask on", "give it to delete unasked")
-        name = f"{record.id} {record.name}".strip()
+        name = f"{record.id} {getattr(record, 'name', '')}".strip()
         question = f"{name}, {record.status}\n{removed_text(would, dry_run=True)}\nDelete it?"
         return click.confirm(question, err=True)
 
@@ -233,7 +238,8 @@ def delete(run: str, storage: str | None, yes: bool, as_json: bool) -> None:
         click.get_current_context().exit(1)
     record, removed = done
     stays = f"\nits output folder stays: {record.folder}" if record.folder and Path(record.folder).exists() else ""
-    answer = {"run": record.id, "folder": record.folder, **removed_facts(removed)}
+    kind = "training" if is_training_id(record.id) else "run"
+    answer = {kind: record.id, "folder": record.folder, **removed_facts(removed)}
     print_answer(answer, as_json, lambda: f"{record.id} is deleted\n{removed_text(removed, dry_run=False)}{stays}")
 
 

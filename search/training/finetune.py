@@ -48,7 +48,7 @@ from alphasmith.storage.output.result_folder import ResultFolder
 from alphasmith.storage.queue.leases import Identity
 from alphasmith.storage.runs.run_store import RunStore
 from alphasmith.storage.runs.trainings import TrainingRecord, TrainingSpec, TrainingStore
-from alphasmith.storage.upkeep.delete import delete_training
+from alphasmith.storage.upkeep.delete import remove_training
 
 #: Seconds after which a training without a heartbeat counts as dead where its process cannot be seen.
 _LEASE = 60.0
@@ -270,7 +270,7 @@ def _driven(launch: _Launch, database: Database, record: TrainingRecord, made: b
     with ExitStack() as stack:
         place = stack.enter_context(Reservation(out, storage=database.masked, lease=_LEASE))
         try:
-            place.take()
+            _hold(place, record.id)
             if training_in(out) == record.id:  # killed between the writing of the folder and the end of the record
                 written = ResultFolder(out)
                 written.check()
@@ -292,13 +292,19 @@ def _driven(launch: _Launch, database: Database, record: TrainingRecord, made: b
             raise type(error)(f"interrupted; the last checkpoint is kept, resume with: {command}") from error
         except InputError as error:
             if made or isinstance(error, TrainingDivergedError):  # nothing is left behind of what cannot be
-                delete_training(database, record)
+                remove_training(database, record)
             else:
                 store.fail(record.id, error_line(error))
             raise
         except BaseException as error:
             store.fail(record.id, error_line(error))
             raise
+
+
+def _hold(place: Reservation, training_id: str) -> None:
+    """Reserve the place of a result: first against every other process, of the same training too, then in the training's name."""
+    place.take()
+    place.take(training_id)
 
 
 def _trained(launch: _Launch, database: Database, record: TrainingRecord, place: Reservation) -> TrainingResult:
@@ -343,7 +349,7 @@ def _trained(launch: _Launch, database: Database, record: TrainingRecord, place:
     trials = runs.trials(record.run_id) if record.run_id is not None else []
 
     def publish(rename: Callable[[], None]) -> None:
-        place.take()
+        _hold(place, record.id)
         rename()
 
     with OutputFolder(out, attempt=attempt_name(record.id, Identity.here().token), publish=publish) as folder:

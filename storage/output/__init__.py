@@ -7,7 +7,17 @@
 - ``output_folder``: the output folder of a run: appears whole or not at all
 - ``reservation``: a place for a result, reserved by one process while it works towards it
 - ``result_folder``: reading an output folder: only files that its manifest names, only as they were written, never through links
+- ``training_driver``: who works on a training: the process that has reserved the place of its result
 - ``training_entry``: the section of a manifest that says how a compressed model was trained further
 """
 
-__all__ = ["checkpoint", "entries", "manifest", "output_folder", "reservation", "result_folder", "training_entry"]
+__all__ = [
+    "checkpoint",
+    "entries",
+    "manifest",
+    "output_folder",
+    "reservation",
+    "result_folder",
+    "training_driver",
+    "training_entry",
+]

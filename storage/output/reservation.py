@@ -19,6 +19,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.storage.files.durable import NO_SPACE
 from alphasmith.storage.output._parents import ParentFolders
 from alphasmith.storage.queue.leases import Heartbeat, Identity, is_gone, named
+from alphasmith.storage.runs.trainings import is_training_id
 
 if sys.platform != "win32":
     import fcntl
@@ -134,12 +135,11 @@ class Reservation:
         self._parents.remove()
 
     def _lives(self, claim: _Claim) -> bool:
-        if is_gone(claim.holder, self._identity):
-            return False
-        return _present(self.out.parent) - self._file.stat().st_mtime <= claim.lease
+        return _lives(claim, self._file, self._identity)
 
     def _whose(self, claim: _Claim) -> str:
-        of = f"run {claim.run}" if claim.run else "a run that is not on record yet"
+        what = "training" if is_training_id(claim.run) else "run"
+        of = f"{what} {claim.run}" if claim.run else "a run or training that is not on record yet"
         return f"{self.out} is reserved for {of}, driven by {named(claim.holder)}"
 
     @contextmanager
@@ -169,9 +169,37 @@ def abandoned_reservation(out: Path, run_id: str) -> Path | None:
     return file if found is not None and found.run == run_id else None
 
 
+def holder(out: Path, owner: str) -> str | None:
+    """The living process that works towards ``out``, as people call it; None: there is none. Changes nothing.
+
+    Args:
+        out: Absolute path of an output folder.
+        owner: A run or training. A process that works towards ``out`` for another one does not count.
+    """
+    file = reservation_file(out)
+    claim = _claim_in(file)
+    if claim is None or claim.run not in ("", owner):
+        return None
+    try:
+        return named(claim.holder) if _lives(claim, file, Identity.here()) else None
+    except FileNotFoundError:
+        return None  # it ended in this moment
+
+
+def _lives(claim: _Claim, file: Path, here: Identity) -> bool:
+    """Whether the process of a reservation is there, as far as is seen from here."""
+    if is_gone(claim.holder, here):
+        return False
+    try:
+        now = _present(file.parent)
+    except PermissionError:  # where nothing can be written, this machine's clock has to do
+        now = time.time()
+    return now - file.stat().st_mtime <= claim.lease
+
+
 def _remedy(claim: _Claim) -> str:
     wait = "wait until it has ended, or choose another folder"
-    if not claim.run or claim.storage.startswith("sqlite"):
+    if not claim.run or is_training_id(claim.run) or claim.storage.startswith("sqlite"):
         return wait
     return f"join it with: alphasmith worker {claim.run} --storage {claim.storage}, or {wait}"
 

@@ -21,7 +21,9 @@ from alphasmith.storage.database.connection import Database, StorageError
 from alphasmith.storage.database.optuna_private import STATE, STUDIED, STUDIES, TRIALS, optuna_migrations
 from alphasmith.storage.database.tables import Base, ResultRow, RunRow, StoredArtifactRow, TicketRow
 from alphasmith.storage.migrations import CONTEXT_OPTIONS, VERSION_TABLE
+from alphasmith.storage.output.training_driver import training_driver
 from alphasmith.storage.queue.status import database_now, live_runs
+from alphasmith.storage.runs.trainings import TrainingStore
 
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
@@ -31,7 +33,8 @@ class Violation:
     """Something that must hold and does not.
 
     Attributes:
-        check: Which check found it: ``schema``, ``orphans``, ``results``, ``artifacts``, ``trials`` or ``leases``.
+        check: Which check found it: ``schema``, ``orphans``, ``results``, ``artifacts``, ``trials``, ``leases`` or
+            ``trainings``.
         subject: What it is about: a run and what in it, a table, a store.
         problem: What is wrong, in one clause.
     """
@@ -122,7 +125,7 @@ def violations(
     def read(session: Session) -> list[Violation]:
         return [*_orphans(session), *_results(session), *_trials(session), *_leases(session, moment, live)]
 
-    return [*database.transact(read), *_artifacts(database, store, deep=deep)]
+    return [*database.transact(read), *_trainings(database), *_artifacts(database, store, deep=deep)]
 
 
 def orphan(child: type[Base]) -> ColumnElement[bool] | None:
@@ -205,6 +208,16 @@ def _leases(session: Session, now: datetime, live: dict[str, str]) -> Iterator[V
         if run not in live:
             problem = f"is marked as running by {worker}, whose lease ran out; nobody drives the run"
             yield Violation(check="leases", subject=f"{run}, site {site}", problem=problem)
+
+
+def _trainings(database: Database) -> Iterator[Violation]:
+    for training in reversed(TrainingStore(database).listing()):
+        if training.status == "running" and training_driver(database, training) is None:
+            problem = (
+                f"is marked as running, and nobody works on it; go on with `alphasmith resume {training.id}`, "
+                f"or remove it with `alphasmith delete {training.id}`"
+            )
+            yield Violation(check="trainings", subject=training.id, problem=problem)
 
 
 def _trials(session: Session) -> Iterator[Violation]:

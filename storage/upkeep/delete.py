@@ -1,4 +1,4 @@
-"""Deleting a run: its records, those of its trainings, their studies and the objects that nothing else needs."""
+"""Deleting a run: its records, those of its trainings, their studies and the objects that nothing else needs. Or a training alone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from alphasmith.storage.database.connection import Database, optuna_storage
 from alphasmith.storage.database.optuna_private import STUDIES, of_run
 from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow
 from alphasmith.storage.output.output_folder import discard_partial, partial_folders, training_leftovers
+from alphasmith.storage.output.reservation import abandoned_reservation, holder
+from alphasmith.storage.output.training_driver import training_driver
 from alphasmith.storage.queue.board import Board
 from alphasmith.storage.queue.status import database_now, live_runs, past_drivers
 from alphasmith.storage.runs.records import RunRecord
@@ -24,6 +26,8 @@ from alphasmith.storage.runs.run_store import RunStore
 from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore
 from alphasmith.storage.upkeep.check import children
 from alphasmith.storage.upkeep.garbage import GRACE, Removal, is_old, measure, needed, output_of, usable_store
+
+_END_IT = "wait until it has ended, or end it"
 
 
 def delete_run(database: Database, run_id: str, *, dry_run: bool = False) -> list[Removal]:
@@ -45,14 +49,18 @@ def delete_run(database: Database, run_id: str, *, dry_run: bool = False) -> lis
         What was removed, or would be.
 
     Raises:
-        InputError: Field ``RUN``: no such run, or a process works on it.
+        InputError: Field ``RUN``: no such run, or a process works on it or on one of its trainings.
         StorageError: The database was lost.
     """
     runs = RunStore(database)
     record = runs.get(run_id)
     live = live_runs(database, database_now(database))
     if worker := live.pop(record.id, None):
-        raise InputError("RUN", f"{record.id} is worked on by {worker}", "wait until it has ended, or end it")
+        raise InputError("RUN", f"{record.id} is worked on by {worker}", _END_IT)
+    for training in TrainingStore(database).listing(record.id):
+        if worker := training_driver(database, training):
+            told = f"{training.id}, a training of {record.id}, is worked on by {worker}"
+            raise InputError("RUN", told, _END_IT)
     board = Board(database, record.id, role="driver")
     if dry_run:
         return list(_parts(database, record, busy=bool(live), dry_run=True))
@@ -66,19 +74,44 @@ def delete_run(database: Database, run_id: str, *, dry_run: bool = False) -> lis
     return removed
 
 
-def delete_training(database: Database, training: TrainingRecord) -> None:
+def delete_training(database: Database, training: TrainingRecord, *, dry_run: bool = False) -> list[Removal]:
+    """Delete a training that nobody works on, see :func:`remove_training`.
+
+    Args:
+        database: Initialised.
+        training: Its record.
+        dry_run: Only tell what would go.
+
+    Returns:
+        What was removed, or would be.
+
+    Raises:
+        InputError: Field ``RUN``: a process works on it.
+        StorageError: The database was lost.
+    """
+    if worker := training_driver(database, training):
+        raise InputError("RUN", f"{training.id} is worked on by {worker}", _END_IT)
+    if dry_run:
+        return list(_left_of_training(database, training, dry_run=True))
+    return remove_training(database, training)
+
+
+def remove_training(database: Database, training: TrainingRecord) -> list[Removal]:
     """Delete a training: its checkpoints and unfinished folders, its study, its record. The folder of a result stays.
 
     Args:
         database: Initialised.
-        training: Its record; nobody works on it.
+        training: Its record; nobody works on it, or the caller alone.
+
+    Returns:
+        What was removed.
 
     Raises:
         StorageError: The database was lost.
     """
-    for _ in _left_of_training(database, training, dry_run=False):
-        pass
+    removed = list(_left_of_training(database, training, dry_run=False))
     TrainingStore(database).delete(training.id)
+    return removed
 
 
 def _parts(database: Database, record: RunRecord, *, busy: bool, dry_run: bool) -> Iterator[Removal]:
@@ -135,12 +168,18 @@ def _strays(database: Database, store: ArtifactStore, strays: set[str], busy: bo
 
 
 def _left_of_training(database: Database, training: TrainingRecord, dry_run: bool) -> Iterator[Removal]:
-    """Checkpoints and the study of a training; the folder of its result stays."""
+    """Checkpoints, study and abandoned reservation of a training; the folder of its result stays."""
     for partial in training_leftovers(Path(training.folder), training.id):
         size, _ = measure(partial)
         if not dry_run:
             discard_partial(partial)
         yield Removal(what="folder", name=str(partial), bytes=size)
+    reservation = abandoned_reservation(Path(training.folder), training.id)
+    if reservation is not None and holder(Path(training.folder), training.id) is None:
+        size = reservation.stat().st_size
+        if not dry_run:
+            reservation.unlink(missing_ok=True)
+        yield Removal(what="temporary", name=str(reservation), bytes=size)
     yield from _studies(database, training.id, dry_run)
 
 

@@ -30,6 +30,7 @@ from alphasmith.storage.files.durable import digest_file
 from alphasmith.storage.files.tensors import read_tensors
 from alphasmith.storage.output.manifest import read_manifest
 from alphasmith.storage.output.reservation import Reservation
+from alphasmith.storage.queue.leases import Identity
 from alphasmith.storage.runs.trainings import TrainingStore
 from tests.support.boards import elsewhere
 from tests.support.run_cases import Pictures, alphasmith, launch, saved_llama, seeded, settings, vectors, written_texts
@@ -179,6 +180,53 @@ def same_result(left: TrainingResult, right: TrainingResult) -> bool:
     weights = [digest_file(result.folder / WEIGHTS).sha256 for result in (left, right)]
     told = [result.manifest.without_times() for result in (left, right)]
     return weights[0] == weights[1] and told[0] == told[1]
+
+
+def test_a_killed_training_is_found_and_deleted(run: Path) -> None:
+    root = Path(__file__).parents[3]
+    storage = f"sqlite:///{run / 'runs.db'}"
+    before = entries(run)
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, str(run), "3"], cwd=root, check=False, capture_output=True, text=True
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    (row,) = commands.list_runs(storage)
+    (left,) = row["trainings"]
+    checked = alphasmith("db", "check", "--storage", storage, cwd=run)
+    assert (checked.returncode, checked.stdout.count(f"`alphasmith delete {left['id']}`")) == (1, 1)
+    listed = alphasmith("list", "--storage", storage, cwd=run)
+    assert "running (no live driver)" in listed.stdout
+    deleted = alphasmith("delete", left["id"][:9], "--yes", "--json", "--storage", storage, cwd=run)
+    assert deleted.returncode == 0, deleted.stderr
+    answer = json.loads(deleted.stdout)
+    assert answer["training"] == left["id"]
+    assert {item["what"] for item in answer["removed"]} == {"folder", "temporary"}
+    assert entries(run) == before
+    assert alphasmith("db", "check", "--storage", storage, cwd=run).returncode == 0
+    assert [row["trainings"] for row in commands.list_runs(storage)] == [[]]
+
+
+def test_a_training_that_goes_on_is_not_deleted_with_its_run(run: Path) -> None:
+    storage = f"sqlite:///{run / 'runs.db'}"
+    refused: list[str] = []
+
+    def stop() -> bool:
+        (row,) = commands.list_runs(storage)
+        (training,) = row["trainings"]
+        assert training["driver"] == f"process {os.getpid()} on {Identity.here().host}"
+        for name in (row["id"], training["id"]):
+            with pytest.raises(InputError, match="is worked on by process") as caught:
+                commands.delete(name, storage, sure=lambda *_: True)
+            refused.append(str(caught.value))
+        return len(refused) >= 4
+
+    with pytest.raises(Interrupted):
+        finetune(run / "out", wanted(run), stop=stop)
+    assert len(refused) == 4
+    assert not any("\n" in line for line in refused)
+    (row,) = commands.list_runs(storage)
+    assert commands.delete(row["id"], storage, sure=lambda *_: True) is not None
+    assert {name.partition("-")[0] for name in entries(run)} == {"out", "model", "pictures"}
 
 
 def test_an_interrupted_training_is_resumed_by_its_id(run: Path) -> None:

@@ -1,11 +1,14 @@
-"""Records of trainings, on every backend: what is stored comes back, states move one way, a deleted run takes them along."""
+"""Records of trainings, on every backend: what is stored comes back, states move one way, what is deleted goes whole or is refused."""
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -14,12 +17,22 @@ from sqlalchemy import text
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.storage.database.connection import Database, StorageError, optuna_storage
+from alphasmith.storage.output.reservation import Reservation, reservation_file
+from alphasmith.storage.output.training_driver import training_driver
 from alphasmith.storage.runs.records import RunSpec
 from alphasmith.storage.runs.run_store import RunStore
-from alphasmith.storage.runs.trainings import TrainingSpec, TrainingStore, is_training_id, owner_of_study
+from alphasmith.storage.runs.trainings import (
+    TrainingRecord,
+    TrainingSpec,
+    TrainingStatus,
+    TrainingStore,
+    is_training_id,
+    owner_of_study,
+)
 from alphasmith.storage.upkeep.check import violations
-from alphasmith.storage.upkeep.delete import delete_run
+from alphasmith.storage.upkeep.delete import delete_run, delete_training
 from alphasmith.storage.upkeep.garbage import collect
+from tests.support.boards import LONG, elsewhere
 
 NOW = datetime(2026, 1, 31, 12, 30, 15, 123456, tzinfo=UTC)
 SPEC = TrainingSpec(
@@ -137,7 +150,7 @@ def test_a_deleted_run_takes_its_trainings_along(database: Database, store: Trai
         optuna.create_study(study_name=name, storage=storage)
     for folder in (mine.id, f"{mine.id}.partial-{mine.id}", f"{mine.id}.partial-{mine.id}-0123abcd", "other.partial-1"):
         (tmp_path / folder).mkdir()
-    assert [v for v in violations(database) if v.check != "artifacts"] == []
+    assert {v.check for v in violations(database)} <= {"artifacts", "trainings"}
     told = {(item.what, item.name.rpartition("/")[2]) for item in delete_run(database, run)}
     assert told >= {
         ("folder", f"{mine.id}.partial-{mine.id}"),
@@ -150,3 +163,107 @@ def test_a_deleted_run_takes_its_trainings_along(database: Database, store: Trai
     store.delete(other.id)
     assert ("study", names[1]) in {(item.what, item.name) for item in collect(database)}
     assert names[1] not in optuna.get_all_study_names(storage)
+
+
+@contextmanager
+def worked_on(training: TrainingRecord) -> Iterator[Reservation]:
+    """While a living process of another machine works on a training."""
+    with Reservation(Path(training.folder), storage="", lease=LONG, identity=elsewhere("trainer")) as place:
+        place.take(training.id)
+        yield place
+
+
+def test_a_run_and_a_training_that_goes_on_are_not_deleted(
+    database: Database, store: TrainingStore, tmp_path: Path
+) -> None:
+    run = a_run(database)
+    training = store.create(replace(SPEC, parent=run, folder=f"{tmp_path}/{{id}}"))
+    (tmp_path / f"{training.id}.partial-{training.id}").mkdir()
+    with worked_on(training):
+        for delete in (
+            partial(delete_run, database, run),
+            partial(delete_run, database, run, dry_run=True),
+            partial(delete_training, database, training),
+            partial(delete_training, database, training, dry_run=True),
+        ):
+            with pytest.raises(InputError, match=rf"^RUN: {training.id}.* is worked on by process .*; .*end it$"):
+                delete()
+        assert [v for v in violations(database) if v.check == "trainings"] == []
+    assert store.listing(run) == [training]
+    assert (tmp_path / f"{training.id}.partial-{training.id}").is_dir()
+    delete_run(database, run)
+    assert (store.listing(), list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed", "finished"])
+def test_a_training_is_deleted_alone(
+    database: Database, store: TrainingStore, tmp_path: Path, status: TrainingStatus
+) -> None:
+    run = a_run(database)
+    training, other = (store.create(replace(SPEC, parent=run, folder=f"{tmp_path}/{{id}}")) for _ in range(2))
+    storage = optuna_storage(database)
+    names = {one.id: f"{one.id}/settings" for one in (training, other)}
+    for one in (training, other):
+        optuna.create_study(study_name=names[one.id], storage=storage)
+        (tmp_path / f"{one.id}.partial-{one.id}").mkdir()
+    (tmp_path / training.id).mkdir()
+    abandon(training)
+    if status == "finished":
+        store.finish(training.id, {})
+    elif status == "interrupted":
+        store.interrupt(training.id, "why")
+    elif status == "failed":
+        store.fail(training.id, "why")
+    would = delete_training(database, store.get(training.id), dry_run=True)
+    assert {one.what for one in would} == {"folder", "study", "temporary"}
+    assert len(store.listing(run)) == 2
+    assert delete_training(database, store.get(training.id)) == would
+    assert [record.id for record in store.listing(run)] == [other.id]
+    assert [name for name in optuna.get_all_study_names(storage) if name in names.values()] == [names[other.id]]
+    assert {path.name for path in tmp_path.iterdir()} == {training.id, f"{other.id}.partial-{other.id}"}
+    assert RunStore(database).get(run).id == run
+    optuna.delete_study(study_name=names[other.id], storage=storage)
+
+
+def abandon(training: TrainingRecord) -> None:
+    """As if the process of a training had been killed: its reservation stays and nobody renews it."""
+    with worked_on(training):
+        file = reservation_file(Path(training.folder))
+        content = file.read_bytes()
+    file.write_bytes(content)
+    os.utime(file, (1, 1))
+
+
+def test_a_training_of_a_dead_process_is_found(database: Database, store: TrainingStore, tmp_path: Path) -> None:
+    dead, interrupted = (store.create(replace(SPEC, folder=f"{tmp_path}/{{id}}")) for _ in range(2))
+    store.interrupt(interrupted.id, "why")
+    abandon(dead)
+    (found,) = [v for v in violations(database) if v.check == "trainings"]
+    assert found.subject == dead.id
+    assert f"`alphasmith resume {dead.id}`" in found.problem
+    assert f"`alphasmith delete {dead.id}`" in found.problem
+    with worked_on(dead):
+        assert [v for v in violations(database) if v.check == "trainings"] == []
+
+
+def test_a_process_that_works_there_on_something_else_is_not_of_the_training(
+    database: Database, store: TrainingStore, tmp_path: Path
+) -> None:
+    one, other = (store.create(replace(SPEC, folder=f"{tmp_path}/same")) for _ in range(2))
+    with worked_on(other):
+        assert training_driver(database, one) is None
+        assert training_driver(database, other) is not None
+        delete_training(database, one)
+        assert reservation_file(tmp_path / "same").is_file()
+    assert store.listing() == [other]
+
+
+def test_a_place_that_is_not_seen_from_here_may_be_worked_at(
+    database: Database, store: TrainingStore, tmp_path: Path
+) -> None:
+    training = store.create(replace(SPEC, folder=f"{tmp_path}/elsewhere/{{id}}"))
+    seen = database.backend == "sqlite"  # which serves one machine
+    assert (training_driver(database, training) is None) == seen
+    assert bool([v for v in violations(database) if v.check == "trainings"]) == seen
+    store.interrupt(training.id, "why")
+    assert training_driver(database, store.get(training.id)) is None
