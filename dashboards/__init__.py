@@ -1,5 +1,6 @@
 """What people see: figures, the report, the dashboard server.
 
+- ``_page``: pages of one file: their frame, what may run on them, figures and sections
 - ``access``: who may ask a server: by Host, token and origin
 - ``checked_frames``: data frames as the figures and the report expect them: required columns, finite numbers
 - ``connections``: how long and how many connections a server keeps

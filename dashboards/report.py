@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
-import plotly.graph_objects as go
-from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
 from alphasmith.dashboards.checked_frames import checked_groups, checked_sites, geometric_mean, ratio
 from alphasmith.dashboards.figures.sites import (
@@ -27,6 +18,7 @@ from alphasmith.dashboards.figures.sites import (
     trial_history,
 )
 from alphasmith.dashboards.figures.training import training_curve
+from alphasmith.dashboards._page import Section, render, shown
 from alphasmith.dashboards.site_table import BASELINES, SITE_TABLE, site_rows
 from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
 from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice, run_verdict, swept_alpha, whole_model
@@ -38,7 +30,6 @@ from alphasmith.storage.runs.records import TrialRecord
 
 #: Key of a variant's figure -> that of its loss in a search over the whole model.
 _SEARCHED = {"naive": "identity"}
-_EXPONENT = re.compile(r"[\d.]+e-\d+")
 _CAPTIONS = {
     "training": "The compressed model trained further through its quantizers. The first point is the untrained model; what is kept is "
     "decided on held-out samples, beyond their paired standard error.",
@@ -98,27 +89,6 @@ _SECTIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Figure:
-    """A figure as the page needs it."""
-
-    key: str
-    heading: str
-    caption: str
-    height: int
-    json: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Section:
-    """A heading, a sentence of explanation and a list of facts."""
-
-    key: str
-    heading: str
-    intro: str
-    facts: Facts
-
-
 def render_report(manifest: Manifest, trials: Iterable[TrialRecord]) -> str:
     """The report of a run as one HTML document, see :func:`render_page`.
 
@@ -161,34 +131,23 @@ def render_page(
     group_frame = checked_groups(groups)
     output = manifest.get("output") or {}
     figures = [
-        _figure("shares", shares_of_output(site_frame)),
-        _figure("losses", losses_by_site(site_frame)),
-        _figure("gain", gain_by_site(site_frame)),
-        _figure("alphas", alphas_by_group(group_frame)),
-        _figure("heatmap", alpha_heatmap(group_frame)),
+        shown("shares", _CAPTIONS["shares"], shares_of_output(site_frame)),
+        shown("losses", _CAPTIONS["losses"], losses_by_site(site_frame)),
+        shown("gain", _CAPTIONS["gain"], gain_by_site(site_frame)),
+        shown("alphas", _CAPTIONS["alphas"], alphas_by_group(group_frame)),
+        shown("heatmap", _CAPTIONS["heatmap"], alpha_heatmap(group_frame)),
     ]
     if trials is not None:
         # Trials of the refinement have losses of the model's output, not of a site.
         of_sites = trials[~trials["site"].isin(AT_OUTPUT)] if "site" in trials.columns else trials
-        figures.append(_figure("history", trial_history(of_sites)))
+        figures.append(shown("history", _CAPTIONS["history"], trial_history(of_sites)))
     if manifest.get("training"):
-        figures.insert(0, _figure("training", training_curve(manifest["training"])))
+        figures.insert(0, shown("training", _CAPTIONS["training"], training_curve(manifest["training"])))
     rows = site_rows(site_frame)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
-    environment.filters["unbroken"] = _unbroken
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=_title(manifest),
         notes=[value_text(note) for note in manifest.get("notes") or ()],
-        policy=_policy,
-        # A parser turns CRLF into LF before it hashes, so the digest must be taken of LF as well.
-        library=get_plotlyjs().replace("\r\n", "\n"),
         verdict=run_verdict(manifest),
         sentence=_at_sites(site_frame, output),
         tiles=_tiles(site_frame, manifest, trials),
@@ -201,39 +160,6 @@ def render_page(
         rows=rows,
         sections=_sections(manifest),
     )
-
-
-def _breakable(text: str) -> Markup:
-    """Escaped text that a browser may wrap behind dots: site names are long and have no spaces."""
-    return Markup(".<wbr>").join(text.split("."))
-
-
-def _unbroken(text: str) -> Markup:
-    """Escaped text whose figures a browser does not wrap at the hyphen of an exponent."""
-    return Markup(_EXPONENT.sub(r"<span>\g<0></span>", str(escape(text))))
-
-
-def _policy(*scripts: str) -> str:
-    """A Content-Security-Policy that runs exactly these scripts and loads nothing."""
-    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    # Plotly draws text sizes and cursors through style elements; images are its own exported data.
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _figure(key: str, figure: go.Figure) -> _Figure:
-    heading = str(figure.layout.title.text)
-    bare = go.Figure(figure)
-    # The page has its own headings; Plotly's would be cut on narrow screens.
-    margin = bare.layout.margin.t if bare.layout.margin.t is not None else 72
-    bare.update_layout(title=None, margin={"t": margin - 30}, height=(bare.layout.height or 400) - 30)
-    bare.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", autosize=True)
-    # No "<" may survive: inside a script element it could end the element.
-    data = bare.to_json().replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return _Figure(key=key, heading=heading, caption=_CAPTIONS[key], height=int(bare.layout.height), json=data)
 
 
 def _title(manifest: Mapping[str, Any]) -> str:
@@ -380,7 +306,7 @@ def _trained(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return told | {key: f"{len(entry[key])} samples, numbered in manifest.json" for key in ("trained", "held_out")}
 
 
-def _sections(manifest: Mapping[str, Any]) -> list[_Section]:
+def _sections(manifest: Mapping[str, Any]) -> list[Section]:
     sections = []
     for key, heading, intro in _SECTIONS:
         facts = (
@@ -391,5 +317,5 @@ def _sections(manifest: Mapping[str, Any]) -> list[_Section]:
             else facts_of(manifest.get(key), unit="bytes" if key in {"payload", "memory"} else "")
         )
         if facts:
-            sections.append(_Section(key=key, heading=heading, intro=intro, facts=facts))
+            sections.append(Section(key=key, heading=heading, intro=intro, facts=facts))
     return sections

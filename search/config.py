@@ -457,14 +457,31 @@ class RunConfig(Configuration):
         Raises:
             InputError: Missing file, broken TOML, unknown or invalid field.
         """
-        path = usable_path("CONFIG", path)
-        text = read_text(path, field="CONFIG", remedy="give the path of a TOML file", most=_MOST_TOML)
-        try:
-            values = _plain_toml(text)
-        except ValueError as error:
-            raise InputError("CONFIG", f"{path} is not valid TOML ({error})", "correct that line") from error
-        _anchor_paths(values, path.parent)
-        return cls.build(apply_overrides(values, overrides))
+        paths = (("model", "path"), ("model", "factory_path"), ("data", "path"), (None, "out"))
+        return cls.build(read_toml(path, paths, overrides))
+
+
+def read_toml(
+    path: Path | str, paths: Iterable[tuple[str | None, str]], overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Values of a TOML file, then ``a.b=c`` overrides over them.
+
+    Args:
+        path: The file.
+        paths: (section or None, field) of what is a path: relative ones are relative to the file.
+        overrides: What is set over it.
+
+    Raises:
+        InputError: Field ``CONFIG``: it cannot be read or is no TOML; field ``--set``: an override is not of that form.
+    """
+    path = usable_path("CONFIG", path)
+    text = read_text(path, field="CONFIG", remedy="give the path of a TOML file", most=_MOST_TOML)
+    try:
+        values = _plain_toml(text)
+    except ValueError as error:
+        raise InputError("CONFIG", f"{path} is not valid TOML ({error})", "correct that line") from error
+    _anchor_paths(values, path.parent, paths)
+    return apply_overrides(values, overrides)
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -526,8 +543,8 @@ def _plain_toml(text: str) -> dict[str, Any]:
     return values
 
 
-def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
-    for section, key in (("model", "path"), ("model", "factory_path"), ("data", "path"), (None, "out")):
+def _anchor_paths(values: dict[str, Any], folder: Path, paths: Iterable[tuple[str | None, str]]) -> None:
+    for section, key in paths:
         table = values if section is None else values.get(section)
         if isinstance(table, dict) and isinstance(table.get(key), str):
             given = table[key]

@@ -33,7 +33,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "dashboards": [
         {"text", "checked_frames", "access", "connections", "listening", "verdict"},
-        {"figures", "site_table", "guard"},
+        {"figures", "site_table", "guard", "_page"},
         {"server"},
         {"report", "study_views"},
     ],
