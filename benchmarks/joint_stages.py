@@ -19,10 +19,11 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-from alphasmith.objectives.joint.codebook.tensors import CodebookSettings, decode_weight, encode_weights
 from alphasmith.objectives.joint.low_rank.factorization import LowRankSettings, factorize
 from alphasmith.objectives.joint.low_rank.norms import fold_norms
 from alphasmith.objectives.joint.metrics.scores import score
+from alphasmith.objectives.joint.packed.packing import ClassClusters, PackedSettings, model_bytes, pack
+from alphasmith.objectives.joint.packed.restoring import load_packed, restore
 from alphasmith.objectives.joint.sparsity.targets import find_targets
 from alphasmith.objectives.joint.sparsity.terms import SparsitySettings, sparsity_terms
 from alphasmith.objectives.media.batch import Batch
@@ -82,13 +83,12 @@ def row(name: str, model: nn.Module, data: Path, energy: float, entries: int) ->
     rewrite(small)
     folded = fold_norms(small, batch)
     layers = factorize(small, LowRankSettings(energy=energy))
-    coded = copy.deepcopy(model)
-    books = encode_weights(dict(coded.named_parameters()), CodebookSettings(k=entries, coding="huffman"))
-    before = sum(p.numel() * p.element_size() for p in coded.parameters())
-    saved = sum(book.float_bytes - book.stored_bytes for book in books.weights.values())
-    with torch.no_grad():
-        for parameter, book in books.weights.items():
-            coded.get_parameter(parameter).copy_(decode_weight(parameter, book.entry, book.tensors))
+    before = model_bytes(model)
+    clusters = ClassClusters(**dict.fromkeys(("conv", "recurrent", "linear", "embedding", "other"), entries))
+    settings = PackedSettings(clusters=clusters)
+    alone, both = pack(model, settings), pack(small, settings)
+    coded = restore(model, alone)
+    load_packed(small, both)
     found = [
         name,
         f"{len(targets.encoder)} + {len(targets.recurrent)}",
@@ -96,9 +96,10 @@ def row(name: str, model: nn.Module, data: Path, energy: float, entries: int) ->
         f"{len(folded.rows)} + {len(folded.columns)}",
         f"{sum(layer.rank > 0 for layer in layers)} of {len(layers)}",
         f"{numbers(model) / numbers(small):.2f}x",
-        f"{before / (before - saved):.2f}x",
+        f"{before / alone.stored_bytes:.2f}x",
+        f"{before / both.stored_bytes:.2f}x",
     ]
-    return [*found, *(heard(m, data) for m in (model, small, coded))] if "dtln" in name else [*found, "", "", ""]
+    return [*found, *(heard(m, data) for m in (model, coded, small))] if "dtln" in name else [*found, "", "", ""]
 
 
 def main() -> None:
@@ -118,7 +119,7 @@ def main() -> None:
     ]
     header = [
         "model", "norms, encoder + recurrent", "terms at 1e-4", "norms folded, rows + columns", "layers factored",
-        "fewer numbers, low rank", "fewer bytes, codebook", "speech, float", "low rank", "codebook",
+        "fewer numbers, low rank", "fewer bytes, codebook", "both", "speech, float", "codebook", "both",
     ]  # fmt: skip
     publish("JOINT_STAGES", f"{where}\n\n{table(header, rows)}", given.out)
 

@@ -7,6 +7,7 @@ them. Here q, k, v and the output are ``nn.Linear`` operators around the same at
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +145,13 @@ class SplitAttention(nn.Module):
         return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
 
-def split(model: nn.Module) -> tuple[dict[str, str], tuple[Piece, ...]]:
+def split_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the attention modules that are built of ``nn.Linear``, every name of one that has several."""
+    found = model.named_modules(remove_duplicate=False)
+    return tuple(name for name, module in found if isinstance(module, SplitAttention))
+
+
+def split(model: nn.Module, only: Container[str] | None = None) -> tuple[dict[str, str], tuple[Piece, ...]]:
     """Replace every ``nn.MultiheadAttention`` of a private copy by an equivalent built of ``nn.Linear``.
 
     Left as they are: subclasses that compute something else, modules with hooks, and those whose projections are shared
@@ -152,6 +159,7 @@ def split(model: nn.Module) -> tuple[dict[str, str], tuple[Piece, ...]]:
 
     Args:
         model: Changed in place.
+        only: Names of the modules to replace; None: all.
 
     Returns:
         New parameter name -> original one for tensors that are only renamed, and the pieces of those that are split.
@@ -163,7 +171,10 @@ def split(model: nn.Module) -> tuple[dict[str, str], tuple[Piece, ...]]:
     found = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.MultiheadAttention) and name and _can_be_split(module, holders)
+        if isinstance(module, nn.MultiheadAttention)
+        and name
+        and (only is None or name in only)
+        and _can_be_split(module, holders)
     ]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):

@@ -7,7 +7,7 @@ same arithmetic is written with ``nn.Linear`` operators: per layer and direction
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import nn
@@ -156,7 +156,50 @@ class UnrolledRecurrent(nn.Module):
         return given[0], given[1] if self.mode == "LSTM" else None
 
 
-def unroll(model: nn.Module) -> dict[str, str]:
+def unrolled(model: nn.Module) -> tuple[str, ...]:
+    """Names of the recurrent layers that are built of ``nn.Linear``, every name of one that has several."""
+    found = model.named_modules(remove_duplicate=False)
+    return tuple(name for name, module in found if isinstance(module, UnrolledRecurrent))
+
+
+def fuse(module: nn.Module) -> nn.RNNBase:
+    """The inverse of the unrolling of one layer: torch's own module with the same parameters, shared and not copied.
+
+    Args:
+        module: An unrolled layer, all of its operators ``nn.Linear``.
+
+    Raises:
+        InputError: It is no such layer.
+    """
+    if not isinstance(module, UnrolledRecurrent):
+        raise InputError("model", f"{type(module).__name__} is no unrolled recurrent layer", "give one")
+    settings: dict[str, object] = {
+        name: getattr(module, name)
+        for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    }
+    made: nn.RNNBase
+    if module.mode == "LSTM":
+        made = nn.LSTM(**settings, proj_size=module.proj_size, device="meta")
+    elif module.mode == "GRU":
+        made = nn.GRU(**settings, device="meta")
+    else:
+        nonlinearity = "relu" if module.mode == "RNN_RELU" else "tanh"
+        made = nn.RNN(**settings, nonlinearity=nonlinearity, device="meta")
+    for key, direction in module.layers.items():
+        for operator in ("ih", "hh", "hr"):
+            linear = getattr(direction, operator)
+            if linear is None:
+                continue
+            if not isinstance(linear, nn.Linear):
+                raise InputError("model", f"{operator} of a recurrent layer is no linear layer", "make it dense first")
+            # By assignment: torch's module keeps a list of its parameters beside them.
+            setattr(made, f"weight_{operator}_l{key}", linear.weight)
+            if module.bias and operator != "hr":
+                setattr(made, f"bias_{operator}_l{key}", linear.bias)
+    return made.train(module.training)
+
+
+def unroll(model: nn.Module, only: Container[str] | None = None) -> dict[str, str]:
     """Replace every ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` of a private copy by an equivalent built of ``nn.Linear``.
 
     Subclasses that compute something else (an overridden ``forward``) are left as they are. Forward hooks of a replaced
@@ -164,6 +207,7 @@ def unroll(model: nn.Module) -> dict[str, str]:
 
     Args:
         model: Changed in place; parameters are shared with the replaced modules, so optimizers keep working.
+        only: Names of the layers to replace; None: all.
 
     Returns:
         New parameter name -> original parameter name, e.g. ``lstm.layers.0.ih.weight`` -> ``lstm.weight_ih_l0``, for every
@@ -180,7 +224,7 @@ def unroll(model: nn.Module) -> dict[str, str]:
     found = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.RNNBase) and _is_fused(module)
+        if isinstance(module, nn.RNNBase) and _is_fused(module) and (only is None or name in only)
     ]
     # All are built before any is installed: an error leaves the model as it was. A module used twice stays one module.
     built = {module: UnrolledRecurrent(module) for module in dict.fromkeys(module for _, module in found)}

@@ -11,11 +11,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from alphasmith.objectives.model._attention import Piece, split
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.model._attention import Piece, split, split_modules
 from alphasmith.objectives.model._parametrizations import BakedWeight, bake, baked_weights, joined, taken_apart
-from alphasmith.objectives.model._recurrent import original_names, unroll
+from alphasmith.objectives.model._recurrent import fuse, original_names, unroll, unrolled
 
-__all__ = ["BakedWeight", "Piece", "Rewriting", "bake_plain", "needs_rewriting", "rewrite"]
+__all__ = [
+    "BakedWeight",
+    "Piece",
+    "Rewriting",
+    "TakenApart",
+    "bake_plain",
+    "fuse",
+    "needs_rewriting",
+    "rewrite",
+    "rewrite_like",
+    "taken_apart_modules",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,49 @@ class Rewriting:
         for baked in self.baked:
             joined(found, baked)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenApart:
+    """Which modules of a model are built of linear layers in place of those that the user's model has.
+
+    Attributes:
+        recurrent: Names of recurrent layers, see :func:`rewrite`; all names of a module that has several.
+        attention: Names of attention modules, likewise.
+    """
+
+    recurrent: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+
+
+def taken_apart_modules(model: nn.Module) -> TakenApart:
+    """The modules of a model that :func:`rewrite` has made."""
+    return TakenApart(recurrent=unrolled(model), attention=split_modules(model))
+
+
+def rewrite_like(model: nn.Module, modules: TakenApart, plain: Container[str]) -> None:
+    """Rewrite a private copy of the user's model as another one was rewritten.
+
+    Args:
+        model: In evaluation mode; changed in place.
+        modules: What is to be built of linear layers; computed weights in there are baked.
+        plain: Full names of weights to bake where they are computed; all others stay computed.
+
+    Raises:
+        InputError: A module is not in the model, or cannot be replaced.
+    """
+    inside = tuple(f"{name}." for name in (*modules.recurrent, *modules.attention))
+    names = {weight.name for weight in baked_weights(model)}
+    bake(model, only={name for name in names if name in plain or name.startswith(inside)})
+    if modules.recurrent:
+        unroll(model, only=modules.recurrent)
+    if modules.attention:
+        split(model, only=modules.attention)
+    made = taken_apart_modules(model)
+    for wanted, found in ((modules.recurrent, made.recurrent), (modules.attention, made.attention)):
+        for name in wanted:
+            if name not in found:
+                raise InputError("model", f"has no {name} that is taken apart", "pass the architecture that was packed")
 
 
 def needs_rewriting(model: nn.Module) -> bool:

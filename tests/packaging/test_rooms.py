@@ -20,7 +20,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"calibration"},
         {"quantization"},
         {"judge"},
-        {"noise", "sensitivity", "joint", "training"},
+        {"noise", "sensitivity", "training"},
+        {"joint"},
         {"demo"},
     ],
     "storage": [

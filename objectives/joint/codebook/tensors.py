@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.joint.codebook._entropy import HuffmanIndices, huffman_decode, huffman_encode, huffman_size
 from alphasmith.objectives.joint.codebook._packing import MOST_BITS, index_bits, pack, packed_size, unpack
 from alphasmith.objectives.joint.codebook.clustering import MOST_ENTRIES, Clustering, cluster, match
@@ -42,6 +42,7 @@ class CodebookSettings:
         coding: How indices are stored.
         iterations: Most steps of Lloyd's iteration.
         seed: Of the drawn start.
+        half_tables: Round the entries to float16 where that is fine enough for them; two that become equal are one.
     """
 
     k: int = 32
@@ -51,6 +52,7 @@ class CodebookSettings:
     coding: IndexCoding = "packed"
     iterations: int = 1000
     seed: int = 0
+    half_tables: bool = False
 
 
 class CodebookEntry(BaseModel):
@@ -81,7 +83,7 @@ class CodebookWeight:
 
     Attributes:
         entry: What is stored as JSON.
-        tensors: What is stored as tensors: ``table`` (all tables one after the other, float32), ``sizes`` (entries of each,
+        tensors: What is stored as tensors: ``table`` (all tables one after the other, float32 or float16), ``sizes`` (entries of each,
             int32), ``indices`` (bytes), and under a Huffman code ``lengths`` and ``blocks``.
         packed_bytes: Bytes of tables and packed indices, whichever way they are stored.
         huffman_bytes: Bytes of tables and Huffman-coded indices, likewise.
@@ -102,6 +104,18 @@ class CodebookWeight:
     def stored_bytes(self) -> int:
         """Bytes of what is stored."""
         return self.packed_bytes if self.entry.coding == "packed" else self.huffman_bytes
+
+    def in_coding(self, coding: IndexCoding) -> CodebookWeight:
+        """The same weight with its indices stored in this way."""
+        if coding == self.entry.coding:
+            return self
+        tables = self.tensors["sizes"].long()
+        indices = _stored_indices(self.entry, self.tensors, math.prod(self.entry.shape))
+        tensors = {name: self.tensors[name] for name in ("table", "sizes")}
+        tensors |= _coded(indices, coding, self.entry.bits, int(tables.max()))
+        entry = self.entry.model_copy(update={"coding": coding, "digest": ""})
+        entry = entry.model_copy(update={"digest": _digest(entry, tensors)})
+        return replace(self, entry=entry, tensors=tensors)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -169,23 +183,22 @@ def encode_weight(weight: Tensor, settings: CodebookSettings, *, name: str = "we
     values = weight.detach().to("cpu", torch.float32)
     parts = [values] if settings.channels is None else list(values.split(settings.channels))
     made = [_clustered(part, settings, name) for part in parts]
-    indices = np.concatenate(
-        [match(part, one.table).reshape(-1).numpy().astype(np.uint16) for part, one in zip(parts, made, strict=True)]
-    )
-    entries = max(one.table.numel() for one in made)
+    rounded = _halved([one.table for one in made]) if settings.half_tables else None
+    stored = rounded or [one.table for one in made]
+    found = [match(part, table.float()) for part, table in zip(parts, stored, strict=True)]
+    indices = np.concatenate([one.reshape(-1).numpy().astype(np.uint16) for one in found])
+    entries = max(table.numel() for table in stored)
     bits = index_bits(entries)
     tensors = {
-        "table": torch.cat([one.table for one in made]),
-        "sizes": torch.tensor([one.table.numel() for one in made], dtype=torch.int32),
+        "table": torch.cat(stored),
+        "sizes": torch.tensor([table.numel() for table in stored], dtype=torch.int32),
     }
+    error = sum(one.error for one in made)
+    if rounded:
+        pairs = zip(parts, rounded, found, strict=True)
+        error = sum(float((part - table.float()[one]).double().square().sum()) for part, table, one in pairs)
     tables = sum(tensor.nbytes for tensor in tensors.values())
-    if settings.coding == "packed":
-        tensors["indices"] = torch.from_numpy(pack(indices, bits))
-    else:
-        coded = huffman_encode(indices, entries)
-        tensors["indices"] = torch.from_numpy(coded.data)
-        tensors["lengths"] = torch.from_numpy(coded.lengths)
-        tensors["blocks"] = torch.from_numpy(coded.blocks)
+    tensors |= _coded(indices, settings.coding, bits, entries)
     entry = CodebookEntry(
         shape=tuple(weight.shape),
         dtype=str(weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # one of those that _check lets pass
@@ -200,7 +213,7 @@ def encode_weight(weight: Tensor, settings: CodebookSettings, *, name: str = "we
         packed_bytes=tables + packed_size(indices.size, bits),
         huffman_bytes=tables + huffman_size(indices, entries),
         float_bytes=weight.numel() * weight.element_size(),
-        error=sum(one.error for one in made),
+        error=error,
         notes=tuple(dict.fromkeys(note for one in made for note in one.notes)),
     )
 
@@ -224,7 +237,10 @@ def decode_weight(name: str, entry: Mapping[str, Any] | CodebookEntry, tensors: 
     except ValidationError as error:
         raise _corrupt(name, f"its codebook cannot be read ({error_line(error, 120)})") from error
     expected = {key: dtype for key, dtype in _STORED.items() if known.coding == "huffman" or key not in _HUFFMAN}
-    if {key: value.dtype for key, value in tensors.items()} != expected or any(t.dim() != 1 for t in tensors.values()):
+    types = {key: value.dtype for key, value in tensors.items()}
+    if types.get("table") == torch.float16:
+        expected["table"] = torch.float16
+    if types != expected or any(t.dim() != 1 for t in tensors.values()):
         found = ", ".join(f"{key} of {value.dtype}" for key, value in sorted(tensors.items()))
         raise _corrupt(
             name, f"its codebook holds {found or 'nothing'}, not {', '.join(sorted(expected))} as they are made"
@@ -232,22 +248,83 @@ def decode_weight(name: str, entry: Mapping[str, Any] | CodebookEntry, tensors: 
     digest = _digest(known, tensors)
     if digest != known.digest:
         raise _corrupt(name, f"its codebook has the digest {digest}, {known.digest} is recorded")
-    count = math.prod(known.shape)
+    return tensors["table"][indices_of(name, known, tensors)].to(_DTYPES[known.dtype])
+
+
+def indices_of(name: str, entry: CodebookEntry, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Place of every element's entry in ``table``, tables one after the other.
+
+    Args:
+        name: What to call the weight in errors.
+        entry: What was stored as JSON.
+        tensors: What was stored as tensors; the digest is not compared, see :func:`decode_weight`.
+
+    Returns:
+        int64 in the shape of the weight.
+
+    Raises:
+        InputError: The parts do not fit each other.
+    """
     try:
-        indices = _stored_indices(known, tensors, count)
+        indices = _stored_indices(entry, tensors, math.prod(entry.shape))
     except InputError as error:
         raise _corrupt(name, f"its indices are corrupt ({error.problem})") from error
     sizes = tensors["sizes"].long()
-    rows = known.shape[0] if known.shape else 1
-    tables = 1 if known.channels is None else -(-rows // known.channels)
+    rows = entry.shape[0] if entry.shape else 1
+    tables = 1 if entry.channels is None else -(-rows // entry.channels)
     if sizes.shape != (tables,) or int(sizes.min()) < 1 or int(sizes.sum()) != tensors["table"].numel():
         raise _corrupt(name, f"{tensors['table'].numel()} entries do not make {tables} tables")
-    of_rows = torch.arange(rows) // (known.channels or rows)
+    of_rows = torch.arange(rows) // (entry.channels or rows)
     local = torch.from_numpy(indices.astype(np.int64)).reshape(rows, -1)
     if bool((local >= sizes[of_rows].unsqueeze(1)).any()):
         raise _corrupt(name, "an index lies beyond its table")
     starts = torch.cumsum(sizes, 0) - sizes
-    return tensors["table"][local + starts[of_rows].unsqueeze(1)].reshape(known.shape).to(_DTYPES[known.dtype])
+    return (local + starts[of_rows].unsqueeze(1)).reshape(entry.shape)
+
+
+def with_table(
+    entry: CodebookEntry, tensors: Mapping[str, Tensor], table: Tensor
+) -> tuple[CodebookEntry, dict[str, Tensor]]:
+    """The same codebook with other entries in its tables, under a digest of its own.
+
+    Args:
+        entry: What was stored as JSON.
+        tensors: What was stored as tensors.
+        table: In the shape of the present one; stored in its type.
+
+    Raises:
+        InputError: The table has another shape.
+        NonFiniteError: It holds NaN or infinity, or numbers too large for its type.
+    """
+    if table.shape != tensors["table"].shape:
+        raise InputError("table", f"has shape {tuple(table.shape)}", f"give {tuple(tensors['table'].shape)}")
+    stored = table.detach().to("cpu", tensors["table"].dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise NonFiniteError("an entry of a table is not finite")
+    found = dict(tensors) | {"table": stored.clone()}
+    return entry.model_copy(update={"digest": _digest(entry, found)}), found
+
+
+def _coded(indices: NDArray[np.uint16], coding: IndexCoding, bits: int, entries: int) -> dict[str, Tensor]:
+    """Indices as they are stored."""
+    if coding == "packed":
+        return {"indices": torch.from_numpy(pack(indices, bits))}
+    coded = huffman_encode(indices, entries)
+    return {
+        "indices": torch.from_numpy(coded.data),
+        "lengths": torch.from_numpy(coded.lengths),
+        "blocks": torch.from_numpy(coded.blocks),
+    }
+
+
+def _halved(tables: Sequence[Tensor]) -> list[Tensor] | None:
+    """Tables in float16, or None where one of them is too large or too small for that."""
+    found = [torch.unique(table.half()) for table in tables]
+    for table in tables:
+        rounded = table.half().float()
+        if not float((rounded - table).norm()) <= torch.finfo(torch.float16).eps * float(table.norm()):
+            return None
+    return found
 
 
 def _stored_indices(entry: CodebookEntry, tensors: Mapping[str, Tensor], count: int) -> NDArray[np.uint16]:

@@ -131,20 +131,20 @@ class LowRankProduct(nn.Module):
     def __init__(self, factors: Sequence[Factors], shape: Sequence[int], form: ConvForm) -> None:
         super().__init__()
         self._first: Sequence[Factors] | None = factors
-        self._count, self._rank = len(factors), factors[0].rank
-        self._shape, self._form = tuple(shape), form
+        self.groups, self.rank = len(factors), factors[0].rank
+        self._shape, self.form = tuple(shape), form
 
     def forward(self, *factors: Tensor) -> Tensor:
         """All left factors and then all right ones -> the dense weight."""
-        lefts, rights = factors[: self._count], factors[self._count :]
-        return dense_weight([a @ b for a, b in zip(lefts, rights, strict=True)], self._shape, self._form)
+        lefts, rights = factors[: self.groups], factors[self.groups :]
+        return dense_weight([a @ b for a, b in zip(lefts, rights, strict=True)], self._shape, self.form)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The factors of a weight: at first those given, of one assigned later its own at the same rank."""
         found, self._first = self._first, None
         if found is None:
-            matrices = conv_matrices(weight, self._count, self._form)
-            found = [decompose(matrix, rank=self._rank, name="weight") for matrix in matrices]
+            matrices = conv_matrices(weight, self.groups, self.form)
+            found = [decompose(matrix, rank=self.rank, name="weight") for matrix in matrices]
         return (*(one.left for one in found), *(one.right for one in found))
 
 

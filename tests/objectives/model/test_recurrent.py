@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.model._recurrent import UnrolledRecurrent, original_names, unroll
+from alphasmith.objectives.model._recurrent import UnrolledRecurrent, fuse, original_names, unroll, unrolled
 
 
 class Tagger(nn.Module):
@@ -127,6 +127,38 @@ def _arguments(rnn: nn.RNNBase) -> dict[str, Any]:
     if rnn.mode == "RNN_RELU":
         arguments["nonlinearity"] = "relu"
     return arguments
+
+
+@settings(max_examples=40, deadline=None)
+@given(rnn=recurrent())
+def test_fusing_is_the_inverse_of_unrolling(rnn: nn.RNNBase) -> None:
+    model = Tagger(copy.deepcopy(rnn).eval())
+    before = dict(model.rnn.named_parameters())
+    unroll(model)
+    assert unrolled(model) == ("rnn",)
+    again = fuse(model.rnn)
+    assert type(again) is type(rnn)
+    assert not again.training
+    assert {name: id(value) for name, value in again.named_parameters()} == {n: id(v) for n, v in before.items()}
+    x = draw_input(rnn, 2, 3, 0)
+    assert all(torch.equal(a, b) for a, b in zip(flat(again(x)), flat(rnn(x)), strict=True))
+
+
+def test_fusing_needs_an_unrolled_layer_of_linear_ones() -> None:
+    with pytest.raises(InputError, match="LSTM is no unrolled recurrent layer"):
+        fuse(nn.LSTM(2, 3))
+    model = Tagger(nn.LSTM(2, 3))
+    unroll(model)
+    model.get_submodule("rnn.layers.0").hh = nn.Identity()
+    with pytest.raises(InputError, match="hh of a recurrent layer is no linear layer"):
+        fuse(model.rnn)
+
+
+def test_only_the_named_layers_are_unrolled() -> None:
+    model = nn.ModuleDict({"a": nn.LSTM(2, 3), "b": nn.GRU(2, 3)})
+    assert set(unroll(model, only=("b",)).values()) == {f"b.{name}" for name, _ in nn.GRU(2, 3).named_parameters()}
+    assert unrolled(model) == ("b",)
+    assert isinstance(model["a"], nn.LSTM)
 
 
 def test_documented_names() -> None:

@@ -25,6 +25,7 @@ DTYPES = [
     torch.int64,
     torch.int32,
     torch.int16,
+    torch.uint16,
     torch.int8,
     torch.uint8,
     torch.bool,

@@ -21,6 +21,8 @@ from alphasmith.objectives.joint.codebook.tensors import (
     decode_weight,
     encode_weight,
     encode_weights,
+    indices_of,
+    with_table,
 )
 from alphasmith.objectives.literals import IndexCoding
 from tests.support.site_cases import relaxed
@@ -55,6 +57,47 @@ def test_every_element_is_an_entry_of_its_table(
     for part, again in parts:
         table = cluster(part, k).table
         assert torch.equal(again, table[match(part, table)].to(dtype))
+
+
+@pytest.mark.parametrize("channels", [None, 5])
+def test_a_coding_is_a_way_of_storing_the_same(channels: int | None) -> None:
+    packed = encode_weight(WEIGHT, CodebookSettings(k=9, channels=channels))
+    coded = encode_weight(WEIGHT, CodebookSettings(k=9, channels=channels, coding="huffman"))
+    again = packed.in_coding("huffman")
+    assert again.entry == coded.entry
+    assert all(torch.equal(again.tensors[name], value) for name, value in coded.tensors.items())
+    assert again.in_coding("packed").entry == packed.entry
+    assert torch.equal(reread(again), reread(packed))
+
+
+def test_other_entries_in_a_table_have_a_digest_of_their_own() -> None:
+    stored = encode_weight(WEIGHT, CodebookSettings(k=9, channels=5))
+    places = indices_of("w", stored.entry, stored.tensors)
+    assert torch.equal(stored.tensors["table"][places], reread(stored))
+    table = stored.tensors["table"] * 2 + 1
+    entry, tensors = with_table(stored.entry, stored.tensors, table)
+    assert entry.digest != stored.entry.digest
+    assert torch.equal(decode_weight("w", entry, tensors), reread(stored) * 2 + 1)
+    with pytest.raises(InputError, match=r"table: has shape \(3,\)"):
+        with_table(entry, tensors, torch.zeros(3))
+    with pytest.raises(NonFiniteError, match="an entry of a table is not finite"):
+        with_table(entry, tensors, table * float("nan"))
+
+
+def test_half_tables_are_for_entries_that_they_can_hold() -> None:
+    stored = encode_weight(WEIGHT, CodebookSettings(k=9, half_tables=True))
+    plain = encode_weight(WEIGHT, CodebookSettings(k=9))
+    assert stored.tensors["table"].dtype == torch.float16
+    assert stored.packed_bytes == plain.packed_bytes - 9 * 2
+    again = reread(stored)
+    assert again.dtype == torch.float32
+    assert torch.isin(again, stored.tensors["table"].float()).all()
+    assert stored.error == pytest.approx(float((again - WEIGHT).double().square().sum()))
+    for scale in (1e6, 1e-7):
+        assert (
+            encode_weight(WEIGHT * scale, CodebookSettings(k=9, half_tables=True)).tensors["table"].dtype
+            == torch.float32
+        )
 
 
 def test_sizes_are_those_of_the_formula() -> None:

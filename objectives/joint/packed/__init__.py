@@ -1,0 +1,9 @@
+"""A whole model as what is stored of it: codebooks, factors, and what stays float.
+
+- ``_classes``: which class of layer a tensor belongs to
+- ``_layout``: how a model's modules differ from those of the architecture it was made of, and the way there
+- ``packing``: every tensor of a model under a codebook or as it is, and the bytes of all of it
+- ``restoring``: a packed model out of the float architecture, bit by bit
+"""
+
+__all__ = ["packing", "restoring"]
