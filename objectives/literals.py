@@ -41,6 +41,8 @@ MediaKind = Literal["text", "image", "audio", "video"]
 CodebookStart = Literal["linear", "density", "k-means++", "optimal"]
 #: How the indices of a codebook are stored: all with the same number of bits, or frequent ones with fewer.
 IndexCoding = Literal["packed", "huffman"]
+#: How a tensor of a compressed model is stored: as a codebook, in the type it has, or a float32 one as float16.
+StoredAs = Literal["codebook", "plain", "float16"]
 #: What a decomposition keeps most of: the weight itself, the weight times the size of every input, or the output.
 SvdMetric = Literal["plain", "activation", "whitened"]
 #: How the kernel of a convolution becomes a matrix: output channels against all else, or its rows against its columns.

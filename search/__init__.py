@@ -2,6 +2,7 @@
 
 - ``checkpoints``: what a user does with an output folder: load, verify, undo
 - ``cli``: the command line and its texts
+- ``compression``: joint compression of a model
 - ``config``: the configuration of a run: frozen, validated, read from TOML, keyword arguments or both
 - ``devices``: what a search runs on: its device, and how many CPU threads a piece of work deserves
 - ``engines``: where candidates are evaluated: in this process, in worker processes, on a Ray cluster
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alphasmith.search.checkpoints.load import load_quantized, load_smoothed
+    from alphasmith.search.compression.artifact import load_compressed
     from alphasmith.search.config import RunConfig
     from alphasmith.search.launch.pipeline import resume, run
     from alphasmith.search.launch.recorder import RunResult
@@ -42,6 +44,7 @@ __all__ = [
     "SiteResult",
     "TrainingResult",
     "finetune",
+    "load_compressed",
     "load_quantized",
     "load_smoothed",
     "resume",
@@ -58,6 +61,7 @@ _HOMES = {
     "SiteResult": "site.result",
     "TrainingResult": "training.finetune",
     "finetune": "training.finetune",
+    "load_compressed": "compression.artifact",
     "load_quantized": "checkpoints.load",
     "load_smoothed": "checkpoints.load",
     "resume": "launch.pipeline",

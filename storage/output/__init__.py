@@ -1,7 +1,10 @@
 """The output folder of a run and the manifest that explains it.
 
 - ``_parents``: folders made on the way to a place, which go again where nobody came to use them
+- ``_named_files``: files of a folder as its manifest names them, only as they were written, never through links
 - ``checkpoint``: a checkpoint as one safetensors file, or as shards with an index
+- ``compressed_folder``: the output folder of a joint compression: written once, read only as it was written
+- ``compression_manifest``: the manifest of a joint compression
 - ``entries``: the parts of a manifest; ``manifest`` puts them together
 - ``manifest``: the manifest: the JSON that explains a result completely
 - ``output_folder``: the output folder of a run: appears whole or not at all
@@ -13,11 +16,12 @@
 
 __all__ = [
     "checkpoint",
+    "compressed_folder",
+    "compression_manifest",
     "entries",
     "manifest",
     "output_folder",
     "reservation",
     "result_folder",
-    "training_driver",
     "training_entry",
 ]

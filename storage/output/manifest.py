@@ -160,6 +160,8 @@ def parse_manifest(text: str, *, name: str = FILE_NAME) -> Manifest:
         InputError: Not JSON, of another schema version, or not a manifest; names the first field at fault.
     """
     content = parse_json(text, field=name, what="the manifest", remedy="restore the file")
+    if isinstance(content, dict) and content.get("kind") == "compression":
+        raise InputError(name, "is the manifest of a joint compression", "read its folder with load_compressed")
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version not in READABLE_VERSIONS:
         raise InputError(

@@ -47,7 +47,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"engines"},
         {"work"},
         {"model"},
-        {"checkpoints", "launch"},
+        {"checkpoints", "compression", "launch"},
         {"processing"},
         {"training"},
         {"cli"},

@@ -17,14 +17,12 @@ from alphasmith.objectives.joint.codebook.clustering import MOST_ENTRIES
 from alphasmith.objectives.joint.codebook.tensors import CodebookEntry, CodebookSettings, CodebookWeight, encode_weight
 from alphasmith.objectives.joint.packed._classes import LayerClass, layer_classes
 from alphasmith.objectives.joint.packed._layout import ModelLayout, read_layout
-from alphasmith.objectives.literals import CodebookStart
+from alphasmith.objectives.literals import CodebookStart, StoredAs
 from alphasmith.objectives.stored_types import misfit
 from alphasmith.objectives.text import error_line, matches
 
 #: How indices are stored: one way for all, or for every tensor the one that takes fewer bytes.
 PackedCoding = Literal["packed", "huffman", "smallest"]
-#: How a tensor is stored: as a codebook, with the type it has, or a float32 one as float16.
-StoredAs = Literal["codebook", "plain", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 
 from alphasmith.objectives.errors import IntegrityError
 from alphasmith.storage.files.durable import ArtifactDigest
-from alphasmith.storage.output import result_folder
+from alphasmith.storage.output import _named_files
 from alphasmith.storage.output.result_folder import ResultFolder
 from tests.storage.output.test_manifest import make
 
@@ -43,7 +43,7 @@ def test_damage_is_told_in_one_line(
 ) -> None:
     folder = holding(tmp_path, content)
     if "more than" in problem:
-        monkeypatch.setattr(result_folder, "MOST_BYTES", 1000)
+        monkeypatch.setattr(_named_files, "MOST_BYTES", 1000)
     with pytest.raises(IntegrityError, match=problem) as raised:
         folder.read_json("a.json")
     assert "\n" not in str(raised.value)
