@@ -24,6 +24,8 @@ _NEAR_ONE = 1e-2
 _PLAINLY_ONE = 1e-4
 #: Largest file of labels [bytes].
 _MOST_LABELS = 2**24
+#: Under which configurations keep names of classes.
+_NAMED = ("id2label", "labels", "classes")
 _NAMES_AS = "give one name a line, or JSON: a list of names, or an object with id2label"
 
 
@@ -84,7 +86,7 @@ def class_names(opened: IntegerModel, labels: Path | Sequence[str] | None) -> tu
         given = _from_file(labels) if isinstance(labels, Path) else tuple(labels)
     else:
         field = "RUN"
-        own = next((found for name in ("id2label", "labels", "classes") if (found := opened.setting(name))), None)
+        own = next((found for name in _NAMED if (found := opened.setting(name))), None)
         if own is None or isinstance(own, int):
             return None if count is None else tuple(str(number) for number in range(count))
         given = _in_order(own, field)
@@ -106,7 +108,7 @@ def probabilities_of(output: Tensor, kind: Output, names: tuple[str, ...] | None
         names: Of the classes, where they are known.
 
     Raises:
-        InputError: Field ``RUN``: it is of another shape. Field ``item``: it is not finite, or holds no probabilities.
+        InputError: Field ``RUN``: it is of another shape. Field ``--labels``: it has another number of classes. Field ``item``: it is not finite, or holds no probabilities.
     """
     rows = output.detach().to("cpu", torch.float64)
     while rows.dim() > 2 and rows.shape[-1] == 1:
@@ -117,7 +119,7 @@ def probabilities_of(output: Tensor, kind: Output, names: tuple[str, ...] | None
         raise InputError("RUN", f"the model answers an item with {shape}, not with a number for each class", remedy)
     if names is not None and rows.shape[1] != len(names):
         told = f"{len(names)} classes have names, and the model answers with {rows.shape[1]}"
-        raise InputError("RUN", told, "give all of them with --labels")
+        raise InputError("--labels", told, "give a file that names all of them, in the order of the model's outputs")
     if not bool(torch.isfinite(rows).all()):
         raise InputError("item", "the model answers with NaN or infinity", "see that the item is like the run's data")
     sums = rows.sum(1, keepdim=True)
@@ -147,8 +149,8 @@ def _from_file(file: Path) -> tuple[str, ...]:
     text = read_text(file, field="--labels", remedy=_NAMES_AS, most=_MOST_LABELS)
     if text.lstrip()[:1] in ("{", "["):
         content = parse_json(text, field="--labels", what=str(file), remedy=_NAMES_AS)
-        if isinstance(content, dict) and isinstance(content.get("id2label"), dict):
-            content = content["id2label"]
+        if isinstance(content, dict):  # a configuration
+            content = next((content[name] for name in _NAMED if isinstance(content.get(name), (dict, list))), content)
         return _in_order(content, "--labels")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 

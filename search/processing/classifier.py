@@ -145,7 +145,7 @@ class Classifier:
         """The classifier that a run made.
 
         Args:
-            source: A run id, or the beginning of one, or an output folder; its digests are checked.
+            source: The id of a run or training, or the beginning of one, or an output folder; its digests are checked.
             labels: Names of the classes in order, or a file with one a line or with ``id2label`` as JSON; None: the model's own.
             kind: What the model takes; None: as the model or its run say.
             output: What the model answers with: ``logits``, of which probabilities are made (softmax), or ``probabilities``;

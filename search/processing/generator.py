@@ -100,7 +100,7 @@ class Generator:
         """The language model that a run made.
 
         Args:
-            source: A run id, or the beginning of one, or an output folder; its digests are checked.
+            source: The id of a run or training, or the beginning of one, or an output folder; its digests are checked.
             **place: As of ``Classifier.opened``.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import nn
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import MediaKind
-from alphasmith.objectives.media import MediaSource
+from alphasmith.objectives.media import MediaSource, media_kind
 from alphasmith.objectives.media.items import ItemLimits, ItemReader
 from alphasmith.objectives.media.text import has_tokenizer
 from alphasmith.objectives.model.loading import LoadedModel, load_model, wrap_module
@@ -28,6 +28,7 @@ from alphasmith.storage.database.connection import opened
 from alphasmith.storage.output.manifest import FILE_NAME
 from alphasmith.storage.output.result_folder import ResultFolder
 from alphasmith.storage.runs.run_store import RunStore
+from alphasmith.storage.runs.trainings import TrainingStore, is_training_id
 
 #: What transformers calls the main input of a model -> what that is.
 MAIN_INPUTS: Mapping[str, MediaKind] = {
@@ -51,8 +52,8 @@ class ModelPlace:
     """Where the model of a result is, and how to build it where the result does not say.
 
     Attributes:
-        source: A run id, or the beginning of one, or an output folder.
-        storage: Address of the database that run ids are looked up in; None: the usual one.
+        source: The id of a run or training, or the beginning of one, or an output folder.
+        storage: Address of the database that ids are looked up in; None: the usual one.
         model: The float architecture with any weights, from a script; its attribute ``config`` tells how media are read.
         path: Where the original model folder is now, for a factory that is called with it.
         factory: ``module:function`` that builds the architecture; naming it runs it.
@@ -126,9 +127,24 @@ class IntegerModel:
         )
         with self.processors() as folder:
             found = kind or self._kind(folder)
+            if found is None:
+                raise InputError(
+                    "--kind",
+                    "is missing, and neither the model nor its run say what it takes",
+                    "give text, image, audio or video",
+                )
             return ItemReader(found, model_folder=folder, model_config=self.config, limits=limits, source=source)
 
-    def _kind(self, folder: Path | None) -> MediaKind:
+    def takes(self) -> MediaKind | None:
+        """What the model takes, as it or its run say; None: nothing says it.
+
+        Raises:
+            IntegrityError: A file of its tokenizer has changed.
+        """
+        with self.processors() as folder:
+            return self._kind(folder)
+
+    def _kind(self, folder: Path | None) -> MediaKind | None:
         name = str(getattr(self.model, "main_input_name", "")) if self.setting("model_type") else ""
         if name in MAIN_INPUTS:
             found = MAIN_INPUTS[name]
@@ -141,11 +157,12 @@ class IntegerModel:
             for setting, kind in _SETTINGS.items():
                 if self.config.get(setting):
                     return kind
-        raise InputError(
-            "--kind",
-            "is missing, and neither the model nor its run say what it takes",
-            "give text, image, audio or video",
-        )
+        if self.data.path is None:
+            return None
+        try:
+            return media_kind(MediaSource(path=self.data.path, files=self.data.files))
+        except InputError:
+            return None  # the run's media have moved
 
 
 def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
@@ -190,12 +207,14 @@ def _folder_of(place: ModelPlace) -> Path:
         return path
     if isinstance(source, Path) or path.exists() or "/" in source or os.sep in source:
         raise InputError("RUN", f"{source} is no folder", "give a run id, or the output folder of a run")
+    kind = "training" if is_training_id(source) else "run"
     with opened(place.storage or DEFAULT_STORAGE) as database:
-        record = RunStore(database).get(source)
+        record = (TrainingStore(database) if kind == "training" else RunStore(database)).get(source)
     if record.status != "finished":
-        raise InputError("RUN", f"run {record.id} is {record.status}, not finished", f"alphasmith resume {record.id}")
+        told = f"{kind} {record.id} is {record.status}, not finished"
+        raise InputError("RUN", told, f"alphasmith resume {record.id}")
     if not record.folder or not Path(record.folder).is_dir():
-        told = f"the output folder of run {record.id}, {record.folder}, is not here"
+        told = f"the output folder of {kind} {record.id}, {record.folder}, is not here"
         raise InputError("RUN", told, "give the folder where it is now")
     return Path(record.folder)
 

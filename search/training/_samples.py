@@ -21,7 +21,7 @@ from alphasmith.objectives.model.labels import Classes, is_classifier, required_
 from alphasmith.objectives.training.losses import task_of
 from alphasmith.search.config import MANY
 from alphasmith.search.processing.answers import check_classifier, class_names
-from alphasmith.search.processing.opening import MAIN_INPUTS, IntegerModel
+from alphasmith.search.processing.opening import IntegerModel
 from alphasmith.search.training._draw import Draw, draw
 from alphasmith.search.training.config import FinetuneConfig, LabelledDataConfig
 
@@ -161,11 +161,8 @@ def _read(data: LabelledDataConfig, opened: IntegerModel, seed: int) -> MediaBat
 
 
 def _check_kind(opened: IntegerModel, found: MediaKind, source: MediaSource) -> None:
-    """Refuse media that the model does not take, as far as it says what it takes."""
-    if not opened.setting("model_type"):
-        return
-    name = str(getattr(opened.model, "main_input_name", ""))
-    wanted = MAIN_INPUTS.get(name)
+    """Refuse media that the model does not take, as far as it or its run say what it takes."""
+    wanted = opened.takes()
     if wanted is None or found == wanted or {found, wanted} == {"image", "video"}:
         return
     told = f"{source.path} holds {found}, and the model takes {wanted}"

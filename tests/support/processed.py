@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import soundfile
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -61,6 +63,82 @@ def spotted_pictures(folder: Path, count: int, sizes: tuple[int, ...] = (8,)) ->
         edge = sizes[i % len(sizes)]
         pixels = generator.integers(0, 256, (edge, edge, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return folder
+
+
+class Hearing(nn.Module):
+    """Answers 1600 numbers of a waveform with two logits, and says nothing of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """(B, samples) -> (B, 2)."""
+        return torch.as_tensor(self.head(torch.relu(self.inner(wave[:, :1600].unflatten(1, (100, 16)))).mean(1)))
+
+
+def written_sounds(folder: Path, rate: int, length: int = 1600) -> Path:
+    """24 noises of so many numbers at a rate [Hz], in a folder for each of two classes, ``0`` and ``1``."""
+    for number, wave in enumerate(waves([length] * 24)):
+        (folder / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / str(number % 2) / f"{number:02}.wav", wave, rate)
+    return folder
+
+
+#: Classes of :func:`saved_watcher`: which way a bar goes.
+WAYS = ("left", "right")
+_FRAMES, _EDGE = 4, 16
+
+
+def written_videos(folder: Path, count: int = 24) -> Path:
+    """Clips of a bar that goes left or right under noise, in a folder for each way, lossless."""
+    av = pytest.importorskip("av")
+    generator = np.random.default_rng(5)
+    for number in range(count):
+        way = number % 2
+        target = folder / WAYS[way]
+        target.mkdir(parents=True, exist_ok=True)
+        with av.open(str(target / f"{number:02}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=10)
+            stream.width = stream.height = _EDGE
+            stream.pix_fmt = "bgr0"
+            for time in range(_FRAMES):
+                pixels = generator.integers(0, 60, (_EDGE, _EDGE, 3)).astype(np.uint8)
+                at = 4 * (time if way else _FRAMES - 1 - time)
+                pixels[:, at : at + 4] += 150
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="bgr0")))
+            container.mux(stream.encode())
+    return folder
+
+
+def saved_watcher(folder: Path) -> Path:
+    """A VideoMAE of one layer that classifies clips of :func:`written_videos`."""
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+    config = VideoMAEConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=_EDGE,
+        patch_size=8,
+        num_frames=_FRAMES,
+        tubelet_size=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(WAYS)),
+        label2id={name: number for number, name in enumerate(WAYS)},
+    )
+    model: Any = seeded(lambda: VideoMAEForVideoClassification(config))
+    model.save_pretrained(folder)
+    processor = {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "size": {"shortest_edge": _EDGE},
+        "crop_size": {"height": _EDGE, "width": _EDGE},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
 

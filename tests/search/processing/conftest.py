@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.hostile_files import saved_classifier
 from tests.support.processed import (
     saved_reader,
+    saved_watcher,
     sounds,
     spotted_pictures,
     tone_classifier,
+    written_videos,
 )
 from tests.support.run_cases import launch, saved_llama, settings, written_texts
+from tests.support.writers import save_tokenizer, t5
 
 FEW = {"search": {"trials": 4}, "data": {"samples": 16, "held_out": 6, "proof": 2}}
 
@@ -61,6 +65,25 @@ def mute_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = json.loads((model / "config.json").read_text())["vocab_size"]
     place.write_text(json.dumps({**told, "eos_token_id": list(range(tokens))}))
     return _of_folder(folder, model, written_texts(folder / "texts.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def translator_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a T5 that writes bytes after bytes."""
+    folder = tmp_path_factory.mktemp("translator")
+    model: Any = t5()
+    model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    pairs = [{"text": f"row {i} of {7 * i} groups", "target": f"{i} in {7 * i}"} for i in range(24)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return _of_folder(folder, folder / "model", folder / "texts.jsonl", label="target")
+
+
+@pytest.fixture(scope="session")
+def video_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a video transformer of two named classes."""
+    folder = tmp_path_factory.mktemp("video")
+    return _of_folder(folder, saved_watcher(folder / "model"), written_videos(folder / "clips"))
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,17 @@ from alphasmith.objectives.media import NamedBytes
 from alphasmith.objectives.media.items import ItemLimits
 from alphasmith.search import Classifier, load_quantized
 from alphasmith.search.processing.classifier import Classified, NamedItem, Refused
-from tests.support.processed import MOODS, RATE, ToneClassifier, spotted_pictures, tone_classifier, waves
+from tests.support.processed import (
+    MOODS,
+    RATE,
+    Hearing,
+    ToneClassifier,
+    spotted_pictures,
+    tone_classifier,
+    waves,
+    written_sounds,
+    written_videos,
+)
 from tests.support.run_cases import launch, rows, vectors
 
 WORDS = ("scale", "range of groups", "a", "fold the site", "quantized rows", "loss", "trial trial", "row.")
@@ -45,10 +55,15 @@ def sound_items(tmp_path: Path) -> Sequence[Any]:
     return [sent(wave) for wave in waves([900 + 150 * (i % 5) for i in range(24)])]
 
 
-@pytest.fixture(params=["image", "text", "sound"])
+def video_items(tmp_path: Path) -> Sequence[Any]:
+    return sorted(written_videos(tmp_path / "clips", 12).glob("*/*"))
+
+
+@pytest.fixture(params=["image", "text", "sound", "video"])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Any], Sequence[Any]]:
     """A result, how its model is built, and items of several shapes."""
-    items = {"image": image_items, "text": text_items, "sound": sound_items}[request.param](tmp_path)
+    made = {"image": image_items, "text": text_items, "sound": sound_items, "video": video_items}
+    items = made[request.param](tmp_path)
     place = {"model": tone_classifier()} if request.param == "sound" else {}
     return request.getfixturevalue(f"{request.param}_result"), place, items
 
@@ -88,7 +103,12 @@ def test_names_come_from_the_model_or_as_told(text_result: Path, tmp_path: Path)
     assert names() == MOODS
     assert names(labels=["a", "b", "c"]) == ("a", "b", "c")
     file = tmp_path / "labels"
-    for content in ("x\ny\n\nz\n", '["x", "y", "z"]', '{"id2label": {"1": "y", "0": "x", "2": "z"}}'):
+    for content in (
+        "x\ny\n\nz\n",
+        '["x", "y", "z"]',
+        '{"id2label": {"1": "y", "0": "x", "2": "z"}}',
+        '{"dim": 64, "labels": ["x", "y", "z"]}',
+    ):
         file.write_text(content)
         assert names(labels=file) == ("x", "y", "z")
 
@@ -107,6 +127,15 @@ def test_labels_that_do_not_fit(content: str, problem: str, text_result: Path, t
     (tmp_path / "labels").write_text(content)
     with pytest.raises(InputError, match=problem) as caught:
         Classifier.opened(text_result, labels=tmp_path / "labels")
+    assert caught.value.field == "--labels"
+
+
+def test_names_of_other_classes_than_the_model_answers_with(sound_result: Path) -> None:
+    model: Any = tone_classifier()
+    model.config = {"sampling_rate": RATE}
+    classifier = Classifier.opened(sound_result, model=model, labels=["a", "b", "c"])
+    with pytest.raises(InputError, match="3 classes have names, and the model answers with 4") as caught:
+        classifier.classify([sent(waves([1500])[0])])
     assert caught.value.field == "--labels"
 
 
@@ -378,3 +407,22 @@ def test_a_factory_is_run_only_where_it_is_named(tmp_path: Path, monkeypatch: py
     expected = Classifier.opened(folder, model=ToneClassifier()).classify([item])
     assert allowed.classify([item]) == given.classify([item]) == expected
     assert given.classes == ("low", "middle", "high", "noise")
+
+
+def test_what_a_model_takes_is_what_its_run_was_given(tmp_path: Path) -> None:
+    from alphasmith.search import finetune, run
+    from tests.support.run_cases import seeded, settings
+
+    clips = written_sounds(tmp_path / "clips", RATE)
+    model = seeded(Hearing)
+    few = {"path": clips, "sampling_rate": RATE, "samples": 12, "held_out": 6, "proof": 2}
+    folder = run(settings(tmp_path, {"search": {"trials": 4}, "data": few}), model=model).folder
+    assert Classifier.opened(folder, model=model).description.kind == "audio"
+    pictures = spotted_pictures(tmp_path / "pictures", 4)
+    shares = {"path": pictures, "fraction": 0.5, "held_out": 0.5}
+    with pytest.raises(InputError, match=r"data.path: .* holds image, and the model takes audio; give audio files"):
+        finetune(folder, {"storage": f"sqlite:///{tmp_path / 'runs.db'}", "data": shares}, model=model)
+    clips.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="--kind: is missing"):
+        Classifier.opened(folder, model=model)
+    assert Classifier.opened(folder, model=model, kind="audio").classify([sent(waves([1600])[0])])

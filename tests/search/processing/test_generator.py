@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.media.text import load_tokenizer
 from alphasmith.search import Generator, load_quantized
 from alphasmith.search.processing.generator import Decoding
 
@@ -37,6 +38,28 @@ def test_greedy_takes_the_most_probable_token_of_the_integer_model(generator: Ge
     written = [token for token in ids[before:] if token < len(letters)]
     assert found.text.replace(" ", "") == "".join(letters[token] for token in written).replace(" ", "")
     assert (found.tokens, found.stopped) == (12, "length")
+
+
+def test_a_decoder_writes_after_what_its_encoder_reads(translator_result: Path) -> None:
+    from tests.support.writers import START, VOCABULARY
+
+    model: Any = load_quantized(translator_result)
+    tokenizer = load_tokenizer(translator_result / "quantized")
+    read = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
+    written = [START]
+    with torch.no_grad():
+        for _ in range(12):
+            answer = model(input_ids=read, decoder_input_ids=torch.tensor([written]))
+            written.append(int(answer.logits[0, -1].argmax()))
+    generator = Generator.opened(translator_result)
+    (found,) = generator.generate([PROMPTS[0]], decoding=SHORT)
+    assert len(set(written)) > 1
+    assert all(token < VOCABULARY for token in written)
+    assert found.text == tokenizer.decode(written[1:], skip_special_tokens=True)
+    assert (found.tokens, found.stopped) == (12, "length")
+    drawn = Decoding(max_tokens=12, temperature=1.0, seed=3)
+    first = texts(generator, PROMPTS, decoding=drawn)
+    assert texts(generator, PROMPTS, decoding=drawn) == first != texts(generator, PROMPTS, decoding=SHORT)
 
 
 def test_greedy_is_the_same_for_one_and_many(generator: Generator) -> None:

@@ -24,6 +24,8 @@ from alphasmith.search import TrainingResult, finetune, load_quantized, load_smo
 from alphasmith.search.checkpoints.verification import undo, verify
 from alphasmith.search.cli import commands
 from alphasmith.search.interruption import Interrupted
+from alphasmith.search.processing.classifier import Classifier
+from alphasmith.search.progress import Silent
 from alphasmith.search.training.finetune import resume_training
 from alphasmith.storage.database.connection import opened
 from alphasmith.storage.files.durable import digest_file
@@ -33,6 +35,7 @@ from alphasmith.storage.output.reservation import Reservation
 from alphasmith.storage.queue.leases import Identity
 from alphasmith.storage.runs.trainings import TrainingStore
 from tests.support.boards import elsewhere
+from tests.support.processed import RATE, WAYS, Hearing, saved_watcher, written_sounds, written_videos
 from tests.support.run_cases import Pictures, alphasmith, launch, saved_llama, seeded, settings, vectors, written_texts
 from tests.support.training_cases import NAMES, STEPS, wanted
 
@@ -395,6 +398,22 @@ def test_a_finished_run_is_found_by_its_id(run: Path) -> None:
     assert finetune(row["id"], wanted(run)).folder.parent == run
 
 
+def test_a_training_is_found_by_its_id(run: Path) -> None:
+    storage = f"sqlite:///{run / 'runs.db'}"
+    with pytest.raises(Interrupted):
+        finetune(run / "out", wanted(run), stop=stopping(5))
+    with pytest.raises(InputError, match=r"training t-.* is interrupted, not finished; alphasmith resume t-"):
+        Classifier.opened("t-2", storage=storage)
+    first = finetune(run / "out", wanted(run))
+    trained = Classifier.opened(first.id, storage=storage)
+    assert trained.description.folder == str(first.folder)
+    picture = run / "pictures" / "red" / "000.png"
+    (by_id,), (untrained,) = (c.classify([picture]) for c in (trained, Classifier.opened(run / "out")))
+    assert by_id == Classifier.opened(first.folder).classify([picture])[0]
+    assert by_id != untrained
+    assert finetune(first.id, wanted(run, {"training": {"seed": 1}})).manifest.training is not None
+
+
 def test_missing_classes_may_be_allowed(run: Path) -> None:
     shutil.rmtree(run / "pictures" / "blue")
     result = finetune(run / "out", wanted(run, {"data": {"partial_classes": True}}))
@@ -424,6 +443,47 @@ def test_samples_and_models_from_a_script(tmp_path: Path) -> None:
 
 def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> float:
     return float(nn.functional.cross_entropy(scores.detach(), labels))
+
+
+class Told(Silent):
+    """Keeps what was noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep it."""
+        self.notes.append(text)
+
+
+def test_sounds_of_another_rate_are_resampled_with_a_note(tmp_path: Path) -> None:
+    from alphasmith.search import run as start
+
+    model = seeded(Hearing)
+    own = written_sounds(tmp_path / "own", RATE)
+    data = {"path": own, "sampling_rate": RATE, "samples": 12, "held_out": 6, "proof": 2}
+    folder = start(settings(tmp_path, {"search": {"trials": 4}, "data": data}), model=model).folder
+    told = Told()
+    faster = written_sounds(tmp_path / "faster", 2 * RATE, 3200)
+    values = wanted(tmp_path, {"data": {"path": faster, "sampling_rate": RATE}})
+    result = finetune(folder, values, model=model, progress=told)
+    assert result.manifest.training is not None
+    assert [note for note in told.notes if "resampled from 16000 to 8000 Hz" in note] != []
+
+
+def test_videos_are_learned_from(tmp_path: Path) -> None:
+    from alphasmith.search import run as start
+
+    model, clips = saved_watcher(tmp_path / "model"), written_videos(tmp_path / "clips")
+    data = {"path": clips, "samples": 12, "held_out": 6, "proof": 2}
+    start(settings(tmp_path, {"search": {"trials": 4}, "model": {"path": model}, "data": data}))
+    values = {"data": {"path": clips}, "training": {"steps": 20}}
+    result = finetune(tmp_path / "out", wanted(tmp_path, values))
+    assert result.kept
+    assert result.manifest.training is not None
+    assert result.manifest.training.classes == WAYS
+    (answer,) = Classifier.opened(result.folder).classify([clips / "left" / "00.mkv"])
+    assert answer.best.name in WAYS
 
 
 def test_texts_without_labels_teach_a_language_model(tmp_path: Path) -> None:
