@@ -51,3 +51,10 @@ ConvForm = Literal["channel", "spatial"]
 SparsityKind = Literal["l1", "hoyer", "l2sq"]
 #: What an output is compared with its reference by.
 SignalMetric = Literal["snr", "si_sdr", "stoi", "pesq"]
+#: What a model in float is trained on by name.
+TaskLoss = Literal["si_sdr", "mr_stft", "mse", "cross_entropy"]
+#: Kinds of layers whose ranks are chosen apart: convolutions, the gates of a recurrent layer over its input and over its state, and
+#: all other linear layers.
+LayerClass = Literal["conv", "recurrent_ih", "recurrent_hh", "linear"]
+#: When the performance-drop condition holds: as soon as one metric is out of its tolerance, or only when all are.
+DropRule = Literal["any", "all"]

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.media.batch import Batch, call, data_errors, main_output, unfused_attention
 from alphasmith.objectives.text import number
-from alphasmith.objectives.training._sampler import EndlessOrder, place_seed
 from alphasmith.objectives.training._teacher import TeacherOutputs
 from alphasmith.objectives.training._verdict import paired
 from alphasmith.objectives.training.fake_quantized import FakeQuantized
 from alphasmith.objectives.training.losses import Objective, SampleLosses, answers, default_metric, task_of
 from alphasmith.objectives.training.outcome import Ending, TrainingOutcome, TrainingPoint
 from alphasmith.objectives.training.ports import Checkpoint, Checkpoints, Forgetful, SampleMetric, Samples
+from alphasmith.objectives.training.sampler import EndlessOrder, place_seed
+from alphasmith.objectives.training.schedule import scheduled
 from alphasmith.objectives.training.settings import TrainingSettings
 
 #: A held-out loss above this many times those of the untrained model and of a guess together means that training diverged.
@@ -153,11 +153,8 @@ class _Training:
                 {"params": steps, "lr": rate * settings.step_rate, "weight_decay": 0.0},
             ]
         )
-        self._scheduler = get_scheduler(
-            "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-            self._optimizer,
-            num_warmup_steps=round(settings.warm_up * self._updates),
-            num_training_steps=self._updates,
+        self._scheduler = scheduled(
+            self._optimizer, schedule=settings.schedule, warm_up=settings.warm_up, updates=self._updates
         )
         self._order = EndlessOrder(len(data.samples), settings.seed)
         self._place = _Place()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.joint.low_rank.decomposition import Factors, decompose
@@ -46,6 +47,20 @@ class FactoredLinear(nn.Module):
         """(O, I) product of the factors."""
         return self.left @ self.right
 
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.left.shape[1])
+
+    def take(self, factors: Sequence[Factors]) -> None:
+        """Put other factors into the place of these, as new parameters; any rank.
+
+        Args:
+            factors: One, of a weight (O, I).
+        """
+        (one,) = factors
+        self.right, self.left = nn.Parameter(one.right), nn.Parameter(one.left)
+
     def extra_repr(self) -> str:
         """Sizes."""
         return f"{self.right.shape[1]}, {self.left.shape[0]}, rank={self.left.shape[1]}"
@@ -68,22 +83,17 @@ class FactoredConv(nn.Module):
     def __init__(self, source: Convolution, factors: Sequence[Factors], form: ConvForm) -> None:
         super().__init__()
         kernel, groups = tuple(source.kernel_size), source.groups
-        axes, rank = len(kernel), factors[0].rank
-        inputs, outputs = source.in_channels // groups, source.out_channels // groups
+        axes = len(kernel)
         self.form, self.groups, self.kernel = form, groups, kernel
+        self._sizes = source.in_channels // groups, source.out_channels // groups
         self._dilation = tuple(source.dilation)
         if form == "channel":
-            right = [one.right.reshape(rank, inputs, *kernel) for one in factors]
-            left = [one.left.reshape(outputs, rank, *(1,) * axes) for one in factors]
             self._strides = (tuple(source.stride), (1,) * axes)
             self._dilations = (self._dilation, (1,) * axes)
         else:
-            right = [one.left.reshape(inputs, kernel[0], rank).permute(2, 0, 1).unsqueeze(3) for one in factors]
-            left = [one.right.reshape(rank, outputs, kernel[1]).permute(1, 0, 2).unsqueeze(2) for one in factors]
             self._strides = ((source.stride[0], 1), (1, source.stride[1]))
             self._dilations = ((self._dilation[0], 1), (1, self._dilation[1]))
-        self.right = nn.Parameter(torch.cat(right).contiguous())
-        self.left = nn.Parameter(torch.cat(left).contiguous())
+        self.take(factors)
         self.bias = source.bias
         self._mode = "constant" if source.padding_mode == "zeros" else source.padding_mode
         self._pads = _pads(source)
@@ -94,6 +104,28 @@ class FactoredConv(nn.Module):
             self._paddings = (sizes, (0,) * axes) if form == "channel" else ((sizes[0], 0), (0, sizes[1]))
             self._pads = []
         self._steps = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+
+    @property
+    def rank(self) -> int:
+        """r of every group."""
+        return int(self.left.shape[1])
+
+    def take(self, factors: Sequence[Factors]) -> None:
+        """Put other factors into the place of these, as new parameters; any rank.
+
+        Args:
+            factors: Of every group's matrix, all of one rank, laid out in the form of the layer.
+        """
+        rank, kernel = factors[0].rank, self.kernel
+        inputs, outputs = self._sizes
+        if self.form == "channel":
+            right = [one.right.reshape(rank, inputs, *kernel) for one in factors]
+            left = [one.left.reshape(outputs, rank, *(1,) * len(kernel)) for one in factors]
+        else:
+            right = [one.left.reshape(inputs, kernel[0], rank).permute(2, 0, 1).unsqueeze(3) for one in factors]
+            left = [one.right.reshape(rank, outputs, kernel[1]).permute(1, 0, 2).unsqueeze(2) for one in factors]
+        self.right = nn.Parameter(torch.cat(right).contiguous())
+        self.left = nn.Parameter(torch.cat(left).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, ...) -> (B, O, ...), or without B."""
@@ -122,6 +154,11 @@ class LowRankProduct(nn.Module):
 
     For layers whose own forward does more than the product. The factors are the parameters that torch keeps of a parametrized weight.
 
+    Attributes:
+        groups: Matrices of the weight.
+        rank: Of every one.
+        form: How they are laid out.
+
     Args:
         factors: Of every matrix of the weight, all of one rank.
         shape: Of the weight.
@@ -133,6 +170,20 @@ class LowRankProduct(nn.Module):
         self._first: Sequence[Factors] | None = factors
         self.groups, self.rank = len(factors), factors[0].rank
         self._shape, self.form = tuple(shape), form
+
+    def take(self, layer: nn.Module, factors: Sequence[Factors]) -> None:
+        """Put other factors into the place of these, as new parameters; any rank.
+
+        The parametrization stays: torch keeps it in a class that all copies of the layer share, and to take it away would break them.
+
+        Args:
+            layer: Whose weight this is.
+            factors: Of every matrix, all of one rank.
+        """
+        self.rank = factors[0].rank
+        kept: nn.Module = layer.parametrizations["weight"]  # type: ignore[index, assignment]
+        for place, tensor in enumerate((*(one.left for one in factors), *(one.right for one in factors))):
+            setattr(kept, f"original{place}", nn.Parameter(tensor))
 
     def forward(self, *factors: Tensor) -> Tensor:
         """All left factors and then all right ones -> the dense weight."""
@@ -146,6 +197,14 @@ class LowRankProduct(nn.Module):
             matrices = conv_matrices(weight, self.groups, self.form)
             found = [decompose(matrix, rank=self.rank, name="weight") for matrix in matrices]
         return (*(one.left for one in found), *(one.right for one in found))
+
+
+def low_rank_product(module: nn.Module) -> LowRankProduct | None:
+    """The parametrization of a layer's weight where it is one of low rank; None for any other layer."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    found = [one for one in module.parametrizations["weight"] if isinstance(one, LowRankProduct)]  # type: ignore[index]
+    return found[0] if found else None
 
 
 def conv_matrices(weight: Tensor, groups: int, form: ConvForm) -> list[Tensor]:

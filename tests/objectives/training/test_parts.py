@@ -17,9 +17,9 @@ from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.quantization.quantizers import fake_quantize_activation
 from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, WeightFormat
 from alphasmith.objectives.training._rounding import rounded, rounded_by_row
-from alphasmith.objectives.training._sampler import EndlessOrder
 from alphasmith.objectives.training._teacher import TeacherOutputs
 from alphasmith.objectives.training._verdict import paired
+from alphasmith.objectives.training.sampler import EndlessOrder
 from tests.support.training import Rows, reader
 
 

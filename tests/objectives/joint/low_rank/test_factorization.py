@@ -183,3 +183,48 @@ def test_wrong_settings_are_named_and_change_nothing(settings: dict[str, Any], f
         factorize(model, LowRankSettings(**settings))
     assert caught.value.field == field
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_factored_layer_is_decomposed_again_as_its_product(name: str, form: ConvForm) -> None:
+    layer, shape = LAYERS[name]
+    model = nn.Sequential(copy.deepcopy(layer))
+    factorize(model, LowRankSettings(rank=2, conv_form=form))
+    before = copy.deepcopy(model)
+    other: ConvForm = "spatial" if form == "channel" else "channel"
+    (same,) = factorize(model, LowRankSettings(rank=3, conv_form=other))
+    assert same.rank == 2, "a rank never rises"
+    x = torch.randn(shape)
+    assert torch.equal(model(x), before(x)), "what does not fall stays as it is"
+    (found,) = factorize(model, LowRankSettings(rank=1, conv_form=other))
+    assert found.rank == 1
+    assert found.numbers == same.numbers // 2
+    assert found.runs == same.runs
+
+    def weight(one: Any) -> Tensor:
+        return one.dense_weight() if isinstance(one, (FactoredLinear, FactoredConv)) else one.weight
+
+    kept = float(weight(model[0]).square().sum().detach() / weight(before[0]).square().sum().detach())
+    assert kept == pytest.approx(found.kept, abs=1e-5)
+    dense = nn.Sequential(copy.deepcopy(layer))
+    dense[0].weight = nn.Parameter(weight(before[0]).detach().clone())
+    factorize(dense, LowRankSettings(rank=1, conv_form=form))
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-3, atol=1e-4)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_energies_and_ranks_are_chosen_by_class() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(8, 8, 5), "rnn": nn.LSTM(16, 16), "out": nn.Linear(16, 16)})
+    rewrite(model)
+    layers = factorize(model, LowRankSettings(energy={"linear": 0.5}, rank={"conv": 2, "recurrent_hh": 3}))
+    ranks = {layer.name: layer.rank for layer in layers}
+    assert ranks["conv"] == 2
+    assert ranks["rnn.layers.0.hh"] == 3
+    assert ranks["rnn.layers.0.ih"] == 0
+    assert 0 < ranks["out"] < 8
+    reasons = {layer.name: layer.reason for layer in layers}
+    assert reasons["rnn.layers.0.ih"] == "no energy and no rank for recurrent_ih layers"
+    with pytest.raises(InputError, match="'gru' is no class of layers"):
+        factorize(model, LowRankSettings(energy={"gru": 0.5}))  # type: ignore[dict-item]
