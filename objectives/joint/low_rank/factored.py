@@ -7,6 +7,7 @@ channels, then a row of it). Grouped convolutions keep their groups: every group
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from alphasmith.objectives.joint.low_rank.decomposition import Factors, decompos
 from alphasmith.objectives.literals import ConvForm
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = TypeVar("Layer", nn.Linear, Convolution)
 
 
 class FactoredLinear(nn.Module):
@@ -42,6 +44,11 @@ class FactoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         return F.linear(F.linear(x, self.right), self.left, self.bias)
+
+    def dense_layer(self) -> nn.Linear:
+        """The linear layer that computes the same up to float rounding; its bias is shared."""
+        made = nn.Linear(self.right.shape[1], self.left.shape[0], bias=self.bias is not None, device="meta")
+        return _filled(made, (self.left.double() @ self.right.double()).to(self.left.dtype), self.bias)
 
     def dense_weight(self) -> Tensor:
         """(O, I) product of the factors."""
@@ -95,6 +102,10 @@ class FactoredConv(nn.Module):
             self._dilations = ((self._dilation[0], 1), (1, self._dilation[1]))
         self.take(factors)
         self.bias = source.bias
+        self._settings = {
+            key: getattr(source, key)
+            for key in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        }
         self._mode = "constant" if source.padding_mode == "zeros" else source.padding_mode
         self._pads = _pads(source)
         before, after = self._pads[::2], self._pads[1::2]
@@ -136,10 +147,21 @@ class FactoredConv(nn.Module):
             self._steps(x, self.right, None, *first, self.groups), self.left, self.bias, *second, self.groups
         )
 
+    def dense_layer(self) -> Convolution:
+        """The convolution that computes the same up to float rounding; its bias is shared."""
+        weight = self._product(self.left.double(), self.right.double()).to(self.left.dtype)
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(self.kernel) - 1]
+        sizes = weight.shape[1] * self.groups, weight.shape[0]
+        made: Convolution = kind(*sizes, **self._settings, bias=self.bias is not None, device="meta")
+        return _filled(made, weight, self.bias)
+
     def dense_weight(self) -> Tensor:
         """(O, I / groups, kernel) product of the factors."""
-        right = self.right.unflatten(0, (self.groups, -1))
-        left = self.left.unflatten(0, (self.groups, -1))
+        return self._product(self.left, self.right)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        right = right.unflatten(0, (self.groups, -1))
+        left = left.unflatten(0, (self.groups, -1))
         if self.form == "channel":
             return torch.einsum("gor,gri...->goi...", left.flatten(2), right).flatten(0, 1)
         return torch.einsum("gorx,griy->goiyx", left.squeeze(3), right.squeeze(4)).flatten(0, 1)
@@ -239,6 +261,14 @@ def dense_weight(matrices: Sequence[Tensor], shape: Sequence[int], form: ConvFor
     outputs, inputs, height, width = shape
     size = (inputs, height, outputs // len(matrices), width)
     return torch.cat([matrix.reshape(size).permute(2, 0, 1, 3) for matrix in matrices])
+
+
+def _filled(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    """A layer without tensors with these."""
+    layer.weight = nn.Parameter(weight.detach())
+    if isinstance(bias, nn.Parameter):
+        layer.bias = bias
+    return layer
 
 
 def _pads(source: Convolution) -> list[int]:

@@ -2,8 +2,9 @@
 
 - ``_classes``: which class of layer a tensor belongs to
 - ``_layout``: how a model's modules differ from those of the architecture it was made of, and the way there
+- ``forms``: in which form layers run: what is faster on the machine and the data at hand
 - ``packing``: every tensor of a model under a codebook or as it is, and the bytes of all of it
 - ``restoring``: a packed model out of the float architecture, bit by bit
 """
 
-__all__ = ["packing", "restoring"]
+__all__ = ["forms", "packing", "restoring"]

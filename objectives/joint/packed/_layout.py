@@ -72,7 +72,7 @@ def read_layout(model: nn.Module) -> ModelLayout:
             factored[name] = FactoredLayout(
                 kind="conv", rank=module.left.shape[1], form=module.form, groups=module.groups
             )
-        elif (product := _product(module)) is not None:
+        elif (product := low_rank_product(module)) is not None:
             factored[name] = FactoredLayout(kind="product", rank=product.rank, form=product.form, groups=product.groups)
     return ModelLayout(recurrent=apart.recurrent, attention=apart.attention, folded=tuple(folded), factored=factored)
 
@@ -123,7 +123,8 @@ class _Plain(Container[str]):
         return name in self._names or name in self._factored
 
 
-def _product(module: nn.Module) -> LowRankProduct | None:
+def low_rank_product(module: nn.Module) -> LowRankProduct | None:
+    """The factors of a weight that is multiplied at every call; None where it is not."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     lists = module.parametrizations

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import alphasmith
 from alphasmith.objectives.errors import InputError, IntegrityError
+from alphasmith.objectives.joint.packed.forms import LayerForm
 from alphasmith.objectives.joint.packed.packing import ClassClusters, PackedModel, PackedSettings, model_bytes, pack
 from alphasmith.objectives.joint.packed.restoring import load_packed
 from alphasmith.search.compression.artifact import load_compressed, manifest_of
@@ -18,7 +21,7 @@ from alphasmith.storage.files.tensors import read_tensors, write_tensors
 from alphasmith.storage.output.compressed_folder import STRUCTURE, TENSORS, CompressedFolder, compression_in
 from alphasmith.storage.output.output_folder import OutputFolder
 from tests.support.compressed_folders import made_manifest, write_folder
-from tests.support.packed_models import TOKENS, made, mixed
+from tests.support.packed_models import BATCH, TOKENS, made, mixed
 
 SETTINGS = PackedSettings(clusters=ClassClusters(conv=8, recurrent=8, linear=8, embedding=8), float16=True)
 
@@ -66,6 +69,22 @@ def test_one_call_gives_the_bits_that_were_packed(whole: Path, packed: PackedMod
     with torch.no_grad():
         assert loaded(TOKENS).numpy().tobytes() == model(TOKENS).numpy().tobytes()
     assert not loaded.training
+
+
+def test_layers_run_in_the_form_that_is_faster_on_a_batch(whole: Path) -> None:
+    told: list[LayerForm] = []
+    plain = load_compressed(whole, mixed())
+    seconds = iter([1.0, 0.5] * 20)
+
+    def timer(work: Callable[[], object]) -> float:
+        work()
+        return next(seconds)
+
+    fast = load_compressed(whole, mixed(), batch=BATCH, timer=timer, on_form=told.append)
+    assert {form.layer: form.runs for form in told} == {"conv": "dense", "rnn": "fused", "mix": "dense"}
+    assert isinstance(fast.get_submodule("rnn"), nn.LSTM)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(TOKENS), plain(TOKENS), rtol=1e-4, atol=1e-4)
 
 
 def test_the_files_are_as_large_as_the_manifest_says(whole: Path) -> None:
