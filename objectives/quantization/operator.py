@@ -269,7 +269,11 @@ class QuantizedOperator(nn.Module):
         if self.uses_integers and not more and not named:
             return self._integer_forward(input)
         return self.simulated(
-            args, kwargs, weight=self._dequantized(), correction=self.correction, quantize=self._fake_quantized
+            args,
+            kwargs,
+            weight=self._dequantized(),
+            bias=self.corrected(self.correction),
+            quantize=self._fake_quantized,
         )
 
     def simulated(
@@ -278,7 +282,7 @@ class QuantizedOperator(nn.Module):
         kwargs: Mapping[str, Any],
         *,
         weight: Tensor,
-        correction: Tensor | None,
+        bias: Tensor | None,
         quantize: Callable[[Tensor], Tensor],
     ) -> Any:
         """Run the operator on dequantized tensors of the caller's: what trains an operator lends its own.
@@ -287,14 +291,13 @@ class QuantizedOperator(nn.Module):
             args: Of the call, see :meth:`forward`.
             kwargs: Of the call.
             weight: Dequantized, shaped like the float operator's.
-            correction: (O,) what is added to the output beside the bias, or None.
-            quantize: Makes of the shifted and divided input what the operator multiplies.
+            bias: (O,) what is added to the product, see :meth:`corrected`; or None.
+            quantize: Makes of the (padded) input what the operator multiplies: smooths and rounds it.
         """
         input, more, named = _arguments(args, kwargs)
         padding = self._zero_padding()
-        x = self._smoothed(functional.pad(input.to(self._dtype), padding) if padding else input.to(self._dtype))
-        x = quantize(x)
-        output = self._float_forward(x, more, named, weight, correction, padded=bool(padding))
+        x = quantize(functional.pad(input.to(self._dtype), padding) if padding else input.to(self._dtype))
+        output = self._float_forward(x, more, named, weight, bias, padded=bool(padding))
         return output.to(input.dtype) if isinstance(output, Tensor) else output
 
     def extra_repr(self) -> str:
@@ -328,23 +331,50 @@ class QuantizedOperator(nn.Module):
     def _integer_forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self._channels:  # the reshape below would accept some wrong inputs in silence
             raise InputError("input", f"has {x.shape[-1]} channels", f"give (..., {self._channels})")
-        rows = self._smoothed(x.reshape(-1, self._channels).to(self._dtype))
+        rows = self.smoothed(x.reshape(-1, self._channels).to(self._dtype))
         scale = self._scale_of(rows)
         product = integer_product(quantize_activation(rows, scale, "int8").values, self.integer_weight())
         output = product.to(self._dtype) * scale * self.weight_scale.reshape(-1)
-        bias = self._corrected(self.inner.bias, self.correction)
+        bias = self.corrected(self.correction)
         if bias is not None:
             output = output + bias
         return output.reshape(*x.shape[:-1], output.shape[-1]).to(x.dtype)
 
-    def _corrected(self, bias: object, correction: Tensor | None) -> Tensor | None:
-        """(O,) what is added to the product: the bias, the correction, or both."""
-        if not isinstance(bias, Tensor):
+    def corrected(self, correction: Tensor | None) -> Tensor | None:
+        """(O,) what is added to the product: the bias, the correction, or both; None where there is neither.
+
+        Args:
+            correction: (O,) what the weight makes of the shift, or None.
+        """
+        bias = self.inner._parameters.get("bias")
+        if bias is None:
             return correction
         return bias if correction is None else bias + correction
 
+    def smoothed(self, x: Tensor) -> Tensor:
+        """An input, shifted and divided by the smoothing scales where this operator does that itself.
+
+        Args:
+            x: (..., C) for linear, (B, C, *space) or (C, *space) for conv.
+        """
+        shift, smooth = self.channelwise(self.shift), self.channelwise(self.smooth)
+        if shift is not None:
+            x = x - shift
+        return x if smooth is None else x / smooth
+
+    def channelwise(self, vector: Tensor | None) -> Tensor | None:
+        """A vector (C,), or None, as it meets the channels of an input.
+
+        Args:
+            vector: One number a channel, or None.
+        """
+        if vector is None or self.kind == "linear":
+            return vector
+        return vector.reshape(-1, *[1] * (len(self._shape) - 2))
+
     def _fake_quantized(self, x: Tensor) -> Tensor:
-        """A smoothed input as its codes stand for."""
+        """An input as its codes stand for, after smoothing."""
+        x = self.smoothed(x)
         if self.scheme.activations == "none":
             return x
         return fake_quantize_activation(x, self._scale_of(x), self.scheme.activations).to(self._dtype)
@@ -355,26 +385,27 @@ class QuantizedOperator(nn.Module):
         more: Sequence[Any],
         kwargs: Mapping[str, Any],
         weight: Tensor,
-        correction: Tensor | None,
+        bias: Tensor | None,
         *,
         padded: bool,
     ) -> Any:
         """The inner module's own forward, lent the weight, the corrected bias and, if x is padded, no padding."""
         inner = self.inner
-        bias, padding = inner._parameters.get("bias"), getattr(inner, "padding", None)
-        vars(inner)["weight"] = weight  # the forward of any subclass finds it there
+        own = vars(inner)
+        padding = own["padding"] if padded else None
+        own["weight"] = weight  # the forward of any subclass finds it there
         try:
-            if correction is not None:
-                vars(inner)["bias"] = self._corrected(bias, correction)  # found before the parameter, which stays
+            if bias is not None:
+                own["bias"] = bias  # found before the parameter, which stays
             if padded:
-                vars(inner)["padding"] = (0,) * (len(self._shape) - 2)
+                own["padding"] = (0,) * (len(self._shape) - 2)
             return inner(x, *more, **kwargs)
         finally:
-            del vars(inner)["weight"]
-            if correction is not None:
-                del vars(inner)["bias"]
+            del own["weight"]
+            if bias is not None:
+                del own["bias"]
             if padded:
-                vars(inner)["padding"] = padding
+                own["padding"] = padding
 
     def _zero_padding(self) -> list[int]:
         """Zeros to put around the input before it is shifted, as ``functional.pad`` takes them; [] when there are none.
@@ -398,12 +429,6 @@ class QuantizedOperator(nn.Module):
         if self.keep_dense:
             self._dense = dense
         return dense
-
-    def _smoothed(self, x: Tensor) -> Tensor:
-        trailing = [1] * (0 if self.kind == "linear" else len(self._shape) - 2)
-        if self.shift is not None:
-            x = x - self.shift.reshape(-1, *trailing)
-        return x if self.smooth is None else x / self.smooth.reshape(-1, *trailing)
 
     def _scale_of(self, x: Tensor) -> Tensor:
         """Activation scale: the calibrated one, or that of every row (linear) or sample (conv) of a smoothed input."""

@@ -15,16 +15,28 @@ from torch import Tensor
 from alphasmith.objectives.quantization.quantizers import code_scale, round_codes_
 from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, WeightFormat
 
+#: Share of fp8's largest value at which its range ends, so that this value lies within it.
+_END = 1 + 2.0**-20
 
-def rounded(x: Tensor, scale: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
-    """Code times scale, with gradients to ``x`` (straight through, none beyond the range) and to ``scale`` (LSQ).
+
+def rounded(
+    x: Tensor,
+    scale: Tensor,
+    fmt: WeightFormat | ActivationFormat,
+    *,
+    shift: Tensor | None = None,
+    smooth: Tensor | None = None,
+) -> Tensor:
+    """Code times scale of ``(x - shift) / smooth``, with gradients to ``x`` (straight through, none beyond the range) and ``scale`` (LSQ).
 
     Args:
-        x: Any shape, float32 or float64.
+        x: Any shape, float32 or float64; codes are those of float32.
         scale: Positive, broadcastable to ``x``.
         fmt: Number format, not ``none``.
+        shift: Subtracted first, broadcastable to ``x``, or None; not trained.
+        smooth: Divided by then, likewise.
     """
-    result: Tensor = _Rounded.apply(x, scale, fmt)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    result: Tensor = _Rounded.apply(x, scale, fmt, shift, smooth)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 
@@ -42,34 +54,46 @@ def rounded_by_row(x: Tensor, dims: tuple[int, ...], fmt: ActivationFormat) -> T
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
-        out = round_codes_(x / scale, fmt).mul_(scale)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        fmt: WeightFormat | ActivationFormat,
+        shift: Tensor | None,
+        smooth: Tensor | None,
+    ) -> Tensor:
+        # Smoothing belongs to the rounding: as operators of their own its two steps cost a recurrent layer more than they compute.
+        moved = x if shift is None else x - shift
+        if smooth is not None:
+            moved = moved / smooth if shift is None else moved.div_(smooth)
+        single = moved.to(torch.float32)
+        out = round_codes_(single / scale, fmt).mul_(scale)
         ctx.fmt = fmt
-        ctx.save_for_backward(x, scale, out if ctx.needs_input_grad[1] else None)
-        return out
+        ctx.save_for_backward(single, scale, out if ctx.needs_input_grad[1] else None, smooth)
+        return out.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
-        x, scale, out = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, scale, out, smooth = ctx.saved_tensors
+        grad = grads[0].to(torch.float32)
         low, high = _bounds(ctx.fmt)
         # LSQ: the gradient of one step size is the sum of as many as share it.
         share = (x.numel() / max(scale.numel(), 1) * QMAX[ctx.fmt]) ** 0.5
+        change = None
         if scale.dim() == 0 and scale.device.type == "cpu":
             # One pass each instead of four: a hard tanh has the gradient of a clipped identity.
             step = float(scale)
             passed = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
-            if out is None:
-                return passed, None, None
-            # sum dL/dy (y - x inside): as two products no temporary is needed, at the price of a few of its last digits.
-            change = _product(grad, out) - _product(passed, x)
-            return passed, change.div_(step * share), None
-        inside = (x >= low * scale) & (x <= high * scale)
-        passed = grad * inside
-        if out is None:
-            return passed, None, None
-        change = torch.sub(out, x * inside).mul_(grad).sum_to_size(scale.shape)
-        return passed, change.div_(scale).div_(share), None
+            if out is not None:
+                # sum dL/dy (y - x inside): as two products no temporary is needed, at the price of a few of its last digits.
+                total = float(_product(grad, out)) - float(_product(passed, x))
+                change = torch.scalar_tensor(total / (step * share), dtype=scale.dtype)
+        else:
+            passed = torch.ops.aten.hardtanh_backward(grad, x / scale, low, high)
+            if out is not None:
+                each = torch.mul(grad, out).addcmul_(passed, x, value=-1)
+                change = each.sum_to_size(scale.shape).div_(scale).div_(share)
+        return passed if smooth is None else passed.div_(smooth), change, None, None, None
 
 
 class _RoundedByRow(torch.autograd.Function):
@@ -94,6 +118,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _bounds(fmt: WeightFormat | ActivationFormat) -> tuple[float, float]:
-    """What is rounded to a code of the range, in codes."""
+    """What is rounded to a code of the range, in codes; values at the bounds themselves do not belong to it."""
     qmax = QMAX[fmt]
-    return (-qmax, qmax) if fmt == "fp8" else (-qmax - 1.5, qmax + 0.5)
+    # The largest value of a block stands at the end of fp8's range, or a last digit beyond it.
+    return (-qmax * _END, qmax * _END) if fmt == "fp8" else (-qmax - 1.5, qmax + 0.5)

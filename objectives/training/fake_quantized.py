@@ -7,8 +7,9 @@ integer model computes; gradients pass the rounding (formula fA12). Smoothing sc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -71,6 +72,8 @@ class FakeQuantized(nn.Module):
             else:
                 replace_module(twin, module, trained)
         self.model = twin
+        # Found once: a walk over all modules in every step is felt in small models.
+        self._trained = [m for m in twin.modules() if isinstance(m, (_TrainedOperator, _TrainedStack))]
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         self.eval()
@@ -95,7 +98,7 @@ class FakeQuantized(nn.Module):
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
         """Parameters by how they are trained: weights, which may decay; vectors, which may not; logarithms of step sizes."""
-        steps = [p for m in self._trained() for p in m.logarithms()]
+        steps = [p for m in self._trained for p in m.logarithms()]
         known = {id(p) for p in steps}
         others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         return [p for p in others if p.dim() > 1], [p for p in others if p.dim() <= 1], steps
@@ -142,18 +145,14 @@ class FakeQuantized(nn.Module):
                 replace_module(model, module, integer)
         return model.eval().requires_grad_(False)
 
-    def _trained(self) -> list[_TrainedOperator | _TrainedStack]:
-        return [m for m in self.model.modules() if isinstance(m, (_TrainedOperator, _TrainedStack))]
-
     @contextmanager
     def _weights_held(self) -> Iterator[None]:
-        trained = self._trained()
-        for module in trained:
+        for module in self._trained:
             module.hold()
         try:
             yield
         finally:
-            for module in trained:
+            for module in self._trained:
                 module.release()
 
 
@@ -245,6 +244,17 @@ class _TrainedOperator(_Held):
         # Beside a bias it would be a second one, so it is trained only where there is none.
         lonely = correction is not None and source.inner._parameters.get("bias") is None
         self.correction = nn.Parameter(correction.clone()) if correction is not None and lonely else None
+        self._lent: tuple[Tensor | None, Callable[[Tensor], Tensor]] | None = None
+
+    def hold(self) -> None:
+        """Also what is added to the product, and what rounds the input."""
+        super().hold()
+        self._lent = self._bias(), self._quantizer()
+
+    def release(self) -> None:
+        """Also what is added to the product, and what rounds the input."""
+        super().release()
+        self._lent = None
 
     @property
     def weight(self) -> DequantizedWeight:
@@ -253,13 +263,8 @@ class _TrainedOperator(_Held):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the operator, see ``QuantizedOperator``."""
-        return self.source.simulated(
-            args,
-            kwargs,
-            weight=self.rounded_weight(),
-            correction=self.source.correction if self.correction is None else self.correction,
-            quantize=self._input,
-        )
+        bias, quantize = (self._bias(), self._quantizer()) if self._lent is None else self._lent
+        return self.source.simulated(args, kwargs, weight=self.rounded_weight(), bias=bias, quantize=quantize)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the replaced module that models read from their children."""
@@ -282,14 +287,24 @@ class _TrainedOperator(_Held):
             source.take((values, scale.clone(), range_scale, source.smooth, source.shift, correction, None))
         return source
 
-    def _input(self, x: Tensor) -> Tensor:
-        scheme = self.source.scheme
-        if scheme.activations == "none":
-            return x
-        single = x.to(torch.float32)
-        if self.range is not None:
-            return rounded(single, self.range(), scheme.activations).to(x.dtype)
-        return rounded_by_row(single, self.source.scaled_dims(x), scheme.activations).to(x.dtype)
+    def _quantizer(self) -> Callable[[Tensor], Tensor]:
+        """What smooths and rounds the input."""
+        source = self.source
+        fmt = source.scheme.activations
+        if fmt == "none":
+            return source.smoothed
+        if self.range is None:
+            return self._by_row
+        shift, smooth = source.channelwise(source.shift), source.channelwise(source.smooth)
+        return partial(rounded, scale=self.range(), fmt=fmt, shift=shift, smooth=smooth)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        x = self.source.smoothed(x)
+        fmt = self.source.scheme.activations
+        return rounded_by_row(x.to(torch.float32), self.source.scaled_dims(x), fmt).to(x.dtype)
+
+    def _bias(self) -> Tensor | None:
+        return self.source.corrected(self.source.correction if self.correction is None else self.correction)
 
     def _rounded(self) -> Tensor:
         flat = _rounded_matrix(self.source.matrix(self.master).to(torch.float32), self.step(), self.source.scheme)

@@ -227,9 +227,9 @@ def test_one_operator_used_often_is_rounded_once(monkeypatch: pytest.MonkeyPatch
     twin = FakeQuantized(shared)
     calls: list[tuple[int, ...]] = []
 
-    def counted(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> Tensor:
+    def counted(x: Tensor, scale: Tensor, fmt: ActivationFormat, **smoothing: Tensor | None) -> Tensor:
         calls.append(tuple(x.shape))
-        return rounded(x, scale, fmt)
+        return rounded(x, scale, fmt, **smoothing)
 
     monkeypatch.setattr("alphasmith.objectives.training.fake_quantized.rounded", counted)
     twin(torch.randn(3, 7))

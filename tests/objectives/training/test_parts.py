@@ -48,6 +48,42 @@ def test_gradients_are_those_of_the_formulas(fmt: WeightFormat, shape: tuple[int
     torch.testing.assert_close(scale.grad, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shifted", "divided"), [(True, False), (False, True), (True, True)])
+def test_smoothing_within_the_rounding_is_smoothing_before_it(shifted: bool, divided: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(7, 33, generator=generator, dtype=dtype)
+    shift = torch.randn(33, generator=generator) if shifted else None
+    smooth = 0.5 + torch.rand(33, generator=generator) if divided else None
+    weights = torch.randn(7, 33, generator=generator, dtype=dtype)
+    found = []
+    for within in (True, False):
+        leaf, scale = x.clone().requires_grad_(), torch.tensor(1 / QMAX["int8"]).requires_grad_()
+        if within:
+            out = rounded(leaf, scale, "int8", shift=shift, smooth=smooth)
+        else:
+            moved = leaf if shift is None else leaf - shift
+            moved = moved if smooth is None else moved / smooth
+            out = rounded(moved.float(), scale, "int8").to(dtype)
+        (out * weights).sum().backward()
+        found.append((out.detach(), torch.as_tensor(leaf.grad), torch.as_tensor(scale.grad)))
+    (out, by_input, by_scale), (other, other_input, other_scale) = found
+    assert torch.equal(out, other)
+    assert out.dtype == by_input.dtype == dtype
+    torch.testing.assert_close(by_input, other_input)
+    torch.testing.assert_close(by_scale, other_scale)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("shape", [(), (7, 1)], ids=["tensor", "channel"])
+def test_the_largest_value_of_a_block_is_within_the_range(fmt: WeightFormat, shape: tuple[int, ...]) -> None:
+    x = torch.randn(7, 33, generator=torch.Generator().manual_seed(3))
+    peak = x.abs().amax(1, keepdim=True) if shape else x.abs().amax()
+    x.requires_grad_()
+    rounded(x, peak / QMAX[fmt], fmt).sum().backward()
+    assert torch.equal(torch.as_tensor(x.grad), torch.ones(7, 33))
+
+
 @pytest.mark.parametrize("fmt", ["int8", "fp8"])
 def test_rows_with_a_scale_of_their_own_pass_every_gradient(fmt: ActivationFormat) -> None:
     x = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
