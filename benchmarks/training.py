@@ -1,7 +1,7 @@
 """Compressed models trained through their quantizers: what the search left, how much of it training recovers, what a step costs.
 
     python -m benchmarks.training SHARED_DATA [--models kwt1 ...] [--schemes w4a8-channel-static ...] [--seeds 0 1 2] [--short]
-                                  [--home FOLDER] [--work FOLDER] [--out docs/training.md]
+                                  [--updates N] [--home FOLDER] [--work FOLDER] [--out docs/training.md]
 
 SHARED_DATA is the folder with zoo.py and zoo_eval.py, --home that of the models out of packages; neither is part of this
 repository. One search for each model and scheme, one training for each seed.
@@ -41,7 +41,7 @@ from benchmarks.training_cases import NAMES, Case, load_case
 
 SCHEMES = ("w8a8-channel-static", "w4a8-channel-static", "w4a16-channel")
 #: Updates of the short form, and batches timed for the cost of a step.
-SHORT_STEPS, TIMED = 60, 7
+SHORT_STEPS, TIMED = 60, 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Finding:
         searched: As the run wrote it.
         trained: After training, one for each seed; ``searched`` where training was not kept.
         kept: Trainings that were kept.
-        ratio: Time of a step of the quantized model divided by that of the float model.
+        ratio: Processor time of a step of the quantized model divided by that of the float model.
         search_seconds: Wall time of the search [s]; 0 where an earlier one was taken.
         train_seconds: Wall time of all trainings [s].
     """
@@ -89,9 +89,10 @@ class Finding:
 
 
 def step_ratio(case: Case, quantized: nn.Module, settings: TrainingSettings) -> float:
-    """Time of an update of the fake-quantized model divided by one of the float model, on the same batches, by turns.
+    """Processor time of an update of the fake-quantized model divided by one of the float model, on the same batches, by turns.
 
-    Recurrent layers and attention of both are written with plain operators, as the search left them.
+    The median of neighbouring turns: what else the machine does slows both. Recurrent layers and attention of both are
+    written with plain operators, as the search left them.
 
     Args:
         case: Model and data.
@@ -112,7 +113,7 @@ def step_ratio(case: Case, quantized: nn.Module, settings: TrainingSettings) -> 
     for turn in range(TIMED):
         batch = case.train.batch([(turn * size + i) % len(case.train) for i in range(size)])
         for model, optimizer, times in contestants:
-            start = time.perf_counter()
+            start = time.process_time()
             optimizer.zero_grad()
             output = main_output(call(model, batch))
             found = answers(output, batch, task_of(output, batch))
@@ -122,9 +123,9 @@ def step_ratio(case: Case, quantized: nn.Module, settings: TrainingSettings) -> 
                 loss = nn.functional.cross_entropy(found.scores, found.classes)
             loss.backward()
             optimizer.step()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
     float_times, twin_times = (times[1:] for _, _, times in contestants)
-    return min(twin_times) / min(float_times)
+    return statistics.median(twin / plain for twin, plain in zip(twin_times, float_times, strict=True))
 
 
 def trained_once(
@@ -144,7 +145,23 @@ def trained_once(
     return case.metric(twin.integers()), outcome
 
 
-def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: bool) -> Finding:
+def settings_of(case: Case, *, short: bool, updates: int | None) -> TrainingSettings:
+    """How a model is trained in a form of the measurement.
+
+    Args:
+        case: The model, with the settings of the long form.
+        short: Fewer updates, with a look half-way and one at the end.
+        updates: This many instead, with six looks; None: as the form says.
+    """
+    if updates is not None:
+        return replace(case.settings, steps=updates, evaluate_every=max(1, updates // 6))
+    if short:
+        steps = min(case.settings.steps or SHORT_STEPS, SHORT_STEPS)
+        return replace(case.settings, steps=steps, evaluate_every=SHORT_STEPS // 2)
+    return case.settings
+
+
+def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: bool, updates: int | None) -> Finding:
     """Search, then train once for each seed; what ``work`` has of it from an earlier call is taken.
 
     Args:
@@ -153,12 +170,9 @@ def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: b
         seeds: Of the trainings.
         work: An existing folder.
         short: Fewer trials and updates.
+        updates: Of each training; None: as the form says.
     """
-    settings = case.settings
-    if short:
-        settings = replace(
-            settings, steps=min(settings.steps or SHORT_STEPS, SHORT_STEPS), evaluate_every=SHORT_STEPS // 2
-        )
+    settings = settings_of(case, short=short, updates=updates)
     trials = 6 if short else 24
     form = json.dumps([trials, list(seeds), asdict(settings)], sort_keys=True)
     kept = work / f"{case.name}-{scheme}.json"
@@ -259,13 +273,22 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="fewer trials and updates")
+    parser.add_argument("--updates", type=int, help="of each training, instead of the form's")
     parser.add_argument("--home", type=Path, default=home_folder())
     parser.add_argument("--work", type=Path, help="keeps searches and findings, so that a later call goes on")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.data.resolve()))
     findings = []
-    flags = [*(["--short"] if arguments.short else []), "--models", *arguments.models, "--schemes", *arguments.schemes]
+    updates = [] if arguments.updates is None else ["--updates", str(arguments.updates)]
+    flags = [
+        *(["--short"] if arguments.short else []),
+        *updates,
+        "--models",
+        *arguments.models,
+        "--schemes",
+        *arguments.schemes,
+    ]
     command = f"python -m benchmarks.training SHARED_DATA {' '.join(flags)}"
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -274,7 +297,9 @@ def main() -> None:
         for name in arguments.models:
             case = load_case(name, arguments.data, arguments.home)
             for scheme in arguments.schemes:
-                findings.append(found(case, scheme, arguments.seeds, work, short=arguments.short))
+                findings.append(
+                    found(case, scheme, arguments.seeds, work, short=arguments.short, updates=arguments.updates)
+                )
                 print(row(findings[-1]), flush=True)
                 if arguments.out:
                     write(arguments.out, page(findings, command))
