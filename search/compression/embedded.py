@@ -30,11 +30,14 @@ _BINS = WINDOW // 2 + 1
 #: Clips to train on, and of each of the two splits that are measured.
 CLIPS = {"train": 384, "study": 32, "test": 32}
 _AT_ONCE = 16
-METRICS = (
-    JointMetric(name="si_sdr", goal="max", unit="dB"),
-    JointMetric(name="stoi", goal="max"),
-    JointMetric(name="snr", goal="max", unit="dB"),
-)
+_METRICS: dict[SignalMetric, JointMetric] = {
+    "si_sdr": JointMetric(name="si_sdr", goal="max", unit="dB"),
+    "stoi": JointMetric(name="stoi", goal="max"),
+    "snr": JointMetric(name="snr", goal="max", unit="dB"),
+    "pesq": JointMetric(name="pesq", goal="max"),
+}
+#: What is measured unless something else is asked for; PESQ is an optional extra with a licence of its own.
+MEASURED: tuple[SignalMetric, ...] = ("si_sdr", "stoi", "snr")
 #: How the model is trained from scratch.
 TRAINING = RegularisedSettings(
     updates=Updates(steps=600, learning_rate=3e-3, batch_size=8),
@@ -97,22 +100,25 @@ class _Clips:
 
 
 class EnhancementTask:
-    """Speech enhancement on generated signals: the loss is the negative SI-SDR, the metrics SI-SDR, STOI and SNR.
+    """Speech enhancement on generated signals: the loss is the negative SI-SDR, metrics are those of the enhanced waveforms.
 
     Attributes:
-        metrics: SI-SDR [dB], STOI and SNR [dB] of enhanced waveforms.
+        metrics: What is measured; PESQ without its extra has no value and a note.
 
     Args:
         seed: Of all signals.
         clips: Split -> how many; those of three splits have nothing in common.
+        metrics: Names of metrics, the one that matters most first.
 
     Raises:
-        InputError: A split has no clip.
+        InputError: A split has no clip, or a metric is unknown or there is none.
     """
 
-    metrics: Sequence[JointMetric] = METRICS
-
-    def __init__(self, seed: int, clips: Mapping[str, int] = CLIPS) -> None:
+    def __init__(self, seed: int, clips: Mapping[str, int] = CLIPS, metrics: Sequence[SignalMetric] = MEASURED) -> None:
+        if not metrics or set(metrics) - set(_METRICS):
+            raise InputError("metrics", f"{list(metrics)} are not known", f"use some of {', '.join(_METRICS)}")
+        self.metrics = tuple(_METRICS[name] for name in dict.fromkeys(metrics))
+        self._names = tuple(dict.fromkeys(metrics))
         if empty := [name for name in CLIPS if clips.get(name, 0) < 1]:
             raise InputError("clips", f"{empty[0]} has none", "give every split one or more")
         self._seed, self._clips = seed, dict(clips)
@@ -161,8 +167,8 @@ class EnhancementTask:
         finally:
             for module, mode in training.items():
                 module.training = mode
-        found = [score(_signal(metric.name), outputs, list(clips.clean.unbind(0)), rate=RATE) for metric in METRICS]
-        values = {metric.name: one.value for metric, one in zip(METRICS, found, strict=True)}
+        found = [score(name, outputs, list(clips.clean.unbind(0)), rate=RATE) for name in self._names]
+        values = {one.metric: one.value for one in found}
         return Measured(values=values, notes=tuple(str(one) for one in found if one.left_out or one.value is None))
 
     def _split(self, name: str) -> _Clips:
@@ -171,15 +177,16 @@ class EnhancementTask:
         return self._made[name]
 
 
-def embedded_task(seed: int) -> tuple[Callable[[], nn.Module], EnhancementTask]:
+def embedded_task(
+    seed: int, metrics: Sequence[SignalMetric] = MEASURED
+) -> tuple[Callable[[], nn.Module], EnhancementTask]:
     """What makes the untrained model, and its task.
 
     Args:
         seed: Of the weights and of all signals.
+        metrics: Names of metrics, the one that matters most first.
+
+    Raises:
+        InputError: A metric is unknown, or there is none.
     """
-    return partial(make_seeded, Enhancer, seed), EnhancementTask(seed)
-
-
-def _signal(name: str) -> SignalMetric:
-    known: dict[str, SignalMetric] = {"si_sdr": "si_sdr", "stoi": "stoi", "snr": "snr"}
-    return known[name]
+    return partial(make_seeded, Enhancer, seed), EnhancementTask(seed, metrics=metrics)

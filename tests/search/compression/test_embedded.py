@@ -13,7 +13,7 @@ from alphasmith.objectives.joint.rounds.regularised import train_regularised
 from alphasmith.objectives.joint.sparsity.targets import find_targets
 from alphasmith.objectives.model.plain_operators import rewrite
 from alphasmith.search.compression._signals import LENGTH, SNR, pairs
-from alphasmith.search.compression.embedded import METRICS, TRAINING, EnhancementTask, Enhancer, embedded_task
+from alphasmith.search.compression.embedded import MEASURED, TRAINING, EnhancementTask, Enhancer, embedded_task
 
 FEW = {"train": 12, "study": 4, "test": 4}
 
@@ -67,7 +67,7 @@ def test_a_few_updates_enhance() -> None:
     found = task.measure(model.train(), "study")
     assert all(module.training for module in model.modules()), "the mode stays"
     assert (found.values["si_sdr"] or 0) > (noisy.values["si_sdr"] or 0) + 1
-    assert set(found.values) == {metric.name for metric in METRICS}
+    assert set(found.values) == set(MEASURED)
     assert found == task.measure(model.eval(), "study")
     assert found != task.measure(model, "test")
 
@@ -78,3 +78,18 @@ def test_the_model_depends_on_the_seed_only() -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
     with pytest.raises(InputError, match="study has none"):
         EnhancementTask(0, {"train": 1, "study": 0, "test": 1})
+
+
+def test_pesq_is_measured_only_when_it_is_asked_for_and_never_silently_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("alphasmith.objectives.joint.metrics.scores.find_spec", lambda name: None)
+    task = EnhancementTask(0, FEW, ("snr", "pesq"))
+    assert [metric.name for metric in task.metrics] == ["snr", "pesq"]
+    found = task.measure(torch.nn.Identity(), "study")
+    assert found.values["snr"] is not None
+    assert found.values["pesq"] is None
+    assert "pesq not measured (PESQ is not installed" in found.notes[0]
+    for wrong in ((), ("mos",)):
+        with pytest.raises(InputError, match="metrics"):
+            EnhancementTask(0, FEW, wrong)  # type: ignore[arg-type]
