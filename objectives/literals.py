@@ -43,6 +43,8 @@ CodebookStart = Literal["linear", "density", "k-means++", "optimal"]
 IndexCoding = Literal["packed", "huffman"]
 #: How a tensor of a compressed model is stored: as a codebook, in the type it has, or a float32 one as float16.
 StoredAs = Literal["codebook", "plain", "float16"]
+#: What is stored of a weight beside a low-rank branch: codes of a number of bits, or entries of a codebook.
+ResidualForm = Literal["int4", "int8", "codebook"]
 #: What a decomposition keeps most of: the weight itself, the weight times the size of every input, or the output.
 SvdMetric = Literal["plain", "activation", "whitened"]
 #: How the kernel of a convolution becomes a matrix: output channels against all else, or its rows against its columns.

@@ -1,5 +1,6 @@
 """Compression by sparse, low-rank and codebook forms of a model's weights together.
 
+- ``branch``: smoothing, a low-rank branch and a quantized residual together
 - ``codebook``: weights as a table of shared values and an index each
 - ``drop``: how much of its metrics a model may lose while it is made smaller
 - ``losses``: what a model in float is trained on: task losses by name
@@ -12,4 +13,16 @@
 - ``structure``: which normalization reads what which layer makes
 """
 
-__all__ = ["codebook", "drop", "losses", "low_rank", "metrics", "packed", "ports", "rounds", "sparsity", "structure"]
+__all__ = [
+    "branch",
+    "codebook",
+    "drop",
+    "losses",
+    "low_rank",
+    "metrics",
+    "packed",
+    "ports",
+    "rounds",
+    "sparsity",
+    "structure",
+]

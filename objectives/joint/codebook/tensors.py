@@ -22,6 +22,8 @@ from alphasmith.objectives.joint.codebook.clustering import MOST_ENTRIES, Cluste
 from alphasmith.objectives.literals import CodebookStart, IndexCoding
 from alphasmith.objectives.text import error_line
 
+#: Types of weights that are restored as they were.
+WeightType = Literal["float32", "float64", "float16", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: Tensors of a codebook and their types; the last two belong to a Huffman code.
 _STORED = {
@@ -70,7 +72,7 @@ class CodebookEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(strict=False)  # JSON has lists
-    dtype: Literal["float32", "float64", "float16", "bfloat16"]
+    dtype: WeightType
     channels: int | None = Field(ge=1)
     bits: int = Field(ge=0, le=MOST_BITS)
     coding: IndexCoding
@@ -114,7 +116,7 @@ class CodebookWeight:
         tensors = {name: self.tensors[name] for name in ("table", "sizes")}
         tensors |= _coded(indices, coding, self.entry.bits, int(tables.max()))
         entry = self.entry.model_copy(update={"coding": coding, "digest": ""})
-        entry = entry.model_copy(update={"digest": _digest(entry, tensors)})
+        entry = entry.model_copy(update={"digest": stored_digest(entry, tensors)})
         return replace(self, entry=entry, tensors=tensors)
 
 
@@ -208,7 +210,7 @@ def encode_weight(weight: Tensor, settings: CodebookSettings, *, name: str = "we
         digest="",
     )
     return CodebookWeight(
-        entry=entry.model_copy(update={"digest": _digest(entry, tensors)}),
+        entry=entry.model_copy(update={"digest": stored_digest(entry, tensors)}),
         tensors=tensors,
         packed_bytes=tables + packed_size(indices.size, bits),
         huffman_bytes=tables + huffman_size(indices, entries),
@@ -245,7 +247,7 @@ def decode_weight(name: str, entry: Mapping[str, Any] | CodebookEntry, tensors: 
         raise _corrupt(
             name, f"its codebook holds {found or 'nothing'}, not {', '.join(sorted(expected))} as they are made"
         )
-    digest = _digest(known, tensors)
+    digest = stored_digest(known, tensors)
     if digest != known.digest:
         raise _corrupt(name, f"its codebook has the digest {digest}, {known.digest} is recorded")
     return tensors["table"][indices_of(name, known, tensors)].to(_DTYPES[known.dtype])
@@ -302,7 +304,7 @@ def with_table(
     if not bool(torch.isfinite(stored).all()):
         raise NonFiniteError("an entry of a table is not finite")
     found = dict(tensors) | {"table": stored.clone()}
-    return entry.model_copy(update={"digest": _digest(entry, found)}), found
+    return entry.model_copy(update={"digest": stored_digest(entry, found)}), found
 
 
 def _coded(indices: NDArray[np.uint16], coding: IndexCoding, bits: int, entries: int) -> dict[str, Tensor]:
@@ -325,6 +327,21 @@ def _halved(tables: Sequence[Tensor]) -> list[Tensor] | None:
         if not float((rounded - table).norm()) <= torch.finfo(torch.float16).eps * float(table.norm()):
             return None
     return found
+
+
+def stored_digest(entry: BaseModel, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what is stored, 64 hexadecimal digits.
+
+    Args:
+        entry: All its fields but ``digest`` count.
+        tensors: Names, types, shapes and bytes count, the order does not.
+    """
+    digest = hashlib.sha256(json.dumps(entry.model_dump(exclude={"digest"}), sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        data = value.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)};".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _stored_indices(entry: CodebookEntry, tensors: Mapping[str, Tensor], count: int) -> NDArray[np.uint16]:
@@ -366,12 +383,3 @@ def _check(weight: Tensor, settings: CodebookSettings, name: str) -> None:
         raise InputError("cluster.k", f"{settings.k} entries make no table", f"use 2 to {MOST_ENTRIES}")
     if str(weight.dtype).removeprefix("torch.") not in _DTYPES:
         raise InputError(name, f"is {weight.dtype}", "give a floating tensor of 16 bits or more")
-
-
-def _digest(entry: CodebookEntry, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(entry.model_dump(exclude={"digest"}), sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        data = value.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)};".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@
 - ``factored``: layers in factored form, both factors trainable
 - ``factorization``: the layers of a model in factored form wherever that has fewer numbers
 - ``norms``: normalizations folded into the weights around them before these are decomposed
+- ``spectrum``: which layers truncation does not make smaller, because their spectrum is flat
 """
 
-__all__ = ["classes", "covariances", "decomposition", "factored", "factorization", "norms"]
+__all__ = ["classes", "covariances", "decomposition", "factored", "factorization", "norms", "spectrum"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -122,10 +122,7 @@ def factorize(
         NonFiniteError: A weight is NaN or infinite.
     """
     _check(settings)
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) and low_rank_product(module) is None:
-            owners.setdefault(id(module.weight), []).append(name)
+    owners = _owners(model)
     classes = layer_classes(model)
     layers: list[FactoredLayer] = []
     plans: dict[str, _Plan] = {}
@@ -150,6 +147,71 @@ def factorize(
     for name, plan in plans.items():
         _install(model, name, plan)
     return tuple(layers)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerMatrices:
+    """The weight of a dense layer as the matrices that are decomposed.
+
+    Attributes:
+        name: Its dotted name.
+        shape: Of its weight.
+        matrices: One a group, each with what its errors are measured in.
+        energy: Share of the squared singular values asked for; None where a rank is.
+        rank: The rank asked for; None where an energy is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    matrices: tuple[tuple[Tensor, Weighting], ...]
+    energy: float | None
+    rank: int | None
+
+
+def dense_matrices(
+    model: nn.Module,
+    settings: LowRankSettings,
+    *,
+    covariances: Mapping[str, Tensor] | None = None,
+    rows: Mapping[str, Tensor] | None = None,
+) -> Iterator[LayerMatrices]:
+    """The layers that :func:`factorize` would put into factored form if a rank saved anything.
+
+    Args:
+        model: Not changed.
+        settings: As for ``factorize``.
+        covariances: As for ``factorize``.
+        rows: As for ``factorize``.
+
+    Raises:
+        InputError: A setting is out of range, or a covariance is missing.
+    """
+    _check(settings)
+    owners, classes = _owners(model), layer_classes(model)
+    for name, module in model.named_modules():
+        share = _share(settings, classes[name]) if name in classes else None
+        if share is None or _ranked(name, module) is not None or _refused(name, module, owners, settings):
+            continue
+        weight = _weight(module)
+        form, groups = _form(module, weight, settings)
+        parts = conv_matrices(weight, groups, form)
+        weightings = _weightings(name, parts, form, settings, covariances or {}, (rows or {}).get(name))
+        yield LayerMatrices(
+            name=name,
+            shape=tuple(weight.shape),
+            matrices=tuple(zip(parts, weightings, strict=True)),
+            energy=share.energy,
+            rank=share.rank,
+        )
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Weight -> all names of layers that have it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) and low_rank_product(module) is None:
+            owners.setdefault(id(module.weight), []).append(name)
+    return owners
 
 
 def _check(settings: LowRankSettings) -> None:
