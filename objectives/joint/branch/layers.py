@@ -208,7 +208,7 @@ def branch_module(
     """The layer that takes the place of a float one.
 
     Args:
-        layer: ``nn.Linear`` or a convolution of one group; its bias is taken over, its weight is not read.
+        layer: ``nn.Linear`` or a convolution of one group; its bias is taken over, of its weight only shape and device are read.
         entry: As it was stored.
         tensors: As they were stored.
         name: What to call it in errors.
@@ -220,9 +220,13 @@ def branch_module(
     shape = tuple(getattr(layer, "weight", torch.empty(0)).shape)
     if shape != known.shape:
         raise InputError(name, f"is stored for shape {known.shape}, the layer has {shape}", "give the same model")
+    made: BranchModule
     if isinstance(layer, nn.Linear):
-        return BranchLinear(known, tensors, layer.bias, name).train(layer.training)
-    return BranchConv(known, tensors, layer, name).train(layer.training)
+        made = BranchLinear(known, tensors, layer.bias, name)
+    else:
+        made = BranchConv(known, tensors, layer, name)
+    device = layer.get_parameter("weight").device
+    return (made if device.type == "meta" else made.to(device)).train(layer.training)
 
 
 def _format(bits: int) -> Any:

@@ -6,14 +6,15 @@ from typing import Literal
 
 from torch import nn
 
+from alphasmith.objectives.joint.branch.layers import BranchConv, BranchLinear
 from alphasmith.objectives.joint.low_rank.factored import FactoredConv, FactoredLinear
 from alphasmith.objectives.joint.structure import CONVOLUTIONS, is_recurrent
 
 #: Class of layer by what computes with a tensor.
 LayerClass = Literal["conv", "recurrent", "linear", "embedding", "other"]
 _KINDS: tuple[tuple[LayerClass, tuple[type[nn.Module], ...]], ...] = (
-    ("conv", (*CONVOLUTIONS, FactoredConv)),
-    ("linear", (nn.Linear, FactoredLinear, nn.MultiheadAttention)),
+    ("conv", (*CONVOLUTIONS, FactoredConv, BranchConv)),
+    ("linear", (nn.Linear, FactoredLinear, BranchLinear, nn.MultiheadAttention)),
     ("embedding", (nn.Embedding, nn.EmbeddingBag)),
 )
 

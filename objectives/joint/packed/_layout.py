@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.joint.branch.layers import BranchModule, branch_module
+from alphasmith.objectives.joint.branch.stored import BranchEntry
 from alphasmith.objectives.joint.low_rank.decomposition import Factors
 from alphasmith.objectives.joint.low_rank.factored import FactoredConv, FactoredLinear, LowRankProduct, conv_matrices
 from alphasmith.objectives.joint.structure import CONVOLUTIONS
@@ -48,6 +50,7 @@ class ModelLayout(BaseModel):
         attention: Attention modules, likewise.
         folded: Modules that are ``nn.Identity``: normalizations that became part of the layer before them.
         factored: Layer -> its form.
+        branches: Layer -> its entry, where it is a branch beside a quantized residual.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -56,16 +59,20 @@ class ModelLayout(BaseModel):
     attention: tuple[str, ...] = Field(default=(), strict=False)
     folded: tuple[str, ...] = Field(default=(), strict=False)
     factored: dict[Annotated[str, Field(min_length=1)], FactoredLayout] = {}
+    branches: dict[Annotated[str, Field(min_length=1)], BranchEntry] = {}
 
 
 def read_layout(model: nn.Module) -> ModelLayout:
     """The layout of a model, as its modules tell it."""
     apart = taken_apart_modules(model)
     factored: dict[str, FactoredLayout] = {}
+    branches: dict[str, BranchEntry] = {}
     folded: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Identity) and name:
             folded.append(name)
+        elif isinstance(module, BranchModule):
+            branches[name] = module.entry
         elif isinstance(module, FactoredLinear):
             factored[name] = FactoredLayout(kind="linear", rank=module.left.shape[1])
         elif isinstance(module, FactoredConv):
@@ -74,33 +81,40 @@ def read_layout(model: nn.Module) -> ModelLayout:
             )
         elif (product := low_rank_product(module)) is not None:
             factored[name] = FactoredLayout(kind="product", rank=product.rank, form=product.form, groups=product.groups)
-    return ModelLayout(recurrent=apart.recurrent, attention=apart.attention, folded=tuple(folded), factored=factored)
+    return ModelLayout(
+        recurrent=apart.recurrent, attention=apart.attention, folded=tuple(folded), factored=factored, branches=branches
+    )
 
 
-def rebuild(shell: nn.Module, layout: ModelLayout, names: Container[str]) -> None:
-    """Give a private copy of the architecture the modules of a layout; its tensors are those of nobody yet.
+def rebuild(shell: nn.Module, layout: ModelLayout, tensors: Mapping[str, Tensor]) -> None:
+    """Give a private copy of the architecture the modules of a layout; but for branches, its tensors are those of nobody yet.
 
     Args:
         shell: In evaluation mode; changed in place.
         layout: What to make of it.
-        names: Full names of the tensors that it is to have; weights among them that it computes are baked, biases it lacks made.
+        tensors: Those that it is to have, under all their names; weights among them that it computes are baked, biases it lacks made.
 
     Raises:
-        InputError: A module is missing, or is of another kind than the one that was changed.
+        InputError: A module is missing, or is of another kind than the one that was changed, or a branch is corrupt.
     """
-    plain = _Plain(names, layout)
+    plain = _Plain(tensors, layout)
     rewrite_like(shell, TakenApart(recurrent=layout.recurrent, attention=layout.attention), plain)
     for name in layout.folded:
         _replace(shell, name, nn.Identity().train(_module(shell, name).training))
     done: dict[int, nn.Module] = {}
     if layout.folded:  # a normalization that becomes part of a layer leaves a bias there
-        _make_biases(shell, layout, names)
+        _make_biases(shell, layout, tensors)
     for name, form in layout.factored.items():
         layer = _module(shell, name)
         if id(layer) not in done:
             done[id(layer)] = _factored(name, layer, form)
         if done[id(layer)] is not layer:
             _replace(shell, name, done[id(layer)].train(layer.training))
+    for name, entry in layout.branches.items():
+        layer = _module(shell, name)
+        if id(layer) not in done:
+            done[id(layer)] = _branch(name, layer, entry, tensors)
+        _replace(shell, name, done[id(layer)])
 
 
 def _make_biases(shell: nn.Module, layout: ModelLayout, names: Container[str]) -> None:
@@ -117,7 +131,7 @@ class _Plain(Container[str]):
 
     def __init__(self, names: Container[str], layout: ModelLayout) -> None:
         self._names = names
-        self._factored = {f"{name}.weight" for name in layout.factored}
+        self._factored = {f"{name}.weight" for name in (*layout.factored, *layout.branches)}
 
     def __contains__(self, name: object) -> bool:
         return name in self._names or name in self._factored
@@ -151,6 +165,15 @@ def _factored(name: str, layer: nn.Module, form: FactoredLayout) -> nn.Module:
         return FactoredConv(layer, factors, form.form)
     parametrize.register_parametrization(layer, "weight", LowRankProduct(factors, weight.shape, form.form))
     return layer
+
+
+def _branch(name: str, layer: nn.Module, entry: BranchEntry, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A layer as branch and residual, with the tensors that are stored of it."""
+    if not isinstance(layer, (nn.Linear, *_PLAIN_CONVOLUTIONS)):
+        raise InputError("model", f"{name} is {type(layer).__name__} and becomes no branch", _REMEDY)
+    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    own.pop("bias", None)
+    return branch_module(layer, entry, own, name=name)
 
 
 def _zeros(matrix: Tensor, rank: int) -> Factors:

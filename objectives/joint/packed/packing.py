@@ -215,7 +215,8 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
 
     Args:
         model: Dense, factored by :func:`~alphasmith.objectives.joint.low_rank.factorization.factorize`, taken apart by
-            :func:`~alphasmith.objectives.model.plain_operators.rewrite`, normalizations folded, in any mixture; not modified.
+            :func:`~alphasmith.objectives.model.plain_operators.rewrite`, normalizations folded, branches of
+            :func:`~alphasmith.objectives.joint.branch.placement.branch_layers`, in any mixture; not modified.
             Buffers that are not persistent are taken from the architecture when it is restored.
         settings: How.
 
@@ -230,6 +231,7 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
     owners, aliases = _owners(_tensors(model))
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     classes = layer_classes(model, list(owners))
+    layout = read_layout(model)
     tensors: dict[str, Tensor] = {}
     codebooks: dict[str, CodebookEntry] = {}
     halves: list[str] = []
@@ -239,7 +241,8 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
         layer, kind = classes[name]
         if name in parameters and not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"{name}: NaN or infinity in the parameter")
-        plain = _plain(name, value, settings)
+        # What a branch stores has its own types, under a digest.
+        plain = _plain(name, value, settings.float16 and layer not in layout.branches)
         book, reason = _codebook(name, value, kind, plain, settings, weight=name in parameters)
         if book is None:
             tensors[f"plain/{name}"] = plain
@@ -254,7 +257,7 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
             _told(told, value, plain, reason) if book is None else _told_codebook(told, value, book, kind, settings)
         )
     structure = PackedStructure(
-        layout=read_layout(model), codebooks=codebooks, halves=tuple(halves), strides=strides, aliases=aliases
+        layout=layout, codebooks=codebooks, halves=tuple(halves), strides=strides, aliases=aliases
     )
     return PackedModel(structure=structure, tensors=tensors, report=tuple(report))
 
@@ -299,10 +302,10 @@ def _owners(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return {name: value for name, value in tensors.items() if name not in aliases}, aliases
 
 
-def _plain(name: str, value: Tensor, settings: PackedSettings) -> Tensor:
+def _plain(name: str, value: Tensor, float16: bool) -> Tensor:
     """A tensor as it is stored where it has no codebook, nobody else's."""
     found = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if settings.float16 and value.dtype == torch.float32 and not misfit({name: found}, {name: torch.float16}):
+    if float16 and value.dtype == torch.float32 and not misfit({name: found}, {name: torch.float16}):
         return found.half()
     return found
 

@@ -31,8 +31,8 @@ def restore(architecture: nn.Module, packed: PackedModel) -> nn.Module:
     """
     shell = private_copy(architecture).eval()
     decoded = unpack(packed)
-    names = decoded.keys() | packed.structure.aliases.keys()
-    rebuild(shell, packed.structure.layout, names)
+    aliased = {name: decoded[of] for name, of in packed.structure.aliases.items()}
+    rebuild(shell, packed.structure.layout, decoded | aliased)
     _load(shell, decoded, packed.structure.aliases)
     return shell.eval()
 
