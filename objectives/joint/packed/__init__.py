@@ -5,6 +5,7 @@
 - ``forms``: in which form layers run: what is faster on the machine and the data at hand
 - ``packing``: every tensor of a model under a codebook or as it is, and the bytes of all of it
 - ``restoring``: a packed model out of the float architecture, bit by bit
+- ``tuning``: tables trained on the task while every weight keeps its entry
 """
 
-__all__ = ["forms", "packing", "restoring"]
+__all__ = ["forms", "packing", "restoring", "tuning"]

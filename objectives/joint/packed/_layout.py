@@ -15,7 +15,13 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.joint.branch.layers import BranchModule, branch_module
 from alphasmith.objectives.joint.branch.stored import BranchEntry
 from alphasmith.objectives.joint.low_rank.decomposition import Factors
-from alphasmith.objectives.joint.low_rank.factored import FactoredConv, FactoredLinear, LowRankProduct, conv_matrices
+from alphasmith.objectives.joint.low_rank.factored import (
+    FactoredConv,
+    FactoredLinear,
+    LowRankProduct,
+    conv_matrices,
+    low_rank_product,
+)
 from alphasmith.objectives.joint.structure import CONVOLUTIONS
 from alphasmith.objectives.literals import ConvForm
 from alphasmith.objectives.model.plain_operators import TakenApart, rewrite_like, taken_apart_modules
@@ -135,15 +141,6 @@ class _Plain(Container[str]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names or name in self._factored
-
-
-def low_rank_product(module: nn.Module) -> LowRankProduct | None:
-    """The factors of a weight that is multiplied at every call; None where it is not."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    lists = module.parametrizations
-    steps = list(lists["weight"]) if isinstance(lists, nn.ModuleDict) else []  # type: ignore[call-overload]
-    return steps[0] if len(steps) == 1 and isinstance(steps[0], LowRankProduct) else None
 
 
 def _factored(name: str, layer: nn.Module, form: FactoredLayout) -> nn.Module:

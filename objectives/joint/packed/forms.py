@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.joint.low_rank.factored import FactoredConv, FactoredLinear
-from alphasmith.objectives.joint.packed._layout import low_rank_product
+from alphasmith.objectives.joint.low_rank.factored import FactoredConv, FactoredLinear, low_rank_product
 from alphasmith.objectives.media.batch import Batch, call, data_errors
 from alphasmith.objectives.model.plain_operators import bake_plain, fuse, taken_apart_modules
 from alphasmith.objectives.model.private_copy import private_copy
