@@ -192,6 +192,8 @@ def fuse(module: nn.Module) -> nn.RNNBase:
                 continue
             if not isinstance(linear, nn.Linear):
                 raise InputError("model", f"{operator} of a recurrent layer is no linear layer", "make it dense first")
+            if linear.bias is not None and (operator == "hr" or not module.bias):
+                raise InputError("model", f"{operator} of a recurrent layer has a bias of its own", "leave it unrolled")
             # By assignment: torch's module keeps a list of its parameters beside them.
             setattr(made, f"weight_{operator}_l{key}", linear.weight)
             if module.bias and operator != "hr":

@@ -176,7 +176,8 @@ class CompressedLayerEntry(Part):
     kind: str
     """Class of the layer."""
     form: str = "dense"
-    """``dense``; ``linear`` and ``conv``: factors that run in two steps; ``product``: factors that are multiplied at every call."""
+    """``dense``; ``linear`` and ``conv``: factors that run in two steps; ``product``: factors that are multiplied at every call;
+    ``branch``: factors of the smoothed weight beside a quantized residual."""
     rank: NonNegativeInt = 0
     """Of its factors; 0: none."""
     kept: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -274,11 +275,12 @@ def layer_entries(
     found = []
     for name, tensors in of_layer.items():
         form = packed.structure.layout.factored.get(name)
+        branch = packed.structure.layout.branches.get(name)
         entry = CompressedLayerEntry(
             name=name,
             kind=tensors[0].kind,
-            form="dense" if form is None else form.kind,
-            rank=0 if form is None else form.rank,
+            form="branch" if branch is not None else "dense" if form is None else form.kind,
+            rank=branch.rank if branch is not None else 0 if form is None else form.rank,
             kept=(kept or {}).get(name),
             reason=(reasons or {}).get(name, ""),
             tensors=tuple(_tensor(tensor) for tensor in tensors),

@@ -72,10 +72,10 @@ class CodebookEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(strict=False)  # JSON has lists
-    dtype: WeightType
-    channels: int | None = Field(ge=1)
+    dtype: WeightType = "float32"
+    channels: int | None = Field(default=None, ge=1)
     bits: int = Field(ge=0, le=MOST_BITS)
-    coding: IndexCoding
+    coding: IndexCoding = "packed"
     digest: str
 
 

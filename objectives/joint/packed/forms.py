@@ -149,7 +149,10 @@ def _form(
     if read is None:
         return LayerForm(layer=name, runs=small, reason="the batch does not reach it")
     args, kwargs = read
-    other = _fused(private_copy(module)) if recurrent else _dense(module)
+    try:
+        other = _fused(private_copy(module)) if recurrent else _dense(module)
+    except InputError as error:  # what is inside is neither linear nor factored
+        return LayerForm(layer=name, runs=small, reason=error.problem)
     other.train(module.training)
     seconds: dict[str, float] = {
         small: timer(lambda: module(*args, **kwargs)),

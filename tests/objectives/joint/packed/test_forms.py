@@ -129,6 +129,18 @@ def test_what_the_batch_does_not_reach_stays_as_it_is() -> None:
     }
 
 
+def test_a_recurrent_layer_that_cannot_be_fused_stays_a_cell() -> None:
+    model = made(mixed(), (True, False, None, "channel"))
+    inner = model.get_submodule("rnn.layers.0")
+    inner.hh = nn.Sequential(inner.get_submodule("hh"))
+    (form,) = choose_forms(model, BATCH, timer=told(2.0, 1.0))
+    assert (form.layer, form.runs, form.reason) == ("rnn", "cell", "hh of a recurrent layer is no linear layer")
+    biased = made(mixed(bias=False), (True, False, None, "channel"))
+    biased.get_submodule("rnn.layers.0.ih").bias = nn.Parameter(torch.ones(24))
+    (form,) = choose_forms(biased, BATCH, timer=told(2.0, 1.0))
+    assert (form.runs, form.reason) == ("cell", "ih of a recurrent layer has a bias of its own")
+
+
 @pytest.mark.parametrize(
     ("layer", "runs", "problem"),
     [
