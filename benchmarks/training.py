@@ -1,7 +1,7 @@
 """Compressed models trained through their quantizers: what the search left, how much of it training recovers, what a step costs.
 
     python -m benchmarks.training SHARED_DATA [--models kwt1 ...] [--schemes w4a8-channel-static ...] [--seeds 0 1 2] [--short]
-                                  [--updates N] [--home FOLDER] [--work FOLDER] [--out docs/training.md]
+                                  [--updates N] [--ratios] [--home FOLDER] [--work FOLDER] [--out docs/training.md]
 
 SHARED_DATA is the folder with zoo.py and zoo_eval.py, --home that of the models out of packages; neither is part of this
 repository. One search for each model and scheme, one training for each seed.
@@ -35,11 +35,14 @@ from alphasmith.objectives.training.outcome import TrainingOutcome
 from alphasmith.objectives.training.ports import Samples
 from alphasmith.objectives.training.settings import TrainingSettings
 from alphasmith.search import RunConfig, load_quantized, run
+from alphasmith.storage.output.entries import MetricEntry
 from alphasmith.storage.output.result_folder import ResultFolder
 from benchmarks.real_folders import home_folder
 from benchmarks.training_cases import NAMES, Case, load_case
 
 SCHEMES = ("w8a8-channel-static", "w4a8-channel-static", "w4a16-channel")
+#: Trials of a search in the short and the long form.
+SHORT_TRIALS, TRIALS = 6, 24
 #: Updates of the short form, and batches timed for the cost of a step.
 SHORT_STEPS, TIMED = 60, 13
 
@@ -173,19 +176,14 @@ def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: b
         updates: Of each training; None: as the form says.
     """
     settings = settings_of(case, short=short, updates=updates)
-    trials = 6 if short else 24
-    form = json.dumps([trials, list(seeds), asdict(settings)], sort_keys=True)
+    form = json.dumps([SHORT_TRIALS if short else TRIALS, list(seeds), asdict(settings)], sort_keys=True)
     kept = work / f"{case.name}-{scheme}.json"
     if kept.exists():
         finding = Finding(**json.loads(kept.read_text(encoding="utf-8")))
         if finding.form == form:
             return finding
     start = time.perf_counter()
-    out = work / f"{case.name}-{scheme}"
-    if not (out / "manifest.json").exists():
-        _search(case, scheme, trials, work, out)
-    (measured,) = ResultFolder(out).manifest.output.metrics
-    quantized = load_quantized(out, case.model)
+    quantized, measured = searched_model(case, scheme, work, short=short)
     searched = time.perf_counter()
     ratio = step_ratio(case, quantized, settings)
     trained = [trained_once(case, quantized, case.train, replace(settings, seed=seed)) for seed in seeds]
@@ -198,6 +196,22 @@ def found(case: Case, scheme: str, seeds: Sequence[int], work: Path, *, short: b
     )  # fmt: skip
     kept.write_text(json.dumps(asdict(finding), indent=1), encoding="utf-8")
     return finding
+
+
+def searched_model(case: Case, scheme: str, work: Path, *, short: bool) -> tuple[nn.Module, MetricEntry]:
+    """The integer model of a search, and the metrics that the search measured; one that ``work`` has is taken.
+
+    Args:
+        case: Model and data.
+        scheme: Name of the scheme.
+        work: An existing folder.
+        short: Fewer trials.
+    """
+    out = work / f"{case.name}-{scheme}"
+    if not (out / "manifest.json").exists():
+        _search(case, scheme, SHORT_TRIALS if short else TRIALS, work, out)
+    (measured,) = ResultFolder(out).manifest.output.metrics
+    return load_quantized(out, case.model), measured
 
 
 def _search(case: Case, scheme: str, trials: int, work: Path, out: Path) -> None:
@@ -274,6 +288,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="fewer trials and updates")
     parser.add_argument("--updates", type=int, help="of each training, instead of the form's")
+    parser.add_argument("--ratios", action="store_true", help="only what a step costs, without training")
     parser.add_argument("--home", type=Path, default=home_folder())
     parser.add_argument("--work", type=Path, help="keeps searches and findings, so that a later call goes on")
     parser.add_argument("--out", type=Path)
@@ -290,13 +305,18 @@ def main() -> None:
         *arguments.schemes,
     ]
     command = f"python -m benchmarks.training SHARED_DATA {' '.join(flags)}"
-    print(HEADER, flush=True)
+    if not arguments.ratios:
+        print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for name in arguments.models:
             case = load_case(name, arguments.data, arguments.home)
             for scheme in arguments.schemes:
+                if arguments.ratios:
+                    quantized, _ = searched_model(case, scheme, work, short=arguments.short)
+                    print(f"{name} {scheme}: {step_ratio(case, quantized, case.settings):.2f}", flush=True)
+                    continue
                 findings.append(
                     found(case, scheme, arguments.seeds, work, short=arguments.short, updates=arguments.updates)
                 )
