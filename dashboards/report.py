@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from alphasmith.dashboards._page import Section, render, shown
 from alphasmith.dashboards.checked_frames import checked_groups, checked_sites, geometric_mean, ratio
 from alphasmith.dashboards.figures.sites import (
     alpha_heatmap,
@@ -18,7 +19,6 @@ from alphasmith.dashboards.figures.sites import (
     trial_history,
 )
 from alphasmith.dashboards.figures.training import training_curve
-from alphasmith.dashboards._page import Section, render, shown
 from alphasmith.dashboards.site_table import BASELINES, SITE_TABLE, site_rows
 from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
 from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice, run_verdict, swept_alpha, whole_model
