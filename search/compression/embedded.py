@@ -168,7 +168,7 @@ class EnhancementTask:
             for module, mode in training.items():
                 module.training = mode
         found = [score(name, outputs, list(clips.clean.unbind(0)), rate=RATE) for name in self._names]
-        values = {one.metric: one.value for one in found}
+        values: dict[str, float | None] = {one.metric: one.value for one in found}
         return Measured(values=values, notes=tuple(str(one) for one in found if one.left_out or one.value is None))
 
     def _split(self, name: str) -> _Clips:
