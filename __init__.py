@@ -2,7 +2,8 @@
 
 One layer: ``alphasmith.search_site(x, w, scheme="w8a8-channel-static")``. A whole model: ``alphasmith.run(config, model=...,
 batches=...)``, gone on with by ``alphasmith.resume``; its output folder is read by ``load_smoothed`` and ``load_quantized``, and its
-compressed model is trained further by ``alphasmith.finetune``.
+compressed model is trained further by ``alphasmith.finetune``. ``alphasmith.compress`` makes a model smaller by sparse, low-rank and
+codebook forms together.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alphasmith.search import (
         Classifier,
+        CompressionResult,
         Generator,
         RunConfig,
         RunResult,
         SiteResult,
         TrainingResult,
+        compress,
         finetune,
         load_compressed,
         load_quantized,
@@ -31,12 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classifier",
+    "CompressionResult",
     "Generator",
     "RunConfig",
     "RunResult",
     "SiteResult",
     "TrainingResult",
     "__version__",
+    "compress",
     "finetune",
     "load_compressed",
     "load_quantized",

@@ -3,6 +3,7 @@
 - ``_page``: pages of one file: their frame, what may run on them, figures and sections
 - ``access``: who may ask a server: by Host, token and origin
 - ``checked_frames``: data frames as the figures and the report expect them: required columns, finite numbers
+- ``compression_report``: one self-contained HTML page that explains a joint compression
 - ``connections``: how long and how many connections a server keeps
 - ``figures``: plotly figures of sites, alphas and histories
 - ``guard``: access rules of the Optuna dashboard: who may ask, what may be changed, what artifacts may do
@@ -18,6 +19,7 @@
 __all__ = [
     "access",
     "checked_frames",
+    "compression_report",
     "connections",
     "figures",
     "guard",

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alphasmith.search.checkpoints.load import load_quantized, load_smoothed
     from alphasmith.search.compression.artifact import load_compressed
+    from alphasmith.search.compression.compress import CompressionResult, compress
     from alphasmith.search.config import RunConfig
     from alphasmith.search.launch.pipeline import resume, run
     from alphasmith.search.launch.recorder import RunResult
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classifier",
+    "CompressionResult",
     "Generator",
     "RunConfig",
     "RunResult",
     "SiteResult",
     "TrainingResult",
+    "compress",
     "finetune",
     "load_compressed",
     "load_quantized",
@@ -55,11 +58,13 @@ __all__ = [
 #: Where each name is. Imported when it is asked for: `alphasmith list` must not wait for torch, a worker not for transformers.
 _HOMES = {
     "Classifier": "processing.classifier",
+    "CompressionResult": "compression.compress",
     "Generator": "processing.generator",
     "RunConfig": "config",
     "RunResult": "launch.recorder",
     "SiteResult": "site.result",
     "TrainingResult": "training.finetune",
+    "compress": "compression.compress",
     "finetune": "training.finetune",
     "load_compressed": "compression.artifact",
     "load_quantized": "checkpoints.load",

@@ -11,6 +11,7 @@
 - ``rounds``: a model trained sparse, then made lower in rank and trained again until it loses too much
 - ``sparsity``: scales of normalizations pushed to zero while a model is trained
 - ``structure``: which normalization reads what which layer makes
+- ``tasks``: tasks of labelled samples: classes, next tokens, waveforms
 """
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "rounds",
     "sparsity",
     "structure",
+    "tasks",
 ]

@@ -40,7 +40,7 @@ def call_factory(spec: str, *, path: Path | None = None, factory_path: Path | No
     Raises:
         InputError: The function cannot be imported, fails, or returns no model.
     """
-    made = _call("model.factory", spec, path, factory_path)
+    made = call_function("model.factory", spec, path=path, factory_path=factory_path)
     model, config = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -49,6 +49,22 @@ def call_factory(spec: str, *, path: Path | None = None, factory_path: Path | No
             "return an nn.Module or (nn.Module, configuration)",
         )
     return model, config
+
+
+def call_function(field: str, spec: str, *, path: Path | None = None, factory_path: Path | None = None) -> Any:
+    """What the user's function returns.
+
+    Args:
+        field: Of the configuration, for errors.
+        spec: ``module:function``, called as in ``call_factory``.
+        path: Passed on as text, if given.
+        factory_path: Folder the module is imported from; on ``sys.path`` only during the call.
+
+    Raises:
+        InputError: The function cannot be imported, or fails.
+    """
+    with _searching(factory_path, field):
+        return _run(field, _resolve(field, spec, factory_path), spec, _arguments(path))
 
 
 def load_batches(
@@ -124,11 +140,6 @@ def load_metric(
     return metric
 
 
-def _call(field: str, spec: str, path: Path | None, factory_path: Path | None) -> Any:
-    with _searching(factory_path):
-        return _run(field, _resolve(field, spec, factory_path), spec, _arguments(path))
-
-
 def _arguments(path: Path | None) -> tuple[str, ...]:
     return () if path is None else (str(path),)
 
@@ -150,7 +161,7 @@ def _resolve(field: str, spec: str, factory_path: Path | None) -> Callable[..., 
         module = importlib.import_module(module_name)
     except (*_USER_ERRORS, SyntaxError) as error:
         raise InputError(
-            field, f"module {module_name!r} cannot be imported ({error})", "install it or set model.factory_path"
+            field, f"module {module_name!r} cannot be imported ({error})", f"install it or set {_folder_field(field)}"
         ) from error
     origin = getattr(module, "__file__", None)
     if factory_path is not None and (
@@ -164,14 +175,20 @@ def _resolve(field: str, spec: str, factory_path: Path | None) -> Callable[..., 
     return function  # type: ignore[no-any-return]
 
 
+def _folder_field(field: str) -> str:
+    """Where the folder of a function's module is given; one folder serves all functions of a run."""
+    return "task.factory_path" if field.startswith("task.") else "model.factory_path"
+
+
 @contextmanager
-def _searching(folder: Path | None) -> Iterator[None]:
+def _searching(folder: Path | None, field: str = "model.factory") -> Iterator[None]:
     """``folder`` first on ``sys.path``, for as long as the block runs."""
     if folder is None:
         yield
         return
     if not folder.is_dir():
-        raise InputError("model.factory_path", f"{folder} is not a folder", "give the folder that holds the module")
+        remedy = "give the folder that holds the module"
+        raise InputError(_folder_field(field), f"{folder} is not a folder", remedy)
     entry = str(folder.resolve())
     sys.path.insert(0, entry)
     try:

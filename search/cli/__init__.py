@@ -1,5 +1,6 @@
 """The command line and its texts.
 
+- ``_compress``: ``alphasmith compress``: a model made smaller by sparse, low-rank and codebook forms together
 - ``_db``: ``alphasmith db``: making, upgrading, checking, cleaning and copying the trial database
 - ``_finetune``: ``alphasmith finetune``: a compressed model trained further on labelled media
 - ``_layout``: tables and sentences as a terminal holds them

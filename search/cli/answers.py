@@ -17,14 +17,49 @@ _LONGEST_CELL = 100
 _MOST_POINTS = 8
 
 
-def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def runs_table(rows: Sequence[Mapping[str, Any]], compressions: Sequence[Mapping[str, Any]] = ()) -> str:
     """``alphasmith list``."""
     if not rows:
-        return "no runs yet; `alphasmith run` makes one"
+        return compressions_text(compressions) if compressions else "no runs yet; `alphasmith run` makes one"
     columns = ("id", "name", "status", "scheme", "scope", "created", "reason")
     told = table(columns, ([_state(row) if c == "status" else _cell(row[c]) for c in columns] for row in rows))
     trainings = [training for row in rows for training in row.get("trainings", ())]
-    return f"{told}\n\n{trainings_text(trainings)}" if trainings else told
+    told += f"\n\n{trainings_text(trainings)}" if trainings else ""
+    return f"{told}\n\n{compressions_text(compressions)}" if compressions else told
+
+
+def compressions_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Joint compressions, a line each; of one alone all that is known."""
+    columns = ("id", "status", "created", "reason")
+    cells = ([_state(row) if c == "status" else _cell(row[c]) for c in columns] for row in rows)
+    made = table(columns, cells, texts=("reason",))
+    if len(rows) != 1 or rows[0].get("manifest") is None:
+        return made
+    return f"{made}\n\n{compression_text(rows[0]['manifest'], rows[0]['folder'])}"
+
+
+def compression_text(values: Mapping[str, Any], folder: str) -> str:
+    """What a compression came to.
+
+    Args:
+        values: Its manifest, as JSON values.
+        folder: Its output folder.
+    """
+    from alphasmith.dashboards.compression_report import compression_sentence, front_grid, metric_grid
+    from alphasmith.storage.output.compression_manifest import CompressionManifest
+
+    manifest = CompressionManifest.model_validate(values)
+    columns, rows = metric_grid(manifest)
+    heads, front = front_grid(manifest)
+    lines = [
+        compression_sentence(manifest),
+        *([] if manifest.rounds is None else [f"rounds: {manifest.rounds.reason}"]),
+        table(columns, rows, title="metrics"),
+        table(heads, front, title="the front: no other trial within the limits is as small and as good"),
+        f"any of these can be written: alphasmith compress {manifest.run.id} --pick TRIAL --out DIR",
+        f"the model is in {folder}",
+    ]
+    return "\n".join(lines)
 
 
 def trainings_text(rows: Sequence[Mapping[str, Any]]) -> str:

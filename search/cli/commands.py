@@ -13,9 +13,12 @@ from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.search.cli._status import progress_facts
 from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.storage.database.connection import check_exists, opened
+from alphasmith.storage.output.compressed_folder import compression_in
+from alphasmith.storage.output.compression_manifest import read_compression_manifest
 from alphasmith.storage.output.manifest import Manifest, read_manifest
-from alphasmith.storage.output.training_driver import training_driver
+from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.status import RunSnapshot, lease_of, live_drivers, look_at
+from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore, is_compression_id
 from alphasmith.storage.runs.entries import Group, SiteRecord
 from alphasmith.storage.runs.records import RunRecord, TrialState, UnreadableRun
 from alphasmith.storage.runs.run_store import RunStore
@@ -37,13 +40,35 @@ def list_runs(storage: str | None) -> list[dict[str, Any]]:
     with opened(storage or DEFAULT_STORAGE) as database:
         drivers = live_drivers(database)
         trainings = TrainingStore(database).listing()
-        known = [_training_facts(training, training_driver(database, training)) for training in trainings]
+        known = [_training_facts(training, driver_of(database, training)) for training in trainings]
         return [
             (_run_facts(run) if isinstance(run, RunRecord) else _unreadable_facts(run))
             | {"driver": drivers.get(run.id)}
             | {"trainings": [training for training in known if training["run"] == run.id]}
             for run in RunStore(database).listing()
         ]
+
+
+def list_compressions(storage: str | None) -> list[dict[str, Any]]:
+    """One mapping per joint compression, newest first."""
+    with opened(storage or DEFAULT_STORAGE) as database:
+        records = CompressionStore(database).listing()
+        return [_compression_facts(record, driver_of(database, record)) for record in records]
+
+
+def show_compression(prefix: str, storage: str | None) -> dict[str, Any]:
+    """What is on record of a compression and, once it has finished and where its folder is seen, its manifest.
+
+    Raises:
+        InputError: No such compression or database.
+    """
+    with opened(storage or DEFAULT_STORAGE) as database:
+        record = CompressionStore(database).get(prefix)
+        facts = _compression_facts(record, driver_of(database, record))
+    manifest = None
+    if record.status == "finished" and compression_in(Path(record.folder)) == record.id:
+        manifest = read_compression_manifest(Path(record.folder)).model_dump(mode="json")
+    return facts | {"config": dict(record.config), "manifest": manifest}
 
 
 def show_training(prefix: str, storage: str | None) -> dict[str, Any]:
@@ -54,7 +79,7 @@ def show_training(prefix: str, storage: str | None) -> dict[str, Any]:
     """
     with opened(storage or DEFAULT_STORAGE) as database:
         record = TrainingStore(database).get(prefix)
-        driver = training_driver(database, record)
+        driver = driver_of(database, record)
     entry = None if record.entry is None else dict(record.entry)
     return _training_facts(record, driver) | {"config": dict(record.config), "training": entry}
 
@@ -102,7 +127,7 @@ def show_run(prefix: str, storage: str | None) -> ShownRun:
         look = look_at(database, record, lease=lease_of(record.config))
         masked = database.masked
         trainings = [
-            _training_facts(training, training_driver(database, training))
+            _training_facts(training, driver_of(database, training))
             for training in TrainingStore(database).listing(record.id)
         ]
     manifest = _manifest(look.record)
@@ -134,21 +159,24 @@ def delete(
     prefix: str,
     storage: str | None,
     *,
-    sure: Callable[[RunRecord | TrainingRecord, Sequence[Removal]], bool],
-) -> tuple[RunRecord | TrainingRecord, list[Removal]] | None:
-    """Delete a run, or a training alone, after ``sure`` was asked, with its record and what would go.
+    sure: Callable[[RunRecord | TrainingRecord | CompressionRecord, Sequence[Removal]], bool],
+) -> tuple[RunRecord | TrainingRecord | CompressionRecord, list[Removal]] | None:
+    """Delete a run, a training alone or a compression, after ``sure`` was asked, with its record and what would go.
 
     Returns:
-        The run or training as it was, and what was removed; None: it was not to be deleted.
+        The record as it was, and what was removed; None: it was not to be deleted.
 
     Raises:
-        InputError: No such run or training, or a process works on it.
+        InputError: There is none, or a process works on it.
     """
-    from alphasmith.storage.upkeep.delete import delete_run, delete_training
+    from alphasmith.storage.upkeep.delete import delete_compression, delete_run, delete_training
 
     with opened(storage or DEFAULT_STORAGE) as database:
-        record: RunRecord | TrainingRecord
-        if is_training_id(prefix):
+        record: RunRecord | TrainingRecord | CompressionRecord
+        if is_compression_id(prefix):
+            record = compression = CompressionStore(database).get(prefix)
+            remove = partial(delete_compression, database, compression)
+        elif is_training_id(prefix):
             record = training = TrainingStore(database).get(prefix)
             remove = partial(delete_training, database, training)
         else:
@@ -246,6 +274,19 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
         "created": record.created.isoformat(timespec="seconds"),
         "finished": None if record.finished is None else record.finished.isoformat(timespec="seconds"),
         "folder": record.folder,
+    }
+
+
+def _compression_facts(record: CompressionRecord, driver: str | None) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "status": record.status,
+        "driver": driver,
+        "reason": record.reason,
+        "created": record.created.isoformat(timespec="seconds"),
+        "finished": None if record.finished is None else record.finished.isoformat(timespec="seconds"),
+        "folder": record.folder,
+        "study": record.study,
     }
 
 

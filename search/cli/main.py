@@ -14,6 +14,7 @@ import click
 
 from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, InputError
 from alphasmith.objectives.text import one_line
+from alphasmith.search.cli._compress import compress, print_compression, resume_compression
 from alphasmith.search.cli._db import db
 from alphasmith.search.cli._finetune import finetune, print_training, resume_training
 from alphasmith.search.cli._options import (
@@ -33,6 +34,7 @@ from alphasmith.search.interruption import Interrupted
 
 if TYPE_CHECKING:
     from alphasmith.search.launch.recorder import RunResult
+    from alphasmith.storage.runs.compressions import CompressionRecord
     from alphasmith.storage.runs.records import RunRecord
     from alphasmith.storage.runs.trainings import TrainingRecord
     from alphasmith.storage.upkeep.garbage import Removal
@@ -72,6 +74,7 @@ app.add_command(classify)
 app.add_command(generate)
 app.add_command(serve)
 app.add_command(finetune)
+app.add_command(compress)
 
 
 @app.command()
@@ -110,11 +113,15 @@ def run(config: Path | None, overrides: tuple[str, ...], fresh: bool, as_json: b
 @allow_code_option
 @json_option
 def resume(run: str, storage: str | None, allow_code: tuple[str, ...], as_json: bool, **flags: Any) -> None:
-    """Resume a run, or a training, that was interrupted, killed or failed, and finish it."""
+    """Resume a run, a training or a compression that was interrupted, killed or failed, and finish it."""
+    from alphasmith.storage.runs.compressions import is_compression_id
     from alphasmith.storage.runs.trainings import is_training_id
 
     changes = apply_overrides({}, _as_overrides(flags))
     with interruptible() as (progress, stop):
+        if is_compression_id(run):
+            print_compression(resume_compression(run, storage, progress, stop, allow_code=allow_code), as_json)
+            return
         if is_training_id(run):
             places = {name: flags[name] for name in ("factory", "factory_path")}
             trained = resume_training(run, storage, progress, stop, allow_code=allow_code, **places)
@@ -174,8 +181,8 @@ def list_(storage: str | None, as_json: bool) -> None:
     """List the runs in a storage, newest first."""
     from alphasmith.search.cli import answers, commands
 
-    rows = commands.list_runs(storage)
-    print_answer(rows, as_json, lambda: answers.runs_table(rows))
+    rows, compressions = commands.list_runs(storage), commands.list_compressions(storage)
+    print_answer([*rows, *compressions], as_json, lambda: answers.runs_table(rows, compressions))
 
 
 @app.command()
@@ -192,12 +199,17 @@ def list_(storage: str | None, as_json: bool) -> None:
 )
 @json_option
 def show(run: str, storage: str | None, watch: bool, interval: float, as_json: bool) -> None:
-    """Show one run: what was asked, what was found at every site; with --watch how far it is. Or one training of its model."""
+    """Show one run: what was asked, what was found at every site; with --watch how far it is. Or one training, or one compression."""
     from alphasmith.search.cli import answers, commands
     from alphasmith.search.cli import tables as texts
     from alphasmith.search.cli._watch import watch_run
+    from alphasmith.storage.runs.compressions import is_compression_id
     from alphasmith.storage.runs.trainings import is_training_id
 
+    if is_compression_id(run) and not watch:
+        facts = commands.show_compression(run, storage)
+        print_answer(facts, as_json, lambda: answers.compressions_text([facts]))
+        return
     if is_training_id(run) and not watch:
         rows = commands.show_training(run, storage)
         print_answer(rows, as_json, lambda: answers.trainings_text([rows]))
@@ -210,20 +222,21 @@ def show(run: str, storage: str | None, watch: bool, interval: float, as_json: b
 
 
 @app.command()
-@click.argument("run", metavar="RUN|TRAINING")
+@click.argument("run", metavar="RUN|TRAINING|COMPRESSION")
 @storage_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def delete(run: str, storage: str | None, yes: bool, as_json: bool) -> None:
     """Delete a run: its records, its trainings, their studies and the objects nothing else needs. Its output folder stays.
 
-    Or one training alone, by its id (t-...): its record, study and checkpoints.
+    Or one training alone, by its id (t-...): its record, study and checkpoints. Or one compression (c-...): its study.
     """
     from alphasmith.search.cli import commands
     from alphasmith.search.cli._db import removed_facts, removed_text
+    from alphasmith.storage.runs.compressions import is_compression_id
     from alphasmith.storage.runs.trainings import is_training_id
 
-    def sure(record: RunRecord | TrainingRecord, would: Sequence[Removal]) -> bool:
+    def sure(record: RunRecord | TrainingRecord | CompressionRecord, would: Sequence[Removal]) -> bool:
         if yes:
             return True
         if not sys.stdin.isatty():
@@ -238,7 +251,7 @@ def delete(run: str, storage: str | None, yes: bool, as_json: bool) -> None:
         click.get_current_context().exit(1)
     record, removed = done
     stays = f"\nits output folder stays: {record.folder}" if record.folder and Path(record.folder).exists() else ""
-    kind = "training" if is_training_id(record.id) else "run"
+    kind = "training" if is_training_id(record.id) else "compression" if is_compression_id(record.id) else "run"
     answer = {kind: record.id, "folder": record.folder, **removed_facts(removed)}
     print_answer(answer, as_json, lambda: f"{record.id} is deleted\n{removed_text(removed, dry_run=False)}{stays}")
 

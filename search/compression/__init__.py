@@ -1,8 +1,16 @@
-"""Joint compression of a model: sparse, low-rank and codebook forms together.
+"""Joint compression of a model as a study: sparse, low-rank and codebook forms together.
 
+- ``_cache``: finished stages as files under the digest of what they were made from
+- ``_result``: the folder of a compressed model, its manifest, its report
 - ``_signals``: voiced and unvoiced signals in noise, generated
+- ``_space``: what a trial chooses
+- ``_stages``: from a trained model to a packed one, stage by stage
+- ``_study``: trials, drops as constraints, the front
+- ``_task``: the model and what it is for
 - ``artifact``: a compressed model, and what explains it, out of its output folder
+- ``compress``: a compression from first to last
+- ``config``: what a compression is asked for
 - ``embedded``: the embedded default: a speech-enhancement model, its data and its metrics
 """
 
-__all__ = ["artifact", "embedded"]
+__all__ = ["artifact", "compress", "config", "embedded"]

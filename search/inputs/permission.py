@@ -59,12 +59,26 @@ def check_code(config: RunConfig, allowed: Collection[str | Path], whose: str, r
     Raises:
         CodeNotAllowedError: Some of it is not allowed; the remedy has every option that is missing.
     """
+    check_named(code_named(config, replaced), allowed, whose)
+
+
+def check_named(named: Mapping[str, str], allowed: Collection[str | Path], whose: str) -> None:
+    """Refuse recorded code that the caller did not name.
+
+    Args:
+        named: Field -> function or folder; folders are those whose field ends with ``path``.
+        allowed: As of :func:`check_code`.
+        whose: Likewise.
+
+    Raises:
+        CodeNotAllowedError: Some of it is not allowed; the remedy has every option that is missing.
+    """
     functions = {str(name) for name in allowed}
     folders = {usable_path("--allow-code", name) for name in allowed}
     missing = {
         field: name
-        for field, name in code_named(config, replaced).items()
-        if not (name in functions if field in _FUNCTIONS else usable_path(field, name) in folders)
+        for field, name in named.items()
+        if not (usable_path(field, name) in folders if field.endswith("path") else name in functions)
     }
     if missing:
         told = ", ".join(f"{field} = {name!r}" for field, name in missing.items())

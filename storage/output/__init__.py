@@ -9,8 +9,8 @@
 - ``manifest``: the manifest: the JSON that explains a result completely
 - ``output_folder``: the output folder of a run: appears whole or not at all
 - ``reservation``: a place for a result, reserved by one process while it works towards it
+- ``reserved_work``: who works on a training or a compression: the process that has reserved the place of its result
 - ``result_folder``: reading an output folder: only files that its manifest names, only as they were written, never through links
-- ``training_driver``: who works on a training: the process that has reserved the place of its result
 - ``training_entry``: the section of a manifest that says how a compressed model was trained further
 """
 
@@ -22,6 +22,7 @@ __all__ = [
     "manifest",
     "output_folder",
     "reservation",
+    "reserved_work",
     "result_folder",
     "training_entry",
 ]

@@ -77,10 +77,24 @@ class TrialEntry(Part):
     """Objective -> value."""
     constraints: dict[str, float] = Field(default={})
     """Constraint -> value; at most 0 is within the limits."""
-    front: tuple[NonNegativeInt, ...] = ()
-    """Trials within the limits that no other one beats."""
     trials: NonNegativeInt = 0
     """All trials of the study."""
+
+
+class FrontEntry(Part):
+    """A trial within the limits that no other one beats."""
+
+    number: NonNegativeInt
+    """In the study."""
+    stored_bytes: PositiveInt
+    milliseconds: NonNegativeFloat | None = None
+    """Of a forward call on one thread; null: not asked for."""
+    study: dict[str, float | None] = Field(default={})
+    """Metric -> value on the split that decided; null: not measured."""
+    drops: dict[str, float] = Field(default={})
+    """Metric -> how much worse than the original, on this split."""
+    test: dict[str, float | None] = Field(default={})
+    """Metric -> value on the split that was looked at once."""
 
 
 class MetricEntry(Part):
@@ -179,7 +193,7 @@ class CompressedLayerEntry(Part):
     """``dense``; ``linear`` and ``conv``: factors that run in two steps; ``product``: factors that are multiplied at every call;
     ``branch``: factors of the smoothed weight beside a quantized residual."""
     rank: NonNegativeInt = 0
-    """Of its factors; 0: none."""
+    """Of its factors or its branch; 0: none."""
     kept: Annotated[float | None, Field(ge=0, le=1)] = None
     """Share of the squared singular values that its factors have; null: not known."""
     reason: str = ""
@@ -219,6 +233,8 @@ class CompressionManifest(Part):
     """Null: there were none."""
     trial: TrialEntry | None = None
     """Null: no study chose it."""
+    front: tuple[FrontEntry, ...] = ()
+    """Smallest first; empty: no study."""
     metrics: tuple[MetricEntry, ...] = ()
     bytes: BytesEntry
     folded: tuple[str, ...] = ()

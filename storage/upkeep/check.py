@@ -21,9 +21,10 @@ from alphasmith.storage.database.connection import Database, StorageError
 from alphasmith.storage.database.optuna_private import STATE, STUDIED, STUDIES, TRIALS, optuna_migrations
 from alphasmith.storage.database.tables import Base, ResultRow, RunRow, StoredArtifactRow, TicketRow
 from alphasmith.storage.migrations import CONTEXT_OPTIONS, VERSION_TABLE
-from alphasmith.storage.output.training_driver import training_driver
+from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.status import database_now, live_runs
-from alphasmith.storage.runs.trainings import TrainingStore
+from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore
+from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore
 
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
@@ -33,8 +34,8 @@ class Violation:
     """Something that must hold and does not.
 
     Attributes:
-        check: Which check found it: ``schema``, ``orphans``, ``results``, ``artifacts``, ``trials``, ``leases`` or
-            ``trainings``.
+        check: Which check found it: ``schema``, ``orphans``, ``results``, ``artifacts``, ``trials``, ``leases``,
+            ``trainings`` or ``compressions``.
         subject: What it is about: a run and what in it, a table, a store.
         problem: What is wrong, in one clause.
     """
@@ -125,7 +126,7 @@ def violations(
     def read(session: Session) -> list[Violation]:
         return [*_orphans(session), *_results(session), *_trials(session), *_leases(session, moment, live)]
 
-    return [*database.transact(read), *_trainings(database), *_artifacts(database, store, deep=deep)]
+    return [*database.transact(read), *_left_running(database), *_artifacts(database, store, deep=deep)]
 
 
 def orphan(child: type[Base]) -> ColumnElement[bool] | None:
@@ -210,14 +211,19 @@ def _leases(session: Session, now: datetime, live: dict[str, str]) -> Iterator[V
             yield Violation(check="leases", subject=f"{run}, site {site}", problem=problem)
 
 
-def _trainings(database: Database) -> Iterator[Violation]:
-    for training in reversed(TrainingStore(database).listing()):
-        if training.status == "running" and training_driver(database, training) is None:
+def _left_running(database: Database) -> Iterator[Violation]:
+    works: tuple[TrainingRecord | CompressionRecord, ...] = (
+        *reversed(TrainingStore(database).listing()),
+        *reversed(CompressionStore(database).listing()),
+    )
+    for work in works:
+        if work.status == "running" and driver_of(database, work) is None:
             problem = (
-                f"is marked as running, and nobody works on it; go on with `alphasmith resume {training.id}`, "
-                f"or remove it with `alphasmith delete {training.id}`"
+                f"is marked as running, and nobody works on it; go on with `alphasmith resume {work.id}`, "
+                f"or remove it with `alphasmith delete {work.id}`"
             )
-            yield Violation(check="trainings", subject=training.id, problem=problem)
+            check = "trainings" if isinstance(work, TrainingRecord) else "compressions"
+            yield Violation(check=check, subject=work.id, problem=problem)
 
 
 def _trials(session: Session) -> Iterator[Violation]:

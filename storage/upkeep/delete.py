@@ -18,9 +18,10 @@ from alphasmith.storage.database.optuna_private import STUDIES, of_run
 from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow
 from alphasmith.storage.output.output_folder import discard_partial, partial_folders, training_leftovers
 from alphasmith.storage.output.reservation import abandoned_reservation, holder
-from alphasmith.storage.output.training_driver import training_driver
+from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.board import Board
 from alphasmith.storage.queue.status import database_now, live_runs, past_drivers
+from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore
 from alphasmith.storage.runs.records import RunRecord
 from alphasmith.storage.runs.run_store import RunStore
 from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore
@@ -58,7 +59,7 @@ def delete_run(database: Database, run_id: str, *, dry_run: bool = False) -> lis
     if worker := live.pop(record.id, None):
         raise InputError("RUN", f"{record.id} is worked on by {worker}", _END_IT)
     for training in TrainingStore(database).listing(record.id):
-        if worker := training_driver(database, training):
+        if worker := driver_of(database, training):
             told = f"{training.id}, a training of {record.id}, is worked on by {worker}"
             raise InputError("RUN", told, _END_IT)
     board = Board(database, record.id, role="driver")
@@ -89,11 +90,40 @@ def delete_training(database: Database, training: TrainingRecord, *, dry_run: bo
         InputError: Field ``RUN``: a process works on it.
         StorageError: The database was lost.
     """
-    if worker := training_driver(database, training):
+    if worker := driver_of(database, training):
         raise InputError("RUN", f"{training.id} is worked on by {worker}", _END_IT)
     if dry_run:
         return list(_left_of_training(database, training, dry_run=True))
     return remove_training(database, training)
+
+
+def delete_compression(database: Database, compression: CompressionRecord, *, dry_run: bool = False) -> list[Removal]:
+    """Delete a compression that nobody works on: its study, which is its record, and unfinished folders.
+
+    The folder of a result stays, and so do the stages in the cache, which other compressions may share.
+
+    Args:
+        database: Initialised.
+        compression: Its record.
+        dry_run: Only tell what would go.
+
+    Returns:
+        What was removed, or would be.
+
+    Raises:
+        InputError: Field ``RUN``: a process works on it.
+        StorageError: The database was lost.
+    """
+    if worker := driver_of(database, compression):
+        raise InputError("RUN", f"{compression.id} is worked on by {worker}", _END_IT)
+    removed = []
+    for partial in training_leftovers(Path(compression.folder), compression.id):
+        removed.append(Removal(what="folder", name=str(partial), bytes=measure(partial)[0]))
+        if not dry_run:
+            discard_partial(partial)
+    if not dry_run:
+        CompressionStore(database).delete(compression)
+    return [*removed, Removal(what="study", name=compression.study)]
 
 
 def remove_training(database: Database, training: TrainingRecord) -> list[Removal]:

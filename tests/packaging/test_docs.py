@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from alphasmith.objectives.training.settings import TrainingSettings
 from alphasmith.search.cli.main import app
+from alphasmith.search.compression.config import CompressConfig
 from alphasmith.search.config import RunConfig
 from alphasmith.search.training.config import FinetuneConfig
 from alphasmith.storage.output.entries import SiteEntry
@@ -110,6 +111,14 @@ def test_every_field_of_a_training_is_documented_with_its_default() -> None:
     plain = {name: value for name, value in fields(FinetuneConfig).items() if name != "training"}
     plain |= {f"training.{item.name}": item.default for item in dataclasses.fields(TrainingSettings)}
     assert dict(rows) == {name: "none" if value is None else json.dumps(value) for name, value in plain.items()}
+
+
+def test_every_field_of_a_compression_is_documented_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `([a-z_.]+)` \| `(.*?)` \|", section(text("docs/compress.md"), "Settings"), flags=re.MULTILINE
+    )
+    expected = {name: "none" if value is None else json.dumps(value) for name, value in fields(CompressConfig).items()}
+    assert dict(rows) == expected
 
 
 @pytest.mark.parametrize("model", [Manifest, SiteEntry], ids=lambda model: model.__name__)

@@ -11,6 +11,7 @@ from alphasmith.storage.output.compressed_folder import write_compressed
 from alphasmith.storage.output.compression_manifest import (
     BytesEntry,
     CompressionManifest,
+    FrontEntry,
     MetricEntry,
     RoundEntry,
     RoundsEntry,
@@ -39,7 +40,8 @@ def made_manifest(packed: PackedModel, original: int, **changes: Any) -> Compres
         "model": ModelEntry(kind="module", name="Mixed", digest=DIGEST, parameter_count=10),
         "data_digest": DIGEST,
         "rounds": RoundsEntry(status="round_cap", kept=1, rounds=(round_,)),
-        "trial": TrialEntry(number=3, parameters={"k.conv": 4}, objectives={"bytes": 1.0}, front=(3,), trials=5),
+        "trial": TrialEntry(number=3, parameters={"k.conv": 4}, objectives={"bytes": 1.0}, trials=5),
+        "front": (FrontEntry(number=3, stored_bytes=1),),
         "metrics": (MetricEntry(name="si_sdr", goal="max", unit="dB", study_float=8.0, study_compressed=7.5),),
         "bytes": BytesEntry.of(packed, original),
         "folded": layout.folded,

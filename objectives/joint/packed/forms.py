@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.joint.branch.layers import BranchModule
 from alphasmith.objectives.joint.low_rank.factored import FactoredConv, FactoredLinear, low_rank_product
 from alphasmith.objectives.media.batch import Batch, call, data_errors
 from alphasmith.objectives.model.plain_operators import bake_plain, fuse, taken_apart_modules
@@ -144,6 +145,8 @@ def _form(
 ) -> LayerForm:
     if low_rank_product(module) is not None:
         return LayerForm(layer=name, runs="dense", reason="its factors would be multiplied at every call")
+    if any(isinstance(inner, BranchModule) for inner in module.modules()):
+        return LayerForm(layer=name, runs="cell", reason="its layers are branches, which quantize what they read")
     small: RunsAs = "cell" if recurrent else "factored"
     large: RunsAs = "fused" if recurrent else "dense"
     if read is None:

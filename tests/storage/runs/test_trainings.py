@@ -18,7 +18,7 @@ from sqlalchemy import text
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.storage.database.connection import Database, StorageError, optuna_storage
 from alphasmith.storage.output.reservation import Reservation, reservation_file
-from alphasmith.storage.output.training_driver import training_driver
+from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.runs.records import RunSpec
 from alphasmith.storage.runs.run_store import RunStore
 from alphasmith.storage.runs.trainings import (
@@ -251,8 +251,8 @@ def test_a_process_that_works_there_on_something_else_is_not_of_the_training(
 ) -> None:
     one, other = (store.create(replace(SPEC, folder=f"{tmp_path}/same")) for _ in range(2))
     with worked_on(other):
-        assert training_driver(database, one) is None
-        assert training_driver(database, other) is not None
+        assert driver_of(database, one) is None
+        assert driver_of(database, other) is not None
         delete_training(database, one)
         assert reservation_file(tmp_path / "same").is_file()
     assert store.listing() == [other]
@@ -263,7 +263,7 @@ def test_a_place_that_is_not_seen_from_here_may_be_worked_at(
 ) -> None:
     training = store.create(replace(SPEC, folder=f"{tmp_path}/elsewhere/{{id}}"))
     seen = database.backend == "sqlite"  # which serves one machine
-    assert (training_driver(database, training) is None) == seen
+    assert (driver_of(database, training) is None) == seen
     assert bool([v for v in violations(database) if v.check == "trainings"]) == seen
     store.interrupt(training.id, "why")
-    assert training_driver(database, store.get(training.id)) is None
+    assert driver_of(database, store.get(training.id)) is None
