@@ -101,14 +101,25 @@ def load_case(name: str, data: Path, home: Path) -> Case:
     return _MAKERS[name](name, data, home)
 
 
-def _zoo(name: str, data: Path) -> tuple[nn.Module, dict[str, Any], Any, Any]:
+def zoo_model(name: str, data: Path) -> tuple[nn.Module, dict[str, Any], Any, Any]:
+    """A shared model, its configuration, and the shared evaluation with its context.
+
+    Args:
+        name: Its folder.
+        data: The shared data, whose modules can be imported.
+    """
     zoo, zoo_eval = (importlib.import_module(module) for module in ("zoo", "zoo_eval"))
     model, config = zoo.load_model(str(data / name))
     return model, config, zoo_eval, zoo_eval.context(str(data / name))
 
 
-def _by_class(labels: Tensor, shares: Sequence[int]) -> list[Tensor]:
-    """Numbers of samples in parts, each with as many of every class as ``shares`` says."""
+def parts_by_class(labels: Tensor, shares: Sequence[int]) -> list[Tensor]:
+    """Numbers of samples in parts, each with as many of every class as ``shares`` says.
+
+    Args:
+        labels: (N,) classes.
+        shares: Samples of every class in each part.
+    """
     generator = torch.Generator().manual_seed(0)
     parts: list[list[Tensor]] = [[] for _ in shares]
     for label in labels.unique():
@@ -130,11 +141,11 @@ def _accuracy(inputs: Tensor, labels: Tensor) -> Callable[[nn.Module], float]:
 
 def _split_classes(name: str, data: Path, _: Path) -> Case:
     """kwt1 and mobilenet_vww: one labelled set, cut in three by class."""
-    model, _config, evaluation, context = _zoo(name, data)
+    model, _config, evaluation, context = zoo_model(name, data)
     task = evaluation.Keywords if name == "kwt1" else evaluation.Person
     inputs, labels = task.load(context)
     shares = (22, 10, 18) if name == "kwt1" else (90, 40, 70)
-    train, held_out, judged = _by_class(labels, shares)
+    train, held_out, judged = parts_by_class(labels, shares)
     told = " / ".join(str(len(part)) for part in (train, held_out, judged))
     return Case(
         name=name, model=model, calibration=[(inputs[train][::3],)],
@@ -145,10 +156,10 @@ def _split_classes(name: str, data: Path, _: Path) -> Case:
 
 
 def _cifar(name: str, data: Path, _: Path) -> Case:
-    model, _config, evaluation, context = _zoo(name, data)
+    model, _config, evaluation, context = zoo_model(name, data)
     inputs, labels = evaluation.Cifar.load(context, "cifar10_jpeg1000")
     judged, classes = evaluation.Cifar.load(context, "cifar10_test200")
-    train, held_out = _by_class(labels, (70, 30))
+    train, held_out = parts_by_class(labels, (70, 30))
     return Case(
         name=name, model=model, calibration=[(inputs[train][::3],)],
         train=TensorSamples(inputs[train], labels[train]), held_out=TensorSamples(inputs[held_out], labels[held_out]),
@@ -159,7 +170,7 @@ def _cifar(name: str, data: Path, _: Path) -> Case:
 
 
 def _shakespeare(name: str, data: Path, _: Path) -> Case:
-    model, _config, evaluation, context = _zoo(name, data)
+    model, _config, evaluation, context = zoo_model(name, data)
     ids = evaluation.Chars.ids(context)
     before = ids[: -64 * 513]
     windows = before[: len(before) // 129 * 129].reshape(-1, 129)
@@ -180,7 +191,7 @@ def _shakespeare(name: str, data: Path, _: Path) -> Case:
 
 
 def _stories(name: str, data: Path, _: Path) -> Case:
-    model, config, evaluation, context = _zoo(name, data)
+    model, config, evaluation, context = zoo_model(name, data)
     eager: Any = getattr(model, "set_attn_implementation", None)
     if eager is not None:
         eager("eager")
@@ -202,7 +213,7 @@ def _stories(name: str, data: Path, _: Path) -> Case:
 
 
 def _dtln(name: str, data: Path, _: Path) -> Case:
-    model, _config, evaluation, context = _zoo(name, data)
+    model, _config, evaluation, context = zoo_model(name, data)
     pairs = list(evaluation.speech_pairs(context))
     names = [pair[0] for pair in pairs]
     length = 16_000
