@@ -48,7 +48,8 @@ def update(
     """
     if len(task.train) < 1:
         raise InputError("data", "there is no sample to train on", "give more data")
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     made = _Run(model, task, updates, terms, updates.seed if seed is None else seed)
     ending: UpdatesEnding = "finished"
     trouble = ""
@@ -80,7 +81,7 @@ class _Run:
         seed: int,
     ) -> None:
         self._model, self._task, self._updates, self._terms, self._seed = model, task, updates, terms, seed
-        parameters = list(model.parameters())
+        parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         if not parameters:
             raise InputError("model", "has no parameters to train", "give a model that has")
         self._device = parameters[0].device

@@ -20,6 +20,7 @@ from alphasmith.objectives.joint.rounds.regularised import train_regularised
 from alphasmith.objectives.joint.rounds.settings import RegularisedSettings, RoundsSettings, Updates
 from alphasmith.objectives.joint.sparsity.terms import SparsitySettings
 from alphasmith.objectives.literals import LayerClass
+from alphasmith.objectives.media.batch import Batch
 from tests.support.joint_tasks import TinyCrn, TinyTask
 
 LOOSE = DropCondition(tolerances=(Tolerance(metric="snr", drop=100.0),))
@@ -221,6 +222,28 @@ def test_training_lowers_the_loss_and_the_scales() -> None:
         plain.model,
         train_regularised(given, task, replace(TRAINING, sparsity=SparsitySettings(encoder=0, recurrent=0))).model,
     )
+
+
+def test_whole_numbers_among_the_parameters_stay() -> None:
+    given = untrained()
+    given.register_parameter("version", nn.Parameter(torch.tensor([3]), requires_grad=False))
+    trained = train_regularised(given, TinyTask(), replace(TRAINING, updates=Updates(steps=2))).model
+    assert torch.equal(trained.get_parameter("version"), torch.tensor([3]))
+    assert not torch.equal(trained.get_parameter("out.weight"), given.get_parameter("out.weight"))
+    assert run_rounds(trained, TinyTask(), replace(ROUNDS, energy=None, rank=2, max_rounds=1), LOOSE).kept == 1
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    class Silent(TinyTask):
+        def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+            return super().loss(model, batch).detach()
+
+    with pytest.raises(InputError, match="no scalar that depends on the parameters"):
+        train_regularised(untrained(), Silent(), TRAINING)
+    empty = TinyTask()
+    empty.train.given = empty.train.given[:0]
+    with pytest.raises(InputError, match="no sample to train on"):
+        train_regularised(untrained(), empty, TRAINING)
 
 
 @pytest.mark.parametrize("bad", [1, 4, 25])
