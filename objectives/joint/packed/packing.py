@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -389,6 +389,9 @@ def _sqnr(value: Tensor, lost: float) -> float | None:
 
 
 def _check(settings: PackedSettings) -> None:
+    if settings.coding not in get_args(PackedCoding):
+        known = ", ".join(get_args(PackedCoding))
+        raise InputError("clusters.coding", f"{settings.coding!r} is unknown", f"use one of {known}")
     for one in fields(settings.clusters):
         k = getattr(settings.clusters, one.name)
         if k is not None and not 2 <= k <= MOST_ENTRIES:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import alphasmith
-from alphasmith.objectives.errors import InputError, IntegrityError
+from alphasmith.objectives.errors import AlphasmithError, InputError, IntegrityError
 from alphasmith.objectives.joint.packed.forms import LayerForm
 from alphasmith.objectives.joint.packed.packing import ClassClusters, PackedModel, PackedSettings, model_bytes, pack
 from alphasmith.objectives.joint.packed.restoring import load_packed
@@ -22,6 +24,7 @@ from alphasmith.storage.output.compressed_folder import STRUCTURE, TENSORS, Comp
 from alphasmith.storage.output.output_folder import OutputFolder
 from tests.support.compressed_folders import made_manifest, write_folder
 from tests.support.packed_models import BATCH, TOKENS, made, mixed
+from tests.support.site_cases import relaxed
 
 SETTINGS = PackedSettings(clusters=ClassClusters(conv=8, recurrent=8, linear=8, embedding=8), float16=True)
 
@@ -138,6 +141,38 @@ def test_damaged_files_are_named(folder: Path, name: str, damage: str) -> None:
     with pytest.raises(IntegrityError, match=name) as raised:
         load_compressed(folder, mixed())
     assert "\n" not in str(raised.value)
+
+
+@relaxed
+@given(
+    st.sampled_from([TENSORS, STRUCTURE, "manifest.json"]),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(1, 255),
+    st.booleans(),
+)
+def test_any_damage_is_refused_or_without_effect(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, name: str, place: float, change: int, cut: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged") / "copy"
+    shutil.copytree(whole, folder)
+    content = bytearray((folder / name).read_bytes())
+    at = int(place * len(content))
+    if cut:
+        del content[at:]
+    else:
+        content[at] ^= change
+    (folder / name).write_bytes(content)
+    told, loaded = "", None
+    try:
+        loaded = load_compressed(folder, mixed())
+    except AlphasmithError as error:
+        told = str(error)
+    assert "\n" not in told
+    assert bool(told) is (loaded is None)
+    if loaded is not None:  # what explains the model may have changed, the model may not
+        assert name == "manifest.json"
+        expected = load_compressed(whole, mixed()).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
 
 def test_files_that_nobody_names_are_named(folder: Path) -> None:

@@ -168,6 +168,21 @@ def test_tables_of_impossible_sizes_are_refused(k: int) -> None:
         pack(mixed(), PackedSettings(clusters=ClassClusters(linear=k)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (PackedSettings(coding="zip"), "'zip' is unknown; use one of packed, huffman, smallest"),  # type: ignore[arg-type]
+        (PackedSettings(start="best"), "start.*'best'"),  # type: ignore[arg-type]
+        (PackedSettings(minimum=-1), r"clusters\.minimum: -1 is negative"),
+        (PackedSettings(channels=0), "0 channels share a table"),
+        (PackedSettings(iterations=0), "iterations"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: PackedSettings, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        pack(mixed(), settings)
+
+
 def test_more_entries_than_values_are_shrunk_and_noted() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     with torch.no_grad():
