@@ -86,8 +86,8 @@ class _Rounded(torch.autograd.Function):
             passed = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
             if out is not None:
                 # sum dL/dy (y - x inside): as two products no temporary is needed, at the price of a few of its last digits.
-                total = float(_product(grad, out)) - float(_product(passed, x))
-                change = torch.scalar_tensor(total / (step * share), dtype=scale.dtype)
+                # Divided as a tensor: the scale of a training that diverges may be 0, and its gradient is then no number.
+                change = _product(grad, out).sub_(_product(passed, x)).div_(step * share)
         else:
             passed = torch.ops.aten.hardtanh_backward(grad, x / scale, low, high)
             if out is not None:

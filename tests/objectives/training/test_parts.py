@@ -84,6 +84,14 @@ def test_the_largest_value_of_a_block_is_within_the_range(fmt: WeightFormat, sha
     assert torch.equal(torch.as_tensor(x.grad), torch.ones(7, 33))
 
 
+@pytest.mark.parametrize("shape", [(), (7, 1)], ids=["tensor", "channel"])
+def test_a_scale_that_fell_to_zero_has_a_gradient_that_is_no_number(shape: tuple[int, ...]) -> None:
+    x = torch.randn(7, 33, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    scale = torch.zeros(shape).requires_grad_()
+    rounded(x, scale, "int8").sum().backward()
+    assert not torch.isfinite(torch.as_tensor(scale.grad)).any()
+
+
 @pytest.mark.parametrize("fmt", ["int8", "fp8"])
 def test_rows_with_a_scale_of_their_own_pass_every_gradient(fmt: ActivationFormat) -> None:
     x = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
