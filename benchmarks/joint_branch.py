@@ -35,6 +35,7 @@ from alphasmith.objectives.joint.low_rank.factorization import LowRankSettings
 from alphasmith.objectives.joint.low_rank.spectrum import fallback_layers
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.model.plain_operators import rewrite
+from alphasmith.objectives.text import matches
 from benchmarks.timing import machine, parser, publish, table, torch_threads
 
 MODELS = ("dtln", "kwt1", "charlstm_shakespeare", "stories260k_outlier")
@@ -162,10 +163,33 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> str:
     return f"{math.exp(statistics.mean(logs)):.3f} ± {100 * error:.1f} %"
 
 
-def real_rows(name: str, model: nn.Module, batches: Iterable[Batch], most: int) -> list[list[str]]:
-    """A row for 8 and one for 4 bits of activations, over at most so many layers, drawn."""
+WAYS = ("plain", "alpha", "rank", "after", "joint")
+
+
+def summary(name: str, bits: int, found: Sequence[Arms]) -> list[str]:
+    """A row of the table of real layers."""
+    wins = sum(one.joint < min(one.alpha, one.rank) for one in found)
+    alphas = [one.chosen.alphas[0] if one.chosen.alphas else 0.0 for one in found]
+    ranks = [one.chosen.rank for one in found]
+    return [
+        name,
+        str(len(found)),
+        str(bits),
+        *(f"{math.exp(statistics.mean(math.log(getattr(one, way)) for one in found)):.4f}" for way in WAYS),
+        ratio([(one.joint, one.alpha) for one in found]),
+        ratio([(one.joint, one.rank) for one in found]),
+        ratio([(one.joint, one.after) for one in found]),
+        f"{wins} of {len(found)}",
+        f"{min(alphas):g}, {statistics.median(alphas):g}, {max(alphas):g}",
+        f"{min(ranks)}, {statistics.median(ranks):g}, {max(ranks)}",
+    ]
+
+
+def real_rows(name: str, model: nn.Module, batches: Iterable[Batch], most: int, pattern: str) -> list[list[str]]:
+    """A row for 8 and one for 4 bits of activations, over at most so many layers of a pattern, drawn."""
     rewrite(model)
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() >= LEAST]
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() >= LEAST}
+    layers = [n for n in linear if matches(n, [pattern])]
     layers = sorted(random.Random(0).sample(layers, min(most, len(layers))), key=layers.index)
     fitting, others = (
         collect_rows(model, half, count=ROWS, seed=seed, layers=layers) for seed, half in enumerate(halves(batches))
@@ -177,27 +201,8 @@ def real_rows(name: str, model: nn.Module, batches: Iterable[Batch], most: int) 
             weight = model.get_submodule(layer).get_parameter("weight")
             found.append(arms(weight, fitting[layer], others[layer], bits, layer))
             print(f"{name} {layer} {bits}: {found[-1]}", file=sys.stderr, flush=True)
-        wins = sum(one.joint < min(one.alpha, one.rank) for one in found)
-        alphas = [one.chosen.alphas[0] if one.chosen.alphas else 0.0 for one in found]
-        ranks = [one.chosen.rank for one in found]
-        lines.append(
-            [
-                name,
-                str(len(found)),
-                str(bits),
-                *(f"{math.exp(statistics.mean(math.log(getattr(one, way)) for one in found)):.4f}" for way in WAYS),
-                ratio([(one.joint, one.alpha) for one in found]),
-                ratio([(one.joint, one.rank) for one in found]),
-                ratio([(one.joint, one.after) for one in found]),
-                f"{wins} of {len(found)}",
-                f"{min(alphas):g}, {statistics.median(alphas):g}, {max(alphas):g}",
-                f"{min(ranks)}, {statistics.median(ranks):g}, {max(ranks)}",
-            ]
-        )
+        lines.append(summary(name, bits, found))
     return lines
-
-
-WAYS = ("plain", "alpha", "rank", "after", "joint")
 
 
 def fallback_row(name: str, model: nn.Module, batches: Iterable[Batch], energy: float) -> list[str]:
@@ -244,6 +249,7 @@ def main() -> None:
     made.add_argument("--models", nargs="*", default=list(MODELS), help="folders of --data")
     made.add_argument("--seeds", type=int, default=4, help="synthetic tensors; 0: none")
     made.add_argument("--layers", type=int, default=1000, help="most layers of a model, drawn without repetition")
+    made.add_argument("--match", default="*", help="fnmatch pattern of the layers")
     made.add_argument("--energy", type=float, default=0.99, help="share asked of truncation")
     given: argparse.Namespace = made.parse_args()
     where = machine()
@@ -266,7 +272,7 @@ def main() -> None:
                 model, batches = (
                     minilm(given.minilm, given.data) if name == "MiniLM" else shared_model(name, given.data)
                 )
-                lines += real_rows(name, model, batches, given.layers)
+                lines += real_rows(name, model, batches, given.layers, given.match)
                 flat.append(fallback_row(name, model, batches, given.energy))
             header = [
                 "model", "layers", "activation bits", *WAYS, "joint / alpha", "joint / rank", "joint / after",

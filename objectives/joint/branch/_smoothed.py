@@ -13,6 +13,7 @@ from alphasmith.objectives.joint.branch.settings import BranchSettings
 from alphasmith.objectives.joint.low_rank.decomposition import Factors, decompose
 from alphasmith.objectives.quantization.quantizers import code_scale
 from alphasmith.objectives.smoothing import group_scales
+from alphasmith.objectives.text import counted
 
 
 class SmoothedWeight:
@@ -79,6 +80,8 @@ class SmoothedWeight:
             grouping = group_channels(self._peaks, method=settings.group_method, k=len(alphas))
             labels = grouping.labels
             if grouping.k < len(alphas):
-                self.notes += (f"{self._name}: its channels make {grouping.k} groups, the first alphas are theirs",)
+                self.notes += (
+                    f"{self._name}: its channels make {counted(grouping.k, 'group')}, the first alphas count",
+                )
                 alphas = alphas[: grouping.k]
         return group_scales(self._peaks, magnitudes, alphas, labels)

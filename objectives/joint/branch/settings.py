@@ -27,7 +27,7 @@ class BranchSettings:
         rank: Of the branch, 0: none. At most the rank from which two factors have no fewer numbers than the weight.
         branch_bits: Of a number of its factors: 16 (float16 below a scale per singular value) or 8 (int8, likewise).
         residual: int4 or int8 codes, or entries of a codebook.
-        group_size: Input channels that share a step of the codes; None: all of an output channel.
+        group_size: Columns of the weight as a matrix (O, D) that share a step of the codes; None: all of an output channel.
         k: Entries of a table, 2 to 65536.
         channels: Output channels that share a table; None: one table.
         activation_bits: Of the input of the residual; None: it is not quantized. The branch reads the input as it is.

@@ -48,7 +48,7 @@ class BranchEntry(BaseModel):
         rank: Of the branch.
         branch_bits: Of a number of its factors.
         residual: Form of the residual.
-        group_size: Input channels that share a step; None: all of an output channel.
+        group_size: Columns of the matrix (O, D) that share a step; None: all of an output channel.
         codebook: Of the residual, where it is one.
         smoothed: Whether the input is divided by scales.
         activation_bits: Of the input of the residual; None: not quantized.

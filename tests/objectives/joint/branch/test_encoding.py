@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.groups import group_channels
 from alphasmith.objectives.joint.branch.encoding import branch_layer, output_error
 from alphasmith.objectives.joint.branch.rows import LayerRows
 from alphasmith.objectives.joint.branch.settings import BranchSettings
@@ -26,7 +27,7 @@ from alphasmith.objectives.quantization.quantizers import (
     quantize_weight,
 )
 from alphasmith.objectives.quantization.scheme import Scheme
-from alphasmith.objectives.smoothing import smoothing_scales
+from alphasmith.objectives.smoothing import group_scales, smoothing_scales
 from tests.support.joint_branches import channels_apart, low_rank_under_noise
 from tests.support.site_cases import relaxed
 
@@ -193,6 +194,20 @@ def test_a_change_of_a_channels_unit_is_taken_up_by_its_scale() -> None:
     assert others.smooth is not None
     torch.testing.assert_close(others.smooth, parts.smooth * units)
     assert after.error == pytest.approx(before.error, rel=1e-3)
+
+
+def test_every_group_has_its_alpha() -> None:
+    peaks, columns = ROWS.abs().amax(0), WEIGHT.abs().amax(0)
+    grouping = group_channels(peaks, method="kmeans", k=3)
+    alphas = (0.2, 0.5, 0.9)
+    made = branch_layer(WEIGHT, ROWS, BranchSettings(alpha=alphas, rank=2))
+    torch.testing.assert_close(made.tensors["smooth"], group_scales(peaks, columns, alphas, grouping.labels))
+    equal = branch_layer(WEIGHT, ROWS, BranchSettings(alpha=(0.4, 0.4, 0.4), rank=2))
+    single = branch_layer(WEIGHT, ROWS, BranchSettings(alpha=0.4, rank=2))
+    torch.testing.assert_close(equal.tensors["smooth"], single.tensors["smooth"])
+    assert equal.error == pytest.approx(single.error, rel=1e-4)
+    few = branch_layer(WEIGHT[:, :2], ROWS[:, :2].sign(), BranchSettings(alpha=alphas, rank=1))
+    assert few.notes == ("weight: its channels make 1 group, the first alphas count",)
 
 
 def test_dead_channels_say_nothing() -> None:
