@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from alphasmith.objectives.partition import Floats, Ints
 
+#: Cells of equal width in which values are counted.
+_CELLS = 1 << 16
+
 
 @dataclass(frozen=True, eq=False)
 class Bins:
@@ -84,23 +87,33 @@ class SortedValues:
         return SortedValues(self.values[zero]) if bool(zero.any()) else None
 
     def bins(self, most: int) -> Bins:
-        """At most ``most`` bins: the distinct values where there are no more, else half of equal width and half of equal count.
+        """At most ``most`` bins: the distinct values where there are no more, else a quarter of equal width, a quarter of equal count, and
+        half whose density is the cube root of that of the values.
 
-        Equal width keeps the tails apart, equal count the middle.
+        Equal width keeps the tails apart, equal count the middle. Entries of least squared error stand as dense as the cube root
+        (Panter and Dite 1951); without those, a tensor of mostly dead channels would have its bins where they do not matter.
         """
         exact = self.distinct <= most
         if exact:
             starts = np.concatenate(([0], np.flatnonzero(self.values[1:] != self.values[:-1]) + 1))
         else:
-            edges = np.linspace(float(self.values[0]), float(self.values[-1]), most // 2 + 1)[:-1]
-            wide = np.searchsorted(self.values, edges)
-            many = np.linspace(0, len(self), most // 2 + 1, dtype=np.int64)[:-1]
+            quarter = most // 4
+            edges = np.linspace(float(self.values[0]), float(self.values[-1]), quarter + 1)[:-1]
+            wide = np.concatenate((np.searchsorted(self.values, edges), self._by_density(most - 2 * quarter)))
+            many = np.linspace(0, len(self), quarter + 1, dtype=np.int64)[:-1]
             # Equal values stay together: every cut moves to the first of them.
             firsts = np.searchsorted(self.values, self.values[np.minimum(np.concatenate((wide, many)), len(self) - 1)])
             starts = np.unique(firsts)
         cuts = np.concatenate((starts, [len(self)])).astype(np.int64)
         counts = np.diff(cuts)
         return Bins(means=self.sums(cuts) / counts, counts=counts, exact=exact)
+
+    def _by_density(self, count: int) -> Ints:
+        """(count,) positions of values, equally far apart in the sum of the cube roots of how many values lie in cells of equal width."""
+        edges = np.linspace(float(self.values[0]), float(self.values[-1]), _CELLS + 1)[:-1]
+        starts = np.searchsorted(self.values, edges)
+        roots = np.cumsum(np.cbrt(np.diff(np.append(starts, len(self)))))
+        return np.asarray(starts[np.searchsorted(roots, np.linspace(0, roots[-1], count + 1)[:-1], side="right")])
 
 
 def midpoints(table: Floats) -> NDArray[np.float32]:

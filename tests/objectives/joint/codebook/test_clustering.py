@@ -178,3 +178,10 @@ def test_non_finite_weights_are_refused(bad: float) -> None:
 def test_a_table_that_does_not_ascend_is_refused(table: list[float]) -> None:
     with pytest.raises(InputError, match="ascending"):
         match(torch.zeros(2), torch.tensor(table))
+
+
+def test_dead_channels_take_no_entries_from_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    alive, dead = torch.randn(1500, generator=generator), 1e-32 * torch.randn(15_000, generator=generator)
+    best = cluster(alive, 255).error  # few enough to be exact; the dead ones have the last entry
+    assert cluster(torch.cat((alive, dead)), 256).error <= 1.1 * best
