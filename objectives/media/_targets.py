@@ -69,6 +69,9 @@ def file_targets(source: MediaSource, files: list[Path]) -> tuple[Any, ...]:
     table = _metadata(source)
     if table:
         return tuple(table.get(file.resolve()) for file in files)
+    if source.label != "auto":
+        problem = f"no table lies in {source.path} that could have a column {source.label!r}"
+        raise InputError("data.label", problem, f"leave it out, or add {METADATA}.csv with {_FILES[0]} and that column")
     if source.targets == "text":
         return tuple(_beside(file) for file in files)
     alone = source.path.is_file()

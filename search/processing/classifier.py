@@ -156,9 +156,8 @@ class Classifier:
                 ``path``, ``factory``, ``factory_path`` and ``allow_code``, see ``ModelPlace``.
 
         Raises:
-            InputError: No such run or folder, a run that is not finished, a model that is no classifier, labels that are not
+            InputError: No such run or folder, a run that is not finished, a file that is not as it was written, a model that is no classifier, labels that are not
                 as many as its classes, or an option that cannot be used.
-            IntegrityError: A file has changed since it was written.
         """
         if batch < 1:
             raise InputError("batch", f"{batch} is not positive", "give a number above 0")

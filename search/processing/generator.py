@@ -104,8 +104,7 @@ class Generator:
             **place: As of ``Classifier.opened``.
 
         Raises:
-            InputError: No such run or folder, a run that is not finished, a model that cannot write, or no tokenizer.
-            IntegrityError: A file has changed since it was written.
+            InputError: No such run or folder, a run that is not finished, a file that is not as it was written, a model that cannot write, or no tokenizer.
         """
         opened = open_model(ModelPlace(source=source, **place), keep_dense=True)
         model: Any = opened.model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.literals import MediaKind
 from alphasmith.objectives.media import MediaSource, media_kind
 from alphasmith.objectives.media.items import ItemLimits, ItemReader
@@ -103,12 +103,12 @@ class IntegerModel:
         """A folder with tokenizer, image processor or feature extractor; None: there is none.
 
         Raises:
-            IntegrityError: One of the files has changed.
+            InputError: Field ``RUN``: one of the files has changed.
         """
         if self.folder is not None or not self.result.has("quantized/config.json"):
             yield self.folder
         else:
-            with self.result.only_named("quantized") as folder:
+            with as_written(), self.result.only_named("quantized") as folder:
                 yield folder
 
     def reader(self, kind: MediaKind | None, limits: ItemLimits) -> ItemReader:
@@ -139,7 +139,7 @@ class IntegerModel:
         """What the model takes, as it or its run say; None: nothing says it.
 
         Raises:
-            IntegrityError: A file of its tokenizer has changed.
+            InputError: A file of its tokenizer has changed.
         """
         with self.processors() as folder:
             return self._kind(folder)
@@ -165,6 +165,19 @@ class IntegerModel:
             return None  # the run's media have moved
 
 
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Around the reading of a result: one that is not as it was written is refused like everything else that the user can mend.
+
+    Raises:
+        InputError: Field ``RUN``: a file has changed.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        raise InputError("RUN", str(error), "restore the folder, or run again") from error
+
+
 def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
     """Load the integer model of a result; the digests of all that decides what is computed are compared.
 
@@ -173,18 +186,19 @@ def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
         keep_dense: Keep weights that are multiplied in floating point dequantized between calls, at most 4 bytes for each.
 
     Raises:
-        InputError: No such run or folder, a run that is not finished, code that nobody allowed, or an architecture that is missing.
-        IntegrityError: A file has changed.
+        InputError: No such run or folder, a run that is not finished, code that nobody allowed, an architecture that is missing, or a
+            file that is not as it was written.
     """
     device = usable_device(place.device, "--device")
-    result = ResultFolder(_folder_of(place))
-    config = _config_of(result)
-    loaded: LoadedModel | None = None
-    if place.model is not None:
-        loaded = wrap_module(place.model)
-    elif not result.has("quantized/config.json"):
-        loaded = _built(place, result, config)
-    model = load_quantized(result.path, None if loaded is None else loaded.model).to(device)
+    with as_written():
+        result = _result_of(place)
+        config = _config_of(result)
+        loaded: LoadedModel | None = None
+        if place.model is not None:
+            loaded = wrap_module(place.model)
+        elif not result.has("quantized/config.json"):
+            loaded = _built(place, result, config)
+        model = load_quantized(result.path, None if loaded is None else loaded.model).to(device)
     for module in model.modules():
         if isinstance(module, QuantizedOperator):
             module.keep_dense = keep_dense
@@ -197,6 +211,13 @@ def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
         folder=None if loaded is None else loaded.folder,
         architecture=None if loaded is None else loaded.model,
     )
+
+
+def _result_of(place: ModelPlace) -> ResultFolder:
+    folder = _folder_of(place)
+    if not (folder / FILE_NAME).is_file():
+        raise InputError("RUN", f"{folder} is no result: it has no {FILE_NAME}", "give the output folder of a run")
+    return ResultFolder(folder)
 
 
 def _folder_of(place: ModelPlace) -> Path:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphasmith.objectives.errors import AlphasmithError, InputError, IntegrityError
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.model.labels import is_classifier
 from alphasmith.search.checkpoints.load import load_smoothed
 from alphasmith.search.processing.answers import are_distributions
-from alphasmith.search.processing.opening import IntegerModel, ModelPlace, open_model
+from alphasmith.search.processing.opening import IntegerModel, ModelPlace, as_written, open_model
 from alphasmith.storage.files.durable import digest_file
 from alphasmith.storage.output.manifest import FILE_NAME
 
@@ -46,10 +45,8 @@ class Parent:
         result = self.opened.result
         if not result.names("smoothed"):
             return None
-        try:
+        with as_written():
             return load_smoothed(result.path, self.opened.architecture).to(self.opened.device).eval()
-        except IntegrityError as error:
-            raise _not_as_written(error) from error
 
 
 def open_parent(place: ModelPlace) -> Parent:
@@ -61,11 +58,9 @@ def open_parent(place: ModelPlace) -> Parent:
     Raises:
         InputError: No such result, a run that is not finished, a file that is not as it was written, or an architecture that is missing.
     """
-    try:
-        opened = open_model(place)
+    opened = open_model(place)
+    with as_written():
         opened.result.check()
-    except IntegrityError as error:
-        raise _not_as_written(error) from error
     digest = digest_file(opened.result.path / FILE_NAME).sha256
     return Parent(opened=opened, digest=digest, place=place)
 
@@ -84,7 +79,3 @@ def ends_in_probabilities(opened: IntegerModel, batch: Batch) -> bool:
     if rows.dim() != 2 or rows.shape[1] < 2:
         return False
     return bool(are_distributions(rows).all())
-
-
-def _not_as_written(error: AlphasmithError) -> InputError:
-    return InputError("RUN", str(error), "restore the folder, or run again")

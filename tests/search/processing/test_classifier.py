@@ -15,7 +15,7 @@ import soundfile
 import torch
 from torch import nn
 
-from alphasmith.objectives.errors import InputError, IntegrityError
+from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media import NamedBytes
 from alphasmith.objectives.media.items import ItemLimits
 from alphasmith.search import Classifier, load_quantized
@@ -271,7 +271,7 @@ def test_digests_are_checked(image_result: Path, tmp_path: Path) -> None:
         shutil.copytree(image_result, folder)
         with (folder / "quantized" / name).open("ab") as stream:
             stream.write(b" ")
-        with pytest.raises(IntegrityError, match=name):
+        with pytest.raises(InputError, match=rf"^RUN: .*{name}.* restore the folder, or run again$"):
             Classifier.opened(folder)
 
 

@@ -27,10 +27,13 @@ def answer(capsys: ANSWERED, *arguments: str) -> tuple[object, str, str]:
 
 @pytest.fixture
 def here(image_result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with pictures, one of which is none, and the model."""
+    """A folder with pictures, one of which is none, the model, and a copy of it in which a file was changed."""
     spotted_pictures(tmp_path / "pictures", 3)
     (tmp_path / "pictures" / "01.png").write_bytes(b"junk")
     (tmp_path / "model").symlink_to(image_result)
+    shutil.copytree(image_result, tmp_path / "changed")
+    with (tmp_path / "changed" / "quantized" / "preprocessor_config.json").open("a") as file:
+        file.write(" ")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -66,7 +69,8 @@ def test_lines_of_json_and_csv(here: Path, capsys: ANSWERED) -> None:
         (["model"], "FILES: there is nothing to classify"),
         (["model", "--text", "x"], "--text: is given, and the model takes an image"),
         (["model", "pictures", "--json", "--csv"], "--csv: is given together with --json"),
-        (["pictures", "pictures"], "manifest.json"),
+        (["pictures", "pictures"], "pictures is no result: it has no manifest.json; give the output folder of a run"),
+        (["changed", "pictures"], "changed/quantized/preprocessor_config.json: "),
         (["model", "pictures", "--device", "nothing"], "--device: 'nothing' is not usable"),
     ],
 )

@@ -347,6 +347,7 @@ def changed_file(run: Path) -> dict[str, Any]:
         (single_class, "the samples have no labels"),
         (some_classes, r"2 classes, the model 3 \(none is blue\); .*--partial-classes"),
         (other_names, "'crimson' is no label of the model"),
+        (lambda run: {"data": {"label": "kind"}}, "data.label: no table lies in .* a column 'kind'; leave it out"),
         (one_kind, "every sample is of class 'red'"),
         (sounds, "holds audio, and the model takes image"),
         (too_many_names, "names 4 classes, and the model has 3"),
