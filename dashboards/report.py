@@ -21,7 +21,15 @@ from alphasmith.dashboards.figures.sites import (
 from alphasmith.dashboards.figures.training import training_curve
 from alphasmith.dashboards.site_table import BASELINES, SITE_TABLE, site_rows
 from alphasmith.dashboards.text import Facts, facts_of, value_text, verdict_of_refinement
-from alphasmith.dashboards.verdict import OUTPUT_COLUMNS, VARIANT_NAMES, advice, run_verdict, swept_alpha, whole_model
+from alphasmith.dashboards.verdict import (
+    OUTPUT_COLUMNS,
+    VARIANT_NAMES,
+    advice,
+    run_verdict,
+    swept_alpha,
+    training_verdict,
+    whole_model,
+)
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import duration, listed, number
 from alphasmith.storage.output.manifest import Manifest
@@ -148,7 +156,7 @@ def render_page(
         "report.html",
         title=_title(manifest),
         notes=[value_text(note) for note in manifest.get("notes") or ()],
-        verdict=run_verdict(manifest),
+        verdict=training_verdict(manifest) or run_verdict(manifest),
         sentence=_at_sites(site_frame, output),
         tiles=_tiles(site_frame, manifest, trials),
         asked=_asked(manifest, site_frame),
@@ -163,9 +171,10 @@ def render_page(
 
 
 def _title(manifest: Mapping[str, Any]) -> str:
-    run = manifest.get("run") or {}
+    run, training = manifest.get("run") or {}, manifest.get("training") or {}
     name = run.get("name") or run.get("id")
-    return f"Alphasmith run {name}" if name else "Alphasmith run"
+    of_run = f"run {name}" if name else "run"
+    return f"Alphasmith training {training['id']} of {of_run}" if training else f"Alphasmith {of_run}"
 
 
 def _searched(sites: pd.DataFrame) -> pd.DataFrame:

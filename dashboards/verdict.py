@@ -101,6 +101,30 @@ def run_verdict(manifest: Content) -> str:
     return "; ".join(filter(None, parts))
 
 
+def training_verdict(manifest: Content) -> str:
+    """What a training came to, in one sentence without a stop, with what the run before it came to; empty where there was none.
+
+    Args:
+        manifest: Of the training's result.
+
+    Returns:
+        E.g. ``trained further: accuracy 0.25 before, 1 after, on 12 held-out samples; the trained model is kept; before it: 26 % of ...``.
+    """
+    entry = manifest.get("training")
+    if not entry:
+        return ""
+    before, after = entry["curve"][0], next(p for p in entry["curve"] if p["step"] == entry["best_step"])
+    measured = entry["metric_name"] if before["metric"] is not None and after["metric"] is not None else None
+    key, name = ("held_out_loss", "loss") if measured is None else ("metric", measured)
+    kept = "the trained model is kept" if entry["kept"] else "the untrained model is kept"
+    figures = f"{name} {number(before[key])} before, {number(after[key])} after"
+    if not entry["best_step"]:
+        figures = f"{name} {number(before[key])} before, and never better"
+    told = f"trained further: {figures}, on {counted(len(entry['held_out']), 'held-out sample')}; {kept}"
+    run = run_verdict(manifest)
+    return f"{told}; before it: {run}" if run else told
+
+
 def whole_model(output: Content) -> WholeModel:
     """The table of whole-model results.
 

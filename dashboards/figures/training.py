@@ -19,7 +19,11 @@ def training_curve(entry: Mapping[str, Any]) -> go.Figure:
     points: Sequence[Mapping[str, Any]] = entry["curve"]
     values = [point[name] for point in points for name in ("train_loss", "held_out_loss") if point[name] is not None]
     plain = min(values, default=0.0) <= 0  # a hinge may be 0, which no logarithm shows
-    axis = {"title": {"text": "loss"}, "rangemode": "tozero"} if plain else log_axis(values, "loss")
+    axis = (
+        {"title": {"text": "loss"}, "rangemode": "tozero"}
+        if plain
+        else log_axis(values, "loss, on a logarithmic scale")
+    )
     figure = styled("Training", height=380, x={"title": {"text": "updates"}, "rangemode": "tozero"}, y=axis)
     names = {"train_loss": "trained on (mean since the last look)", "held_out_loss": "held out"}
     colors = {"train_loss": MUTED, "held_out_loss": OURS}
@@ -32,6 +36,7 @@ def training_curve(entry: Mapping[str, Any]) -> go.Figure:
                 x=[point["step"] for point in shown],
                 y=rounded(point[name] for point in shown),
                 mode="lines+markers",
+                cliponaxis=False,  # the untrained model lies on the axis
                 name=label,
                 line={"color": colors[name], "dash": "dot" if name == "train_loss" else "solid"},
                 marker={"symbol": "square-open" if name == "train_loss" else "circle", "size": 7},
@@ -48,6 +53,7 @@ def training_curve(entry: Mapping[str, Any]) -> go.Figure:
                 x=[best["step"]],
                 y=rounded([best["held_out_loss"]]),
                 mode="markers",
+                cliponaxis=False,
                 name="kept" if entry["kept"] else "the best, not kept" if entry["best_step"] else "untrained, kept",
                 marker={"symbol": "diamond-open", "size": 14, "color": BY_COLUMN["best_single"].color},
                 hovertemplate="the best: %{x} updates, %{y}<extra></extra>",

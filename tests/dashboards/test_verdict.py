@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphasmith.dashboards.verdict import advice, run_verdict, swept_alpha, whole_model
+from alphasmith.dashboards.verdict import advice, run_verdict, swept_alpha, training_verdict, whole_model
 
 PAYLOAD = {"weights_float": 400, "weights_quantized": 100, "other": 30, "model_float": 500, "model_given": 500}
 METRIC = {
@@ -145,3 +145,39 @@ def test_a_model_without_a_metric_is_told_so() -> None:
     assert "data.metric" in told
     assert advice({"output": LOSSES | {"metrics": [METRIC]}}) == []
     assert advice({}) == []
+
+
+def trained(losses: list[float], metrics: list[float | None], *, kept: bool) -> dict[str, Any]:
+    """A training whose looks had these held-out losses and values of a metric."""
+    curve = [
+        {"step": step, "held_out_loss": loss, "metric": metric}
+        for step, (loss, metric) in enumerate(zip(losses, metrics, strict=True))
+    ]
+    best = losses.index(min(losses))
+    return {
+        "training": {
+            "id": "t-1",
+            "curve": curve,
+            "best_step": best,
+            "kept": kept,
+            "metric_name": "accuracy",
+            "held_out": [1, 5, 9],
+        }
+    }
+
+
+def test_a_training_is_told_before_its_run() -> None:
+    learned = training_verdict(trained([2.0, 1.5, 1.75], [0.25, 0.5, 0.75], kept=True))
+    assert (
+        learned == "trained further: accuracy 0.25 before, 0.5 after, on 3 held-out samples; the trained model is kept"
+    )
+    assert "accuracy" not in training_verdict(trained([2.0, 1.5], [None, None], kept=True))
+    values = training_verdict(trained([2.0, 1.5], [None, None], kept=False))
+    assert "loss 2 before, 1.5 after" in values
+    assert values.endswith("the untrained model is kept")
+    assert "loss 2 before, and never better" in training_verdict(trained([2.0, 2.5], [None, None], kept=False))
+    of_run = {"output": {"loss": "mse", "held_out": {}, "naive": 0.5, "ours": 0.25}}
+    both = training_verdict({**trained([2.0, 1.5], [0.25, 0.5], kept=True), **of_run})
+    assert both == f"{learned}; before it: {run_verdict(of_run)}"
+    assert run_verdict(of_run)
+    assert training_verdict(of_run) == ""
