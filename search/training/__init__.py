@@ -2,6 +2,7 @@
 
 - ``_checkpoints``: checkpoints of a training as files
 - ``_draw``: which samples are trained on and which are held out
+- ``_kept``: samples kept in memory once they are decoded
 - ``_parent``: the result that a training starts from
 - ``_result``: the folder of a trained model: an integer model again, its manifest, its report
 - ``_samples``: labelled samples, read from media as the model wants them or taken from a script

@@ -23,10 +23,13 @@ from alphasmith.search.config import MANY
 from alphasmith.search.processing.answers import check_classifier, class_names
 from alphasmith.search.processing.opening import IntegerModel
 from alphasmith.search.training._draw import Draw, draw
+from alphasmith.search.training._kept import KeptSamples
 from alphasmith.search.training.config import FinetuneConfig, LabelledDataConfig
 
 #: Label of a position that has none.
 _NO_LABEL = -100
+#: Decoded samples that are kept in memory for the next pass [bytes].
+_MOST_KEPT = 2**29
 _GIVE_DATA = "give labelled media, e.g. --data DIR with a folder for each class"
 
 
@@ -112,6 +115,7 @@ def read_samples(config: FinetuneConfig, opened: IntegerModel, batches: Iterable
         targets, labelled_with = media.targets, False
         if reads_its_own_text(opened.model):
             media, labelled_with = _written(media, data, opened), True
+        media = replace(media, load=KeptSamples(media.load, _MOST_KEPT))
     output, task = _asked(opened, media)
     classes: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
