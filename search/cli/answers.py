@@ -112,8 +112,9 @@ def training_text(entry: Mapping[str, Any], folder: str) -> str:
         f"{used}; {counted(entry['steps'], 'update')}, {duration(entry['seconds'])}{chosen}",
         table(columns, rows, title="losses by updates"),
         f"{'the trained' if entry['kept'] else 'the untrained'} integer model is in {folder}",
-        "equivalence with the float model does not apply: training is meant to change it",
     ]
+    if entry["kept"]:
+        lines.append("equivalence with the float model does not apply: training is meant to change it")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.search import TrainingResult, finetune, load_quantized, load_smoothed
 from alphasmith.search.checkpoints.verification import undo, verify
 from alphasmith.search.cli import commands
+from alphasmith.search.cli.answers import training_text
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.processing.classifier import Classifier
 from alphasmith.search.progress import Silent
@@ -118,6 +119,15 @@ def test_the_untrained_model_stays_where_training_makes_nothing_better(run: Path
     same = [name for name in untrained if name.startswith("quantized/")]
     assert {name: kept[name] for name in same} == {name: untrained[name] for name in same}
     assert verify(result.folder)["training"] == result.id
+    for entry, changed in (
+        (result.manifest.training, False),
+        (finetune(run / "out", wanted(run)).manifest.training, True),
+    ):
+        assert entry is not None
+        shown = training_text(entry.model_dump(mode="json"), "there")
+        assert shown.splitlines()[0] == entry.reason
+        assert ("the trained integer model is in there" in shown) == changed
+        assert ("equivalence with the float model does not apply" in shown) == changed
 
 
 def test_a_trained_model_is_trained_further(run: Path) -> None:
