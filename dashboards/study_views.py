@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -17,11 +17,14 @@ import plotly.graph_objects as go
 from optuna_dashboard import save_note, save_plotly_graph_object
 
 from alphasmith.dashboards.checked_frames import checked_sites, geometric_mean, ratio
+from alphasmith.dashboards.compression_report import compression_sentence, front_grid
+from alphasmith.dashboards.figures.compression import size_against
 from alphasmith.dashboards.figures.sites import losses_by_site, trial_history
 from alphasmith.dashboards.figures.training import training_curve
 from alphasmith.dashboards.text import Facts, Row, choices_of_site, facts_of, verdict_of_site
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import counted, number, one_line
+from alphasmith.storage.output.compression_manifest import CompressionManifest
 
 LOSSES_ID = "alphasmith-losses"
 HISTORY_ID = "alphasmith-history"
@@ -33,6 +36,8 @@ _CARD_HEIGHT = 450
 _ROWS = 12
 #: Most sites listed in a note; the report lists all.
 _LISTED = 20
+#: Most trials in the figure of a compression.
+_POINTS = 100
 
 
 def annotate_study(study: optuna.Study, *, sites: pd.DataFrame, trials: pd.DataFrame, note: str) -> None:
@@ -84,6 +89,32 @@ def annotate_training(study: optuna.Study, entry: Mapping[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(["held-out loss against the labels"])  # the axis label
+
+
+def annotate_compression(
+    study: optuna.Study, manifest: CompressionManifest, trials: Sequence[Mapping[str, Any]]
+) -> None:
+    """Put size against the first metric and a note with the front into the study of a compression.
+
+    Args:
+        study: The study.
+        manifest: Of the result.
+        trials: Trials that were measured, see :func:`~alphasmith.dashboards.figures.compression.size_against`.
+    """
+    columns, rows = front_grid(manifest)
+    lines = ["## Joint compression", "", _cell(compression_sentence(manifest)), ""]
+    lines += [f"| {' | '.join(map(_cell, columns))} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows[:_LISTED]]
+    metric = manifest.metrics[0]
+    # The dashboard keeps few characters: the front, and as many others as fit.
+    shown = [trial for trial in trials if trial["on_front"]] + [trial for trial in trials if not trial["on_front"]]
+    figure = size_against(metric.name, metric.unit, shown[:_POINTS], limit=None)
+    save_plotly_graph_object(study, _card(figure), graph_object_id=HISTORY_ID)
+    save_note(study, "\n".join([*lines, ""]))
+    timed = any(entry.milliseconds is not None for entry in manifest.front)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(["stored bytes", "latency [s]"] if timed else ["stored bytes"])
 
 
 def study_note(title: str, sites: pd.DataFrame, facts: Mapping[str, Any] | None = None) -> str:

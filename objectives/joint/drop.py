@@ -45,6 +45,14 @@ class Tolerance:
         if not math.isfinite(value) or (name != "floor" and value < 0):
             raise InputError(f"{field}.{name}", f"is {value}", "give a number, 0 or more for a drop")
 
+    def __str__(self) -> str:
+        """In words, without the metric and its unit, e.g. ``0.6``, ``2 % of its value`` or ``until 0.9``."""
+        if self.drop is not None:
+            return number(self.drop)
+        if self.relative is not None:
+            return f"{number(100 * self.relative)} % of its value"
+        return f"until {number(float(self.floor or 0.0))}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricDrop:

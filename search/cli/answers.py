@@ -129,6 +129,8 @@ def worker_text(done: WorkSummary) -> str:
 def verify_text(answer: Mapping[str, Any]) -> str:
     """``alphasmith verify DIR``."""
     first = f"{answer['artifacts']} files have the digests of the manifest"
+    if "compression" in answer:
+        return f"{first}\n{answer['tensors']} tensors of compression {answer['compression']} are read back"
     if "training" in answer:
         told = answer.get("skipped") or "the integer model has the same bits when it is loaded again"
         return f"{first}\n{told}\nequivalence does not apply: training {answer['training']} changed the model"

@@ -228,6 +228,9 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
     out = out.absolute()
     if not out.name or out.is_dir():
         raise InputError("--out", f"{out} is a folder", "name the file")
+    if is_compression_id(prefix):
+        _write_page(out, _compression_page(prefix, storage))
+        return
     with opened(storage or DEFAULT_STORAGE) as database:
         store = RunStore(database)
         training = TrainingStore(database).get(prefix) if is_training_id(prefix) else None
@@ -237,6 +240,21 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
         manifest = read_manifest(Path(record.folder))
         run_id = record.id if training is None else training.run_id
         text = render_report(manifest, [] if run_id is None else store.trials(run_id))
+    _write_page(out, text)
+
+
+def _compression_page(prefix: str, storage: str | None) -> str:
+    """The page that a compression wrote, compared with its digest."""
+    from alphasmith.storage.output.compressed_folder import CompressedFolder
+
+    with opened(storage or DEFAULT_STORAGE) as database:
+        record = CompressionStore(database).get(prefix)
+    if record.status != "finished":
+        raise InputError("RUN", f"{record.id} is {record.status}", f"finish it: alphasmith resume {record.id}")
+    return CompressedFolder(record.folder).read_bytes("report.html").decode("utf-8")
+
+
+def _write_page(out: Path, text: str) -> None:
     try:
         beside = out.with_name(f".{out.name}.partial")
         beside.write_text(text, encoding="utf-8")

@@ -264,10 +264,17 @@ def delete(run: str, storage: str | None, yes: bool, as_json: bool) -> None:
 @allow_code_option
 @json_option
 def verify(folder: Path, as_json: bool, **places: Any) -> None:
-    """Check every digest and prove that the smoothed model computes what the original does."""
+    """Check every digest and prove that the smoothed model computes what the original does. Of a compression: every digest."""
     from alphasmith.search.checkpoints import verification
     from alphasmith.search.cli import answers
+    from alphasmith.storage.output.compressed_folder import is_compressed
 
+    if is_compressed(folder):
+        from alphasmith.search.compression.artifact import verify_compressed
+
+        checked = verify_compressed(folder)
+        print_answer(checked, as_json, lambda: answers.verify_text(checked))
+        return
     answer = verification.verify(folder, **places)
     print_answer(answer, as_json, lambda: answers.verify_text(answer))
 

@@ -86,31 +86,34 @@ def write_result(
         rename()
 
     with OutputFolder(out, attempt=attempt_name(record.id, Identity.here().token), publish=publish) as folder:
-        shown = [trial_facts(trial, trials, number) for trial in trials if BYTES in trial.user_attrs]
+        shown = shown_trials(trials, number)
         folder.write_text("report.html", render_compression(manifest, shown))
         manifest = write_compressed(folder, made.packed, manifest)
         _check_same(made.model, load_compressed(folder.path, stages.original))
     return manifest
 
 
-def trial_facts(trial: FrozenTrial, trials: Sequence[FrozenTrial], written: int) -> dict[str, Any]:
-    """What a report shows of a trial that was measured.
+def shown_trials(trials: Sequence[FrozenTrial], written: int) -> list[dict[str, Any]]:
+    """What figures show of the trials that were measured.
 
     Args:
-        trial: The trial.
         trials: All of them.
         written: Number of the one in the folder.
     """
-    attributes = trial.user_attrs
-    return {
-        "number": trial.number,
-        "stored_bytes": attributes[BYTES],
-        "drops": _named(attributes, DROP),
-        "within": feasible(trial),
-        "on_front": trial.number in {one.number for one in front(trials)},
-        "written": trial.number == written,
-        "told": ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items()),
-    }
+    best = {one.number for one in front(trials)}
+    return [
+        {
+            "number": trial.number,
+            "stored_bytes": trial.user_attrs[BYTES],
+            "drops": _named(trial.user_attrs, DROP),
+            "within": feasible(trial),
+            "on_front": trial.number in best,
+            "written": trial.number == written,
+            "told": ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items()),
+        }
+        for trial in trials
+        if BYTES in trial.user_attrs
+    ]
 
 
 def _manifest(

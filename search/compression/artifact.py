@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.joint.packed.forms import LayerForm, Timer, apply_forms, choose_forms, least_time
-from alphasmith.objectives.joint.packed.restoring import restore
+from alphasmith.objectives.joint.packed.restoring import restore, unpack
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.storage.output.compressed_folder import CompressedFolder
 from alphasmith.storage.output.compression_manifest import CompressionManifest, read_compression_manifest
@@ -25,6 +26,31 @@ def manifest_of(folder: Path | str) -> CompressionManifest:
         InputError: It is none.
     """
     return read_compression_manifest(Path(folder))
+
+
+def verify_compressed(folder: Path | str) -> dict[str, Any]:
+    """Compare everything in a compressed model's folder with its digest, and read every tensor back.
+
+    Args:
+        folder: Output folder of a joint compression.
+
+    Returns:
+        ``artifacts`` and ``tensors`` checked, and the ``compression`` they are of.
+
+    Raises:
+        InputError: It is none.
+        IntegrityError: A file has changed since it was written, is gone, or is named by nobody.
+    """
+    result = CompressedFolder(folder)
+    try:
+        tensors = unpack(result.packed())
+    except InputError as error:
+        raise IntegrityError(f"{folder}: {error}") from error
+    return {
+        "compression": result.manifest.run.id,
+        "artifacts": len(result.manifest.artifacts),
+        "tensors": len(tensors),
+    }
 
 
 def load_compressed(

@@ -18,13 +18,14 @@ import optuna
 from optuna.trial import FixedTrial, FrozenTrial
 from torch import nn
 
+from alphasmith.dashboards.study_views import annotate_compression
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.joint.ports import JointTask
 from alphasmith.objectives.reading import usable_path
 from alphasmith.objectives.text import counted as count_of
 from alphasmith.objectives.text import error_line
 from alphasmith.search.compression._cache import StageCache
-from alphasmith.search.compression._result import write_result
+from alphasmith.search.compression._result import shown_trials, write_result
 from alphasmith.search.compression._space import Space
 from alphasmith.search.compression._stages import ModelStages
 from alphasmith.search.compression._study import CONSTRAINT, ORIGINAL, TESTED, directions, front, run_study
@@ -304,6 +305,7 @@ def _driven(launch: _Launch, database: Database, record: CompressionRecord, *, m
         except BaseException as error:
             store.move(record, "failed", reason=error_line(error))
             raise
+        annotate_compression(store.study(record), manifest, shown_trials(trials, within[0].number))
         store.move(record, "finished")
         return _result(database, record, out, manifest, within)
 

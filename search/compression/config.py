@@ -112,7 +112,7 @@ class RoundsConfig(Section):
     most: int = Field(default=4, ge=1, le=100)
     steps: int = Field(default=100, ge=0, le=10**7)
     step: float = Field(default=0.3, gt=0, le=10)
-    metric: SvdMetric = "plain"
+    metric: SvdMetric = "whitened"
     conv_form: ConvForm = "channel"
     log_drop: tuple[float, float] = _LOG_DROP
 

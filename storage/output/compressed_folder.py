@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch import Tensor
@@ -48,6 +49,19 @@ def compression_in(folder: Path) -> str | None:
         return read_compression_manifest(folder).run.id
     except InputError:
         return None
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder says of itself that it is the result of a joint compression, whole or not.
+
+    Args:
+        folder: Any.
+    """
+    try:
+        content = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == "compression"
 
 
 class CompressedFolder(NamedFiles):

@@ -36,7 +36,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"text", "checked_frames", "access", "connections", "listening", "verdict"},
         {"figures", "site_table", "guard", "_page"},
         {"server"},
-        {"report", "compression_report", "study_views"},
+        {"report", "compression_report"},
+        {"study_views"},
     ],
     "search": [
         {"config", "idle_threads", "interruption"},

@@ -153,3 +153,8 @@ def test_conditions_that_contradict_themselves_are_refused() -> None:
         DropCondition(tolerances=(one, one))
     with pytest.raises(InputError, match="unknown"):
         DropCondition(tolerances=(one,), rule="some")  # type: ignore[arg-type]
+
+
+def test_a_tolerance_is_told_in_words() -> None:
+    given = ({"drop": 0.6}, {"relative": 0.02}, {"floor": 0.9})
+    assert [str(Tolerance(metric="a", **one)) for one in given] == ["0.6", "2 % of its value", "until 0.9"]

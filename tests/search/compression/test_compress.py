@@ -97,6 +97,15 @@ def test_the_front_is_on_record_with_its_test_metrics(result: CompressionResult,
     assert set(study.user_attrs["tested"]) == {"original", *map(str, result.front)}, "nothing else was looked at"
 
 
+def test_the_dashboard_shows_the_front(study: optuna.Study, result: CompressionResult) -> None:
+    from optuna_dashboard._note import get_note_from_system_attrs
+
+    note = get_note_from_system_attrs(study._storage.get_study_system_attrs(study._study_id), None)["body"]
+    assert note.startswith("## Joint compression")
+    assert all(f"| {entry.number}" in note for entry in result.manifest.front)
+    assert study.metric_names == ["stored bytes"]
+
+
 def test_the_test_split_is_touched_once(tmp_path: Path) -> None:
     looked: list[str] = []
 
@@ -344,6 +353,7 @@ def configuration(folder: Path, **changes: Any) -> Path:
     return folder / "compress.toml"
 
 
+@pytest.mark.slow
 def test_the_command_compresses_shows_picks_and_refuses(tmp_path: Path) -> None:
     configuration(tmp_path)
     made = alphasmith("compress", "compress.toml", "--trials", "3", "--out", "small", "--json", cwd=tmp_path)
@@ -354,6 +364,12 @@ def test_the_command_compresses_shows_picks_and_refuses(tmp_path: Path) -> None:
     shown = alphasmith("show", name, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "times smaller" in shown.stdout
+    report = alphasmith("report", name, "--out", "page.html", cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert (tmp_path / "page.html").read_bytes() == (tmp_path / "small" / "report.html").read_bytes()
+    verified = alphasmith("verify", "small", cwd=tmp_path)
+    assert verified.returncode == 0, verified.stderr
+    assert f"of compression {name} are read back" in verified.stdout
     listed = alphasmith("list", cwd=tmp_path)
     assert name in listed.stdout
     refused = alphasmith("compress", name, "--pick", str(answer["front"][0]), "--out", "other", cwd=tmp_path)
@@ -370,6 +386,7 @@ def test_the_command_compresses_shows_picks_and_refuses(tmp_path: Path) -> None:
         (("compress", "--pick", "1", "--out", "x"), "ID"),
         (("compress", name, "--pick", "1"), "--out"),
         (("compress", "c-1999"), "c-1999"),
+        (("report", "c-1999", "--out", "none.html"), "c-1999"),
     ):
         refused = alphasmith(*arguments, cwd=tmp_path)
         assert refused.returncode == 2, arguments
