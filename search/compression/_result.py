@@ -83,6 +83,7 @@ def write_result(
 
     def publish(rename: Callable[[], None]) -> None:
         place.take()
+        place.take(record.id)
         rename()
 
     with OutputFolder(out, attempt=attempt_name(record.id, Identity.here().token), publish=publish) as folder:

@@ -38,8 +38,9 @@ from alphasmith.search.inputs.permission import check_named
 from alphasmith.search.interruption import Interrupted, never
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.storage.database.connection import Database, check_writable, opened
+from alphasmith.storage.output.compressed_folder import CompressedFolder, compression_in
 from alphasmith.storage.output.compression_manifest import CompressionManifest
-from alphasmith.storage.output.output_folder import check_target
+from alphasmith.storage.output.output_folder import check_target, discard_partial, training_leftovers
 from alphasmith.storage.output.reservation import Reservation
 from alphasmith.storage.runs.compressions import CompressionRecord, CompressionSpec, CompressionStore
 
@@ -105,7 +106,7 @@ def compress(
         Interrupted: ``stop`` said so; what was found is on record, the same call goes on with it.
     """
     chosen = CompressConfig.build(config or {})
-    if chosen.out is not None:
+    if chosen.out is not None and compression_in(usable_path("out", chosen.out)) is None:
         check_target(usable_path("out", chosen.out), None)
     url = chosen.storage or DEFAULT_STORAGE
     check_writable(url)
@@ -280,12 +281,17 @@ def _driven(launch: _Launch, database: Database, record: CompressionRecord, *, m
     with ExitStack() as stack:
         place = stack.enter_context(Reservation(out, storage=database.masked, lease=_LEASE))
         try:
-            place.take()
+            place.take()  # first against every other process, of the same compression too, then in its name
+            place.take(record.id)
+            if compression_in(out) == record.id:  # killed between the writing of the folder and the end of the record
+                return _concluded(database, record, out)
             check_target(out, None)
         except InputError:
             if made:  # of another process that works there nothing is touched
                 store.delete(record)
             raise
+        for left in training_leftovers(out, record.id):  # of a process that was killed while it wrote
+            discard_partial(left)
         config = launch.config.model_dump(mode="json", include={"study"})["study"]
         record = store.move(record, "running", config=merged(record.config, {"study": {"trials": config["trials"]}}))
         try:
@@ -297,7 +303,7 @@ def _driven(launch: _Launch, database: Database, record: CompressionRecord, *, m
                 raise _nothing_found(trials)
             _test(launch, store.study(record), within)
             trials = counted_trials(store.study(record))
-            manifest = _written(launch, database, record, trials, within[0].number, out, place)
+            _written(launch, database, record, trials, within[0].number, out, place)
         except (Interrupted, KeyboardInterrupt) as error:
             store.move(record, "interrupted", reason="interrupted")
             told = f"interrupted; what was found is on record, resume with: alphasmith resume {record.id}"
@@ -305,9 +311,19 @@ def _driven(launch: _Launch, database: Database, record: CompressionRecord, *, m
         except BaseException as error:
             store.move(record, "failed", reason=error_line(error))
             raise
-        annotate_compression(store.study(record), manifest, shown_trials(trials, within[0].number))
-        store.move(record, "finished")
-        return _result(database, record, out, manifest, within)
+        return _concluded(database, record, out)
+
+
+def _concluded(database: Database, record: CompressionRecord, out: Path) -> CompressionResult:
+    """Finish the record of a compression whose folder is whole."""
+    store = CompressionStore(database)
+    folder = CompressedFolder(out)
+    folder.packed()  # compares every digest
+    trials = counted_trials(store.study(record))
+    within = front(trials)
+    annotate_compression(store.study(record), folder.manifest, shown_trials(trials, within[0].number))
+    store.move(record, "finished")
+    return _result(database, record, out, folder.manifest, within)
 
 
 def _nothing_found(trials: Sequence[FrozenTrial]) -> InputError:

@@ -235,6 +235,20 @@ def test_an_interrupted_one_goes_on_by_its_id(tmp_path: Path) -> None:
         resume_compression(record.id, storage=given["storage"], model=listener(), task=task())
 
 
+def test_killed_after_its_folder_was_published_it_is_finished_and_not_made_again(tmp_path: Path) -> None:
+    given = settings(tmp_path, study={"trials": 2})
+    done = compress(listener(), task(), given)
+    with opened(given["storage"]) as database:
+        store = CompressionStore(database)
+        store.move(store.get(done.id), "running")
+    again = compress(listener(), task(), given)
+    assert (again.id, again.front, again.manifest) == (done.id, done.front, done.manifest)
+    with opened(given["storage"]) as database:
+        assert CompressionStore(database).get(done.id).status == "finished"
+    with pytest.raises(InputError, match="already exists"):
+        compress(listener(), task(), given)
+
+
 def test_where_nothing_keeps_within_the_limits_it_says_how_near_it_came_and_more_trials_go_on(tmp_path: Path) -> None:
     given = settings(tmp_path, drop={"tolerances": {"accuracy": 0.0}}, clusters={"k": [2]}, study={"trials": 2})
     given["study"]["roles"] = ["off"]
