@@ -11,6 +11,7 @@ from torch import nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.joint.drop import DropCondition, Tolerance
+from alphasmith.objectives.joint.metrics.scores import require
 from alphasmith.objectives.joint.packed.packing import pack
 from alphasmith.objectives.joint.packed.restoring import restore
 from alphasmith.objectives.joint.ports import JointMetric, JointTask
@@ -19,7 +20,7 @@ from alphasmith.objectives.literals import ModelKind
 from alphasmith.objectives.model.factory import call_function
 from alphasmith.search.compression._cache import AS_IT_IS, StageCache, stage_key
 from alphasmith.search.compression.config import DropConfig, TaskConfig
-from alphasmith.search.compression.embedded import TRAINING, embedded_task
+from alphasmith.search.compression.embedded import MEASURED, TRAINING, embedded_task
 from alphasmith.search.interruption import Interrupted
 
 #: Drops that enhancement of speech stands, from published quantized models.
@@ -77,7 +78,7 @@ def open_task(
         _check("task", model, task)
         return CompressedTask(name=type(model).__name__, kind="module", model=model, task=task)
     if config.factory is None:
-        return _embedded(seed, cache, told, stop)
+        return _embedded(config, seed, cache, told, stop)
     made = call_function("task.factory", config.factory, path=config.path, factory_path=config.factory_path)
     if not isinstance(made, tuple) or len(made) != 2:
         raise InputError("task.factory", f"{config.factory} returned {type(made).__name__}", "return (model, task)")
@@ -85,9 +86,14 @@ def open_task(
     return CompressedTask(name=config.factory, kind="factory", model=made[0], task=made[1])
 
 
-def _embedded(seed: int, cache: StageCache, told: Callable[[str], None], stop: Callable[[], bool]) -> CompressedTask:
+def _embedded(
+    config: TaskConfig, seed: int, cache: StageCache, told: Callable[[str], None], stop: Callable[[], bool]
+) -> CompressedTask:
     """The embedded model, trained once."""
-    make, task = embedded_task(seed)
+    metrics = config.metrics or MEASURED
+    for metric in metrics:
+        require(metric)
+    make, task = embedded_task(seed, metrics)
     key = stage_key("embedded", str(seed), asdict(TRAINING))
     found = cache.get(key)
     if found is None:

@@ -216,7 +216,9 @@ def _recorded(
     """What a record asks for; its model and task must be what they were."""
     given = dict(merged(record.config, changes))
     config = CompressConfig.build(merged(given, {"out": record.folder}))
-    named = {f"task.{name}": str(value) for name, value in config.task if value is not None and model is None}
+    code = ("factory", "factory_path", "path")
+    named = {f"task.{name}": str(getattr(config.task, name)) for name in code if getattr(config.task, name) is not None}
+    named = {} if model is not None else named
     check_named(named, allow_code, f"compression {record.id}")
     launch = _begun(config, model, task, progress, stop)
     if launch.stages.digest != record.model_digest:

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.literals import CodebookStart, ConvForm, IndexCoding, ResidualForm, SparsityKind, SvdMetric
+from alphasmith.objectives.literals import (
+    CodebookStart,
+    ConvForm,
+    IndexCoding,
+    ResidualForm,
+    SignalMetric,
+    SparsityKind,
+    SvdMetric,
+)
 from alphasmith.search.config import DEFAULT_OUT, CodeName, Configuration, Label, Section, UserPath, read_toml
 
 #: What may become of the weights beside their codebooks. ``off``: nothing; ``truncate``: factors alone (claim B-5), in rounds
@@ -44,14 +52,19 @@ class TaskConfig(Section):
             :class:`~alphasmith.objectives.joint.ports.JointTask` asks for. Naming it runs it.
         factory_path: Folder put on the module search path for it.
         path: Given to it as text.
+        metrics: What the embedded task measures, the one that matters most first; None: ``si_sdr``, ``stoi`` and ``snr``. ``pesq``
+            needs the extra of that name.
     """
 
     factory: CodeName | None = None
     factory_path: UserPath | None = None
     path: UserPath | None = None
+    metrics: Annotated[tuple[SignalMetric, ...], AfterValidator(_distinct)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
+        if self.metrics is not None and self.factory is not None:
+            raise InputError("metrics", "given together with a factory", "let its task name them")
         for name in ("factory_path", "path"):
             if getattr(self, name) is not None and self.factory is None:
                 raise InputError(name, "given without a factory", "add task.factory or remove it")

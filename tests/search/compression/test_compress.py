@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,8 @@ def test_where_nothing_keeps_within_the_limits_it_says_how_near_it_came_and_more
         ({"rounds": {"log_drop": [-1.0, -2.0]}}, "rounds.log_drop"),
         ({"branch": {"alpha": [0.5, 1.5]}}, "branch.alpha"),
         ({"task": {"path": "somewhere"}}, "task.path"),
+        ({"task": {"factory": "a:b", "metrics": ["stoi"]}}, "task.metrics"),
+        ({"task": {"metrics": ["loudness"]}}, "task.metrics"),
         ({"sparsity": {}}, "sparsity"),
     ],
 )
@@ -289,6 +292,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(changes: dict[str, Any], told:
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("studies.db")] == []
+
+
+@pytest.mark.skipif(find_spec("pesq") is not None, reason="the extra pesq is installed")
+def test_pesq_without_its_extra_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    given = {"storage": f"sqlite:///{tmp_path / 'studies.db'}", "out": str(tmp_path / "out")}
+    with pytest.raises(InputError, match=r"PESQ is not installed; install alphasmith\[pesq\]"):
+        compress(config={**given, "task": {"metrics": ["si_sdr", "pesq"]}})
+    assert not (tmp_path / ".stages").exists()
 
 
 class Silence:
