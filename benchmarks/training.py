@@ -46,6 +46,9 @@ SHORT_TRIALS, TRIALS = 6, 24
 #: Updates of the short form, and batches timed for the cost of a step.
 SHORT_STEPS, TIMED = 60, 13
 
+#: Gaps below this share of the float model's value are none.
+_NO_GAP = 0.002
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -85,10 +88,14 @@ class Finding:
 
     @property
     def recovered(self) -> float | None:
-        """Share of the gap between search and float that training closed, mean over seeds; None where there is no gap."""
+        """Share of the gap between search and float that training closed, mean over seeds; None where there is none to speak of."""
         sign = 1 if self.higher_is_better else -1
         gap = sign * (self.float_model - self.searched)
-        return None if gap <= 0 else sign * (statistics.mean(self.trained) - self.searched) / gap
+        return (
+            None
+            if gap <= _NO_GAP * abs(self.float_model)
+            else sign * (statistics.mean(self.trained) - self.searched) / gap
+        )
 
 
 def step_ratio(case: Case, quantized: nn.Module, settings: TrainingSettings) -> float:
