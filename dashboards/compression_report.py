@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alphasmith.dashboards._page import Figure, Section, render, shown
 from alphasmith.dashboards.figures.compression import size_against
 from alphasmith.dashboards.text import facts_of
 from alphasmith.objectives.text import number
-from alphasmith.storage.output.compression_manifest import CompressionManifest, MetricEntry
+
+if TYPE_CHECKING:  # it knows packed models, and so torch
+    from alphasmith.storage.output.compression_manifest import CompressionManifest, MetricEntry
 
 _CAPTION = "Every mark is a trial; lower and further left is better. Crosses lost more than is tolerated; the diamond is the model in this folder."
 #: Columns with rows.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
@@ -24,7 +24,9 @@ from alphasmith.dashboards.figures.training import training_curve
 from alphasmith.dashboards.text import Facts, Row, choices_of_site, facts_of, verdict_of_site
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import counted, number, one_line
-from alphasmith.storage.output.compression_manifest import CompressionManifest
+
+if TYPE_CHECKING:  # it knows packed models, and so torch
+    from alphasmith.storage.output.compression_manifest import CompressionManifest
 
 LOSSES_ID = "alphasmith-losses"
 HISTORY_ID = "alphasmith-history"

@@ -13,8 +13,6 @@ from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.search.cli._status import progress_facts
 from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.storage.database.connection import check_exists, opened
-from alphasmith.storage.output.compressed_folder import compression_in
-from alphasmith.storage.output.compression_manifest import read_compression_manifest
 from alphasmith.storage.output.manifest import Manifest, read_manifest
 from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.status import RunSnapshot, lease_of, live_drivers, look_at
@@ -62,6 +60,9 @@ def show_compression(prefix: str, storage: str | None) -> dict[str, Any]:
     Raises:
         InputError: No such compression or database.
     """
+    from alphasmith.storage.output.compressed_folder import compression_in
+    from alphasmith.storage.output.compression_manifest import read_compression_manifest
+
     with opened(storage or DEFAULT_STORAGE) as database:
         record = CompressionStore(database).get(prefix)
         facts = _compression_facts(record, driver_of(database, record))
