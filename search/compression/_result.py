@@ -82,8 +82,7 @@ def write_result(
     manifest = _manifest(record, opened, stages, made, trials, number, tested, finished)
 
     def publish(rename: Callable[[], None]) -> None:
-        place.take()
-        place.take(record.id)
+        place.hold(record.id)
         rename()
 
     with OutputFolder(out, attempt=attempt_name(record.id, Identity.here().token), publish=publish) as folder:

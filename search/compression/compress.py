@@ -283,8 +283,7 @@ def _driven(launch: _Launch, database: Database, record: CompressionRecord, *, m
     with ExitStack() as stack:
         place = stack.enter_context(Reservation(out, storage=database.masked, lease=_LEASE))
         try:
-            place.take()  # first against every other process, of the same compression too, then in its name
-            place.take(record.id)
+            place.hold(record.id)
             if compression_in(out) == record.id:  # killed between the writing of the folder and the end of the record
                 return _concluded(database, record, out)
             check_target(out, None)

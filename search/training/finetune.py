@@ -270,7 +270,7 @@ def _driven(launch: _Launch, database: Database, record: TrainingRecord, made: b
     with ExitStack() as stack:
         place = stack.enter_context(Reservation(out, storage=database.masked, lease=_LEASE))
         try:
-            _hold(place, record.id)
+            place.hold(record.id)
             if training_in(out) == record.id:  # killed between the writing of the folder and the end of the record
                 written = ResultFolder(out)
                 written.check()
@@ -299,12 +299,6 @@ def _driven(launch: _Launch, database: Database, record: TrainingRecord, made: b
         except BaseException as error:
             store.fail(record.id, error_line(error))
             raise
-
-
-def _hold(place: Reservation, training_id: str) -> None:
-    """Reserve the place of a result: first against every other process, of the same training too, then in the training's name."""
-    place.take()
-    place.take(training_id)
 
 
 def _trained(launch: _Launch, database: Database, record: TrainingRecord, place: Reservation) -> TrainingResult:
@@ -349,7 +343,7 @@ def _trained(launch: _Launch, database: Database, record: TrainingRecord, place:
     trials = runs.trials(record.run_id) if record.run_id is not None else []
 
     def publish(rename: Callable[[], None]) -> None:
-        _hold(place, record.id)
+        place.hold(record.id)
         rename()
 
     with OutputFolder(out, attempt=attempt_name(record.id, Identity.here().token), publish=publish) as folder:

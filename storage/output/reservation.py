@@ -99,6 +99,18 @@ class Reservation:
                 _write(descriptor, claim)
                 self._held, self._run = True, run
 
+    def hold(self, owner: str) -> None:
+        """Reserve the place for what no two processes may work on: first against every other process, of the same owner too, then in its name.
+
+        Args:
+            owner: Id of a training or a compression.
+
+        Raises:
+            InputError: As :meth:`take`.
+        """
+        self.take()
+        self.take(owner)
+
     def check(self) -> None:
         """Require, as the driver of the run, that the place is reserved for it; where nobody has it any more, it is taken again.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from alphasmith.storage.output.reservation import abandoned_reservation, holder
 from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.board import Board
 from alphasmith.storage.queue.status import database_now, live_runs, past_drivers
-from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore
+from alphasmith.storage.runs.compressions import CompressionRecord
 from alphasmith.storage.runs.records import RunRecord
 from alphasmith.storage.runs.run_store import RunStore
 from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore
@@ -90,10 +90,9 @@ def delete_training(database: Database, training: TrainingRecord, *, dry_run: bo
         InputError: Field ``RUN``: a process works on it.
         StorageError: The database was lost.
     """
-    if worker := driver_of(database, training):
-        raise InputError("RUN", f"{training.id} is worked on by {worker}", _END_IT)
+    _refuse_driven(database, training)
     if dry_run:
-        return list(_left_of_training(database, training, dry_run=True))
+        return list(_left_of(database, training, dry_run=True))
     return remove_training(database, training)
 
 
@@ -114,16 +113,8 @@ def delete_compression(database: Database, compression: CompressionRecord, *, dr
         InputError: Field ``RUN``: a process works on it.
         StorageError: The database was lost.
     """
-    if worker := driver_of(database, compression):
-        raise InputError("RUN", f"{compression.id} is worked on by {worker}", _END_IT)
-    removed = []
-    for partial in training_leftovers(Path(compression.folder), compression.id):
-        removed.append(Removal(what="folder", name=str(partial), bytes=measure(partial)[0]))
-        if not dry_run:
-            discard_partial(partial)
-    if not dry_run:
-        CompressionStore(database).delete(compression)
-    return [*removed, Removal(what="study", name=compression.study)]
+    _refuse_driven(database, compression)
+    return list(_left_of(database, compression, dry_run))
 
 
 def remove_training(database: Database, training: TrainingRecord) -> list[Removal]:
@@ -139,7 +130,7 @@ def remove_training(database: Database, training: TrainingRecord) -> list[Remova
     Raises:
         StorageError: The database was lost.
     """
-    removed = list(_left_of_training(database, training, dry_run=False))
+    removed = list(_left_of(database, training, dry_run=False))
     TrainingStore(database).delete(training.id)
     return removed
 
@@ -147,14 +138,10 @@ def remove_training(database: Database, training: TrainingRecord) -> list[Remova
 def _parts(database: Database, record: RunRecord, *, busy: bool, dry_run: bool) -> Iterator[Removal]:
     yield from _objects(database, record, busy, dry_run)
     for training in TrainingStore(database).listing(record.id):
-        yield from _left_of_training(database, training, dry_run)
+        yield from _left_of(database, training, dry_run)
     place = output_of(record.folder, record.config)
     drivers = past_drivers(database, record.id)
-    for partial in () if place is None else partial_folders(place, record.id, drivers):
-        size, _ = measure(partial)
-        if not dry_run:
-            discard_partial(partial)
-        yield Removal(what="folder", name=str(partial), bytes=size)
+    yield from _partials(() if place is None else partial_folders(place, record.id, drivers), dry_run)
     yield from _studies(database, record.id, dry_run)
     yield from _rows(database, record.id)
 
@@ -197,20 +184,30 @@ def _strays(database: Database, store: ArtifactStore, strays: set[str], busy: bo
         yield Removal(what="spared", name=name)
 
 
-def _left_of_training(database: Database, training: TrainingRecord, dry_run: bool) -> Iterator[Removal]:
-    """Checkpoints, study and abandoned reservation of a training; the folder of its result stays."""
-    for partial in training_leftovers(Path(training.folder), training.id):
-        size, _ = measure(partial)
-        if not dry_run:
-            discard_partial(partial)
-        yield Removal(what="folder", name=str(partial), bytes=size)
-    reservation = abandoned_reservation(Path(training.folder), training.id)
-    if reservation is not None and holder(Path(training.folder), training.id) is None:
+def _refuse_driven(database: Database, work: TrainingRecord | CompressionRecord) -> None:
+    if worker := driver_of(database, work):
+        raise InputError("RUN", f"{work.id} is worked on by {worker}", _END_IT)
+
+
+def _left_of(database: Database, work: TrainingRecord | CompressionRecord, dry_run: bool) -> Iterator[Removal]:
+    """Unfinished folders, abandoned reservation and study of a training or a compression; the folder of its result stays."""
+    place = Path(work.folder)
+    yield from _partials(training_leftovers(place, work.id), dry_run)
+    reservation = abandoned_reservation(place, work.id)
+    if reservation is not None and holder(place, work.id) is None:
         size = reservation.stat().st_size
         if not dry_run:
             reservation.unlink(missing_ok=True)
         yield Removal(what="temporary", name=str(reservation), bytes=size)
-    yield from _studies(database, training.id, dry_run)
+    yield from _studies(database, work.id, dry_run)
+
+
+def _partials(folders: Iterable[Path], dry_run: bool) -> Iterator[Removal]:
+    for partial in folders:
+        size, _ = measure(partial)
+        if not dry_run:
+            discard_partial(partial)
+        yield Removal(what="folder", name=str(partial), bytes=size)
 
 
 def _studies(database: Database, run_id: str, dry_run: bool) -> Iterator[Removal]:
