@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ from alphasmith.objectives.joint.losses import task_loss
 from alphasmith.objectives.joint.metrics.scores import score
 from alphasmith.objectives.joint.ports import JointMetric, Measured, Split
 from alphasmith.objectives.literals import SignalMetric
-from alphasmith.objectives.media.batch import Batch, call, main_output
+from alphasmith.objectives.media.batch import Batch, call, device_of, main_output
 from alphasmith.objectives.training.losses import Objective, SampleLosses, answers
 from alphasmith.objectives.training.ports import Samples
 from alphasmith.objectives.training.settings import TrainingSettings
@@ -151,8 +151,7 @@ class SampleTask:
 
 def _answered(model: nn.Module, samples: Samples, size: int) -> Iterator[tuple[Tensor, Batch]]:
     """A model's answers to all samples, on the CPU, with their batches."""
-    tensors: Sequence[Tensor] = (*model.parameters(), *model.buffers())
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = device_of(model)
     for start in range(0, len(samples), size):
         batch = samples.batch(range(start, min(start + size, len(samples))))
         output = main_output(call(model, batch.to(device))).cpu()

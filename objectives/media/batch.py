@@ -72,6 +72,16 @@ class Batch:
         )
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; a quantized one may have buffers only, and one without tensors is on the CPU.
+
+    Args:
+        model: All of it on one device.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
 def call(model: nn.Module, batch: Batch) -> Any:
     """Run ``model`` on ``batch`` and return whatever it returns."""
     return model(*batch.args, **batch.kwargs)

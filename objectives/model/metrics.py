@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
-from alphasmith.objectives.media.batch import Batch, call, main_output
+from alphasmith.objectives.media.batch import Batch, call, device_of, main_output
 
 
 def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -26,7 +26,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
         NonFiniteError: The loss is NaN or infinite.
     """
     total, count = 0.0, 0
-    device = _device(model)
+    device = device_of(model)
     with torch.no_grad():
         for batch in batches:
             moved = batch.to(device)
@@ -67,7 +67,7 @@ def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
         InputError: A batch has no labels.
     """
     right, count = 0, 0
-    device = _device(model)
+    device = device_of(model)
     with torch.no_grad():
         for batch in batches:
             moved = batch.to(device)
@@ -76,9 +76,3 @@ def accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
             right += int(torch.eq(main_output(call(model, moved)).argmax(-1), moved.labels).sum())
             count += batch.size
     return right / max(count, 1)
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the model is; a quantized one may have buffers only."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")

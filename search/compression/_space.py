@@ -112,8 +112,8 @@ class Space:
             "off": {},
             "truncate": {f"log_drop.{name}": (low + high) / 2 for name in self.decomposed},
             "branch": {
-                "rank": sorted(config.branch.ranks)[len(config.branch.ranks) // 2],
-                "alpha": min(max(0.5, config.branch.alpha[0]), config.branch.alpha[1]),
+                "rank": config.branch.middle_rank,
+                "alpha": config.branch.middle_alpha,
                 "residual": config.branch.residuals[0],
             },
         }

@@ -30,13 +30,14 @@ from alphasmith.objectives.joint.rounds.settings import RegularisedSettings, Rou
 from alphasmith.objectives.joint.sparsity.targets import find_targets
 from alphasmith.objectives.joint.sparsity.terms import SparsitySettings
 from alphasmith.objectives.media import data_digest
-from alphasmith.objectives.media.batch import Batch, call
+from alphasmith.objectives.media.batch import Batch, call, device_of
 from alphasmith.objectives.model.plain_operators import rewrite
 from alphasmith.objectives.model.private_copy import private_copy
 from alphasmith.search.compression._cache import AS_IT_IS, StageCache, stage_key
 from alphasmith.search.compression._space import Choice, Space
 from alphasmith.search.compression._study import DroppedError, Point
 from alphasmith.search.compression.config import CompressConfig
+from alphasmith.search.devices import thread_budget
 from alphasmith.search.interruption import Interrupted, leave
 from alphasmith.storage.output.compression_manifest import RoundEntry, RoundsEntry
 
@@ -52,7 +53,7 @@ class _Made:
 
     Attributes:
         model: It.
-        facts: What is known of it, JSON-able: ``rounds``, ``ending``, ``layers``, ``notes``.
+        facts: What is known of it, JSON-able: ``rounds``, ``ending``, ``kept``, ``notes``.
     """
 
     model: nn.Module
@@ -66,7 +67,7 @@ class Compressed:
     Attributes:
         packed: What is stored of it.
         model: Restored from that.
-        facts: What its stages say: ``rounds``, ``ending``, ``layers``, ``notes``.
+        facts: What its stages say: ``rounds``, ``ending``, ``kept``, ``notes``.
     """
 
     packed: PackedModel
@@ -123,7 +124,7 @@ class ModelStages:
         """See :class:`~alphasmith.search.compression._study.Stages`."""
         made = self.compressed(choice)
         measured = self._task.measure(made.model, "study")
-        verdict = self.condition.verdict(self.baseline, measured, self._task.metrics)
+        verdict = self.verdict(measured)
         return Point(
             stored=made.packed.stored_bytes,
             ratio=self.float_bytes / made.packed.stored_bytes,
@@ -141,7 +142,7 @@ class ModelStages:
         Raises:
             InputError: The model cannot be run on the samples.
         """
-        example = self._task.train.batch(range(min(2, len(self._task.train)))).to(_device(self.original))
+        example = self._task.train.batch(range(min(2, len(self._task.train)))).to(device_of(self.original))
         targets = find_targets(self.original, example)
         terms = {"encoder": targets.encoder, "recurrent": targets.recurrent}
         plain = private_copy(self.original)
@@ -159,14 +160,13 @@ class ModelStages:
             ),
         )
 
-    def verdict(self, measured: Measured, baseline: Measured | None = None) -> Verdict:
+    def verdict(self, measured: Measured) -> Verdict:
         """What the condition says of a model's metrics.
 
         Args:
-            measured: They.
-            baseline: Those of the original on the same split; None: on the study split.
+            measured: They, on the study split.
         """
-        return self.condition.verdict(baseline or self.baseline, measured, self._task.metrics)
+        return self.condition.verdict(self.baseline, measured, self._task.metrics)
 
     def compressed(self, choice: Choice) -> Compressed:
         """Go through all stages.
@@ -219,7 +219,7 @@ class ModelStages:
 
     def example(self) -> Batch:
         """One training sample, on the original's device."""
-        return self._task.train.batch([0]).to(_device(self.original))
+        return self._task.train.batch([0]).to(device_of(self.original))
 
     def latency(self, model: nn.Module) -> float:
         """Median time of a forward call of one training sample on one thread [s].
@@ -228,18 +228,13 @@ class ModelStages:
             model: Any form of it.
         """
         batch = self.example()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with torch.no_grad():
-                call(model.eval(), batch)
-                times = []
-                for _ in range(_TIMED):
-                    began = self._clock()
-                    call(model, batch)
-                    times.append(self._clock() - began)
-        finally:
-            torch.set_num_threads(threads)
+        times = []
+        with thread_budget(1), torch.no_grad():
+            call(model.eval(), batch)
+            for _ in range(_TIMED):
+                began = self._clock()
+                call(model, batch)
+                times.append(self._clock() - began)
         return statistics.median(times)
 
     def _trained(self, choice: Choice) -> tuple[str, _Made]:
@@ -291,12 +286,11 @@ class ModelStages:
     def _fallen_back(self, parent: str, trained: _Made, choice: Choice, rounds: _Made) -> _Made:
         """Branches in place of truncation, which made no layer smaller at the energy asked for: its spectra are flat."""
         branch = self._config.branch
-        low, high = branch.alpha
         instead = replace(
             choice,
             role="branch",
-            rank=sorted(branch.ranks)[len(branch.ranks) // 2],
-            alpha=min(max(0.5, low), high),
+            rank=branch.middle_rank,
+            alpha=branch.middle_alpha,
             residual=branch.residuals[0],
         )
         made = self._branched(parent, trained, instead)
@@ -338,15 +332,10 @@ class ModelStages:
             model = private_copy(trained.model).eval()
             rewrite(model)
             count = min(_SAMPLES, len(self._task.train))
-            batches = (self._task.train.batch([number]).to(_device(model)) for number in range(count))
+            batches = (self._task.train.batch([number]).to(device_of(model)) for number in range(count))
             rows = collect_rows(model, batches, count=_ROWS, seed=self._config.study.seed)
-            layers = branch_layers(model, rows, settings)
-            facts = {
-                "ending": "",
-                "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in layers],
-                "notes": list(trained.facts.get("notes", ())),
-            }
-            return _Made(model=model, facts=facts)
+            branch_layers(model, rows, settings)
+            return _Made(model=model, facts=trained.facts)
 
         key = stage_key("branch", parent, asdict(settings))
         return self._made(key, make)
@@ -389,11 +378,6 @@ def model_digest(model: nn.Module, task: JointTask) -> str:
     first = data_digest(task.train.batch([number]) for number in range(min(8, count)))
     found.update(f"{first} {count} {[asdict(metric) for metric in task.metrics]}".encode())
     return found.hexdigest()
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _ended(ending: str, trouble: str) -> None:

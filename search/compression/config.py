@@ -170,6 +170,17 @@ class BranchConfig(Section):
             )
         return self
 
+    @property
+    def middle_rank(self) -> int:
+        """What is tried first."""
+        return sorted(self.ranks)[len(self.ranks) // 2]
+
+    @property
+    def middle_alpha(self) -> float:
+        """0.5, or the end of the range that is nearest to it."""
+        low, high = self.alpha
+        return min(max(0.5, low), high)
+
 
 class ClustersConfig(Section):
     """Clustering and codebooks (claims B-6, B-7; fB8 to fB10).

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from torch import nn
 
 from alphasmith.objectives.errors import AlphasmithError, InputError, NonFiniteError
-from alphasmith.objectives.media.batch import call, main_output
+from alphasmith.objectives.media.batch import call, device_of, main_output
 from alphasmith.objectives.text import number, one_line
 from alphasmith.objectives.training.fake_quantized import FakeQuantized
 from alphasmith.objectives.training.loop import TrainingData, train
@@ -211,7 +211,7 @@ class _Scorer:
 
     def __init__(self, plan: StudyPlan, progress: Progress, stop: Callable[[], bool]) -> None:
         self._plan, self._progress, self._stop = plan, progress, stop
-        first = plan.data.held_out.batch([0]).to(_device(plan.model))
+        first = plan.data.held_out.batch([0]).to(device_of(plan.model))
         with torch.no_grad():
             task = task_of(main_output(call(plan.model.eval(), first)), first)
         self._task: Task = task
@@ -277,7 +277,7 @@ class _Scorer:
         held_out, size = self._plan.data.held_out, self._plan.settings.batch_size
         parts = []
         for start in range(0, len(held_out), size):
-            batch = held_out.batch(range(start, min(start + size, len(held_out)))).to(_device(model))
+            batch = held_out.batch(range(start, min(start + size, len(held_out)))).to(device_of(model))
             with torch.no_grad():
                 output = main_output(call(model.eval(), batch))
             parts.append(self._objective.losses(answers(output, batch, self._task), None))
@@ -285,11 +285,6 @@ class _Scorer:
         if not math.isfinite(loss):
             raise NonFiniteError(f"the loss against the labels is {loss}")
         return loss
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _told(choice: SettingsChoice) -> str:
