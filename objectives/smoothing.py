@@ -48,6 +48,25 @@ class ChannelRange:
         shift = shift.to(self.low.device)
         return torch.maximum(self.high - shift, shift - self.low).clamp_min(0)
 
+    def edges(
+        self, scales: Tensor | None = None, shift: Tensor | None = None, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """() smallest and () largest value of the whole activation after shift and division, times ``factor``; 0 lies between them.
+
+        Args:
+            scales: (C,) what the channels are divided by; None: 1.
+            shift: (C,) what is subtracted before that; None: nothing.
+            factor: Range relative to the calibrated one.
+        """
+        low, high = self.low, self.high
+        if shift is not None:
+            shift = shift.to(low.device)
+            low, high = low - shift, high - shift
+        if scales is not None:
+            scales = scales.to(low.device)
+            low, high = low / scales, high / scales
+        return low.min().clamp_max(0) * factor, high.max().clamp_min(0) * factor
+
     def middle(self, ties: Tensor) -> Tensor:
         """(C,) shift ``z_j = (max + min) / 2`` that centres every channel, one value within a tie (arXiv 2304.09145)."""
         index = tie_index(ties, self.low.shape[0])

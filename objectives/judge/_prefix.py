@@ -30,6 +30,7 @@ from alphasmith.objectives.judge._module_calls import (
     traced,
 )
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.smoothing import Smoothing
 
 _Forward: TypeAlias = Callable[[], Tensor]
@@ -51,6 +52,7 @@ class PrefixCache:
         self._affected: _Affected | None = None
         self._usable = budget > 0
         self._proven = False
+        self._schemes: SiteSchemes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +74,7 @@ class PrefixCache:
         base = candidate.smoothings
         if not self._usable or base is None:
             return forward()
+        self._follow(candidate)
         if self._structure is None:
             # While a batch is learned anew, its old records are still there.
             most = sum(self._sizes) + max(self._sizes)
@@ -96,6 +99,7 @@ class PrefixCache:
             candidate: Its model is what ``forward`` runs.
             forward: Runs it on the batch and returns its output.
         """
+        self._follow(candidate)
         kept, structure = self._kept.get(index), self._structure
         if kept is None or structure is None or candidate.smoothings is None:
             return forward()
@@ -114,6 +118,12 @@ class PrefixCache:
             self._usable = False
             self.forget()
         return computed
+
+    def _follow(self, candidate: CandidateModel) -> None:
+        """Keep nothing of a model that computed in other schemes."""
+        if self._schemes != candidate.schemes:
+            self.forget()
+            self._schemes, self._structure = candidate.schemes, None
 
     def _affected_names(self, candidate: CandidateModel, base: Mapping[str, Smoothing]) -> frozenset[str]:
         """Names of the modules that read something which differs from what it was under ``base``."""

@@ -6,7 +6,7 @@ Symbols and shapes, of one part of a site: n candidates at a time, g convolution
     codes of W    round(W s / dw)
     error         X W^T - (dx dw codes(X) codes(W)^T + W z), times the roots of the weights of its row and output
 
-Static steps are folded into the weights, so a candidate costs one product and a handful of element-wise passes over
+A zero point of the activations (fA17) is taken out with the sums of the weight's codes. Static steps are folded into the weights, so a candidate costs one product and a handful of element-wise passes over
 cache-sized chunks. Where the formats allow it, the product of codes is an exact integer product. Source: formulas fA2 to fA5.
 """
 
@@ -27,8 +27,15 @@ from alphasmith.objectives.quantization.integer_product import (
     ExactProducts,
     integer_gemm_pays,
 )
-from alphasmith.objectives.quantization.quantizers import code_scale, round_codes_
-from alphasmith.objectives.quantization.scheme import ActivationFormat, Scheme, WeightFormat
+from alphasmith.objectives.quantization.quantizers import (
+    CodeGrid,
+    byte_zero,
+    code_grid,
+    code_scale,
+    round_bytes_,
+    round_codes_,
+)
+from alphasmith.objectives.quantization.scheme import ActivationFormat, Scheme
 from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import Smoothing
 
@@ -48,7 +55,9 @@ class PreparedPart:
         weight: an operand of exact products of codes, or (n g, D/g, O/g) float32 dequantized, a static dx included.
         factor: (n, 1, 1, O) dw, a static dx included, for codes; None for dequantized weights.
         bias: (n, g, 1, O/g) W z, or None if no candidate shifts.
-        sample_step: (n, S) step dx of every sample; None unless a convolution takes ranges per sample.
+        zero: (n, 1, 1, 1) static zero point, 0..255; None unless activations have one.
+        sums: (n, 1, 1, O) sums of the codes of the weight, where these are multiplied and activations have a zero point; else None.
+        sample_grid: (n, S) step dx and zero point of every sample; None unless a convolution takes ranges per sample.
     """
 
     inverse: Tensor
@@ -56,7 +65,9 @@ class PreparedPart:
     weight: Tensor
     factor: Tensor | None
     bias: Tensor | None
-    sample_step: Tensor | None
+    zero: Tensor | None
+    sums: Tensor | None
+    sample_grid: CodeGrid | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +150,12 @@ class SiteKernel:
         shift = None
         if any(s.shift is not None for s in smoothings):
             shift = torch.stack([torch.zeros_like(s.scales) if s.shift is None else s.shift for s in smoothings])
-        step = None
+        grid = None
         if self._scheme.static:
-            peaks = [_peak(self._data, s) * s.range_factor for s in smoothings]
-            step = _step(torch.stack(peaks), self._scheme.activations)
-        parts = tuple(part.prepare(scales, shift, step) for part in self._parts)
+            edges = [self._data.input_range.edges(s.scales, s.shift, s.range_factor) for s in smoothings]
+            low, high = (torch.stack(edge) for edge in zip(*edges, strict=True))
+            grid = _grid(low, high, self._scheme.activations)
+        parts = tuple(part.prepare(scales, shift, grid) for part in self._parts)
         logs = scales.double().log()
         hidden = self._producers.error(logs)
         if self._unseen is not None:
@@ -181,11 +193,24 @@ class SiteKernel:
 
     @torch.no_grad()
     def range_percentile(self, smoothing: Smoothing, percentile: float) -> tuple[float, float]:
-        """``percentile`` of max_j |x_tj - z_j| / s_j over the rows of all parts, and the same of the calibrated range."""
-        rows = torch.cat([part.row_peaks(smoothing) for part in self._parts]).double()
+        """``percentile`` of max_j |x_tj - z_j| / s_j over the rows of all parts, and the same of the calibrated range.
+
+        Of asymmetric ranges: ``percentile`` of the factors by which the calibrated range would just hold a row, and 1. An end that is 0
+        stays 0, whatever rows hold beyond it.
+        """
+        found = [part.row_edges(smoothing) for part in self._parts]
+        low, high = (torch.cat(edges).double() for edges in zip(*found, strict=True))
+        calibrated = [edge.double() for edge in self._data.input_range.edges(smoothing.scales, smoothing.shift)]
+        if self._scheme.asymmetric:
+            sides = [
+                rows / torch.where(end == 0, torch.inf, end) for rows, end in zip((low, high), calibrated, strict=True)
+            ]
+            rows, whole = torch.maximum(*sides), torch.ones_like(calibrated[0])
+        else:
+            rows, whole = torch.maximum(high, -low), torch.maximum(calibrated[1], -calibrated[0])
         # The smallest range that holds that many whole rows; nothing between two rows.
         inside = rows.kthvalue(max(1, math.ceil(rows.shape[0] * percentile / 100.0 - 1e-9))).values
-        both: list[float] = torch.stack([inside, _peak(self._data, smoothing).double()]).tolist()
+        both: list[float] = torch.stack([inside, whole]).tolist()
         return both[0], both[1]
 
     def _part_rows(self, rows: int) -> list[int]:
@@ -224,12 +249,7 @@ class _PartScorer:
         self._weight = by_block(part.weight, part).mT.contiguous()
         self._channel = part.channel.view(part.groups, 1, -1)
         _, self._inputs, self._outputs = self._weight.shape
-        self._exact = (
-            scheme.activations == "int8"
-            and scheme.weights != "fp8"
-            and scheme.weight_granularity != "group"
-            and part.groups == 1
-        )
+        self._exact = scheme.byte_operands and part.groups == 1
         sizes = self._inputs, self._outputs
         self._integer = self._exact and integer_gemm_pays(device.type, self.rows, *sizes)
         self._reference = torch.bmm(self._x, self._weight)
@@ -266,8 +286,10 @@ class _PartScorer:
             sizes = self._inputs, self._outputs
             self._products = ExactProducts(stack, rows, *sizes, x.device, integer=self._integer)
 
-    def prepare(self, scales: Tensor, shift: Tensor | None, step: Tensor | None) -> PreparedPart:
-        """Quantize the weight under ``scales`` and ``shift`` (n, C); ``step`` (n,) is the static step of X."""
+    def prepare(self, scales: Tensor, shift: Tensor | None, grid: CodeGrid | None) -> PreparedPart:
+        """Quantize the weight under ``scales`` and ``shift`` (n, C); ``grid`` (n,) is the static step and zero point of X."""
+        step = None if grid is None else grid.scale
+        zero = None if grid is None or grid.zero is None else grid.zero.view(-1, 1, 1, 1)
         stack = scales.shape[0]
         columns = scales[:, self._channel]
         inverse = columns.reciprocal() if step is None else (columns * step.view(-1, 1, 1, 1)).reciprocal()
@@ -278,18 +300,24 @@ class _PartScorer:
         factor = torch.where(sound, 1.0 if step is None else step, math.nan).view(-1, 1, 1, 1)
         factor = factor if self._root is None else factor * self._root
         z = None if shift is None else shift[:, self._channel]
+        spread = sums = None
         if self._exact:
-            weight, spread = self._products.operand(weight[:, 0]), dw[:, :, 0] * factor
+            spread = dw[:, :, 0] * factor
+            if self._scheme.asymmetric:
+                sums = weight.sum(dim=2, keepdim=True)
+            weight = self._products.operand(weight[:, 0])
         else:
             padded.unflatten(2, (self._blocks, self._size)).mul_(dw * factor.unsqueeze(2))
-            weight, spread = weight.reshape(-1, self._inputs, self._outputs).clone(), None
+            weight = weight.reshape(-1, self._inputs, self._outputs).clone()
         return PreparedPart(
             inverse=inverse,
             shift=z,
             weight=weight,
             factor=spread,
             bias=None if z is None else self._bias(z),
-            sample_step=self._sample_step(scales, shift),
+            zero=zero,
+            sums=sums,
+            sample_grid=self._sample_grid(scales, shift),
         )
 
     def spread(self, error: Tensor, start: int, stop: int) -> Tensor:
@@ -315,16 +343,18 @@ class _PartScorer:
             for stack, found in zip(prepared, norms, strict=True)
         ]
 
-    def row_peaks(self, smoothing: Smoothing) -> Tensor:
-        """max_j |x_tj - z_j| / s_j, (T,)."""
-        peaks = []
+    def row_edges(self, smoothing: Smoothing) -> tuple[Tensor, Tensor]:
+        """min_j and max_j of (x_tj - z_j) / s_j, (T,) each."""
+        low, high = [], []
         inverse = smoothing.scales[self._channel].reciprocal()
         for first in range(0, self.rows, self._chunk):
             rows = self._x[:, first : first + self._chunk]
             if smoothing.shift is not None:
                 rows = rows - smoothing.shift[self._channel]
-            peaks.append((rows * inverse).abs().amax(dim=(0, 2)))
-        return torch.cat(peaks)
+            rows = rows * inverse
+            low.append(rows.amin(dim=(0, 2)))
+            high.append(rows.amax(dim=(0, 2)))
+        return torch.cat(low), torch.cat(high)
 
     def _weighed(self, squares: Tensor, start: int, stop: int) -> Tensor:
         """Squared norms (..., stop - start) of rows start..stop-1 times their weights."""
@@ -341,11 +371,13 @@ class _PartScorer:
         padded[:, :, self._inputs :] = 0.0
         torch.mul(self._weight, columns.mT, out=padded[:, :, : self._inputs])
         blocks = padded.unflatten(2, (self._blocks, self._size))
+        if self._scheme.is_float:
+            return padded.new_ones(stack, 1, 1, 1, 1), padded
         if self._scheme.weight_granularity == "tensor":
             absmax = self._operator_absmax(_absmax(padded, (1, 2)))
         else:
             absmax = _absmax(blocks, (3,))
-        dw = _step(absmax, self._scheme.weights)
+        dw = torch.where(torch.isfinite(absmax), code_scale(absmax, self._scheme.weights), math.nan)
         round_codes_(blocks.div_(dw), self._scheme.weights)
         return dw, padded
 
@@ -355,7 +387,7 @@ class _PartScorer:
         each = [o.amax(dim=-1, keepdim=True).expand_as(o) for o in torch.split(absmax, features, dim=-1)]
         return torch.cat(each, dim=-1).unsqueeze(1)
 
-    def _sample_step(self, scales: Tensor, shift: Tensor | None) -> Tensor | None:
+    def _sample_grid(self, scales: Tensor, shift: Tensor | None) -> CodeGrid | None:
         low, high = self._part.sample_low, self._part.sample_high
         if low is None or high is None or self._scheme.activation_granularity == "static":
             return None
@@ -363,8 +395,8 @@ class _PartScorer:
             return None
         if shift is not None:
             low, high = low - shift.unsqueeze(1), high - shift.unsqueeze(1)
-        peaks = torch.maximum(high, -low).clamp_min(0)
-        return _step((peaks / scales.unsqueeze(1)).amax(dim=2), self._scheme.activations)
+        columns = scales.unsqueeze(1)
+        return _grid((low / columns).amin(dim=2), (high / columns).amax(dim=2), self._scheme.activations)
 
     def _row_norms(self, prepared: PreparedPart, first: int, last: int) -> Tensor:
         """(n, rows) float32 norm of the output error of every row."""
@@ -376,17 +408,19 @@ class _PartScorer:
             torch.mul(self._x[:, first:last], prepared.inverse, out=x)
         else:
             torch.sub(self._x[:, first:last], prepared.shift, out=x).mul_(prepared.inverse)
-        row_step = None
+        row_step, zero = None, prepared.zero
         if scheme.activations != "none":
             if scheme.activation_granularity == "token":
-                row_step = self._row_step(prepared, x, first, last)
+                row_step, zero = self._row_grid(prepared, x, first, last)
                 x.div_(row_step)
-            round_codes_(x, scheme.activations)
+            (round_bytes_ if self._exact else round_codes_)(x, scheme.activations, zero)
         out = self._output[: stack * groups * rows * self._outputs].view(shape)
         if prepared.factor is None:
             torch.bmm(x.flatten(0, 1), prepared.weight, out=out.flatten(0, 1))
         else:
             self._products.product(x[:, 0], prepared.weight, out[:, 0])
+            if prepared.sums is not None and zero is not None:  # still integers: nothing is lost where little is left
+                out.addcmul_(byte_zero(zero), prepared.sums, value=-1)
         if row_step is not None:
             out.mul_(row_step)
         reference = self._reference[:, first:last]
@@ -399,18 +433,15 @@ class _PartScorer:
         norms: Tensor = torch.linalg.vector_norm(out, dim=(1, 3))
         return norms
 
-    def _row_step(self, prepared: PreparedPart, x: Tensor, first: int, last: int) -> Tensor:
-        """(n, 1, rows, 1) step of every row: its own, or its sample's."""
-        if prepared.sample_step is not None and self._part.sample is not None:
-            step = prepared.sample_step[:, self._part.sample[first:last]]
+    def _row_grid(self, prepared: PreparedPart, x: Tensor, first: int, last: int) -> CodeGrid:
+        """(n, 1, rows, 1) step and zero point of every row: its own, or its sample's."""
+        if prepared.sample_grid is not None and self._part.sample is not None:
+            sample = self._part.sample[first:last]
+            step, zero = (None if values is None else values[:, sample] for values in prepared.sample_grid)
         else:
-            step = _step(_absmax(x, (1, 3)).flatten(1), self._scheme.activations)
-        return step.unsqueeze(1).unsqueeze(-1)
-
-
-def _peak(data: SiteData, smoothing: Smoothing) -> Tensor:
-    """() largest calibrated magnitude after shift and scaling."""
-    return (data.input_range.peaks(smoothing.shift) / smoothing.scales).amax()
+            step, zero = _grid(x.amin(dim=(1, 3)), x.amax(dim=(1, 3)), self._scheme.activations)
+        step, zero = (None if values is None else values.unsqueeze(1).unsqueeze(-1) for values in (step, zero))
+        return CodeGrid(torch.as_tensor(step), zero)
 
 
 def _absmax(values: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -418,6 +449,7 @@ def _absmax(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.maximum(values.amax(dim=dims, keepdim=True), values.amin(dim=dims, keepdim=True).neg_())
 
 
-def _step(absmax: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
-    """Step that maps ``absmax`` onto the largest code; NaN where it is not finite, so that the error is."""
-    return torch.where(torch.isfinite(absmax), code_scale(absmax, fmt), math.nan)
+def _grid(low: Tensor, high: Tensor, fmt: ActivationFormat) -> CodeGrid:
+    """Steps, and zero points, for values from ``low`` to ``high``; NaN where one is not finite, so that the error is."""
+    step, zero = code_grid(low, high, fmt)
+    return CodeGrid(torch.where(torch.isfinite(low) & torch.isfinite(high), step, math.nan), zero)

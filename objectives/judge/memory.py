@@ -275,7 +275,7 @@ class _Predictor:
     def _dense_bytes(self) -> int:
         """Dequantized weights of the operators that integer products do not serve."""
         scheme = self._demand.scheme
-        integers = scheme.activations == "int8" and scheme.weight_granularity != "group"
+        integers = scheme.integer_operands
         return _FLOAT * sum(n for operator, n in self._weights if not (integers and operator.kind == "linear"))
 
 
@@ -450,6 +450,8 @@ def _kept_bytes(part: PartLayout, rows: int) -> int:
 
 def _payload_bytes(count: int, scheme: Scheme) -> int:
     """Stored weights of an operator with ``count`` of them, with the scales of groups."""
+    if scheme.is_float:
+        return _FLOAT * count
     values = -(-count // 2) if scheme.weights == "int4" else count
     return values + (_FLOAT * count // scheme.group_size if scheme.group_size is not None else 0)
 
@@ -466,7 +468,7 @@ def _evaluator_bytes(part: PartLayout, rows: int, scheme: Scheme) -> int:
     weights = outputs * fan_in
     chunk, sampled = min(rows, _JUDGE_ROWS), min(rows, _NOISE_ROWS)
     judges = 2 * _FLOAT * (rows * outputs + weights) + 12 * chunk * (part.columns + outputs)
-    stored = weights if scheme.activations == "int8" and scheme.weight_granularity != "group" else _FLOAT * weights
+    stored = weights if scheme.byte_operands else _FLOAT * weights
     candidates = min(_JUDGE_CANDIDATES * stored, max(_JUDGE_WEIGHTS, stored)) + 3 * _FLOAT * weights
     noise = 4 * 8 * (sampled * part.columns + min(outputs, _NOISE_ROWS * len(part.operators)) * fan_in)
     return judges + candidates + noise

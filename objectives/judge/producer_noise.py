@@ -40,7 +40,7 @@ class ProducerNoise:
 
     def __init__(self, data: SiteData, scheme: Scheme) -> None:
         self.idle = scheme.weight_granularity != "tensor" or not data.producers
-        self._codes = QMAX[scheme.weights] / (_FP8_SUBNORMAL_STEP if scheme.weights == "fp8" else 1.0)
+        self._codes = QMAX.get(scheme.weights, 1.0) / (_FP8_SUBNORMAL_STEP if scheme.weights == "fp8" else 1.0)
         read = read_energies(data)
         self._rows = () if self.idle else tuple((rows, _reached(rows, read)) for rows in data.producers)
 

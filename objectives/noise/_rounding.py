@@ -16,6 +16,7 @@ from alphasmith.objectives.calibration.site_data import SiteData, SitePart
 from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, outputs_by_block
 from alphasmith.objectives.quantization.quantizers import round_codes_
 from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Scheme, WeightFormat
+from alphasmith.objectives.smoothing import ChannelRange
 
 # Directions in which the columns of x are correlated that are followed, and the steps that find them.
 _DIRECTIONS = 8
@@ -29,7 +30,9 @@ class FixedPeaks:
     """Magnitudes that set the steps of a tensor whose rows do not set their own.
 
     Attributes:
-        values: (Q, M) magnitudes; the largest of row q, after scaling, is the largest code of step q.
+        values: (Q, M) magnitudes; the largest of row q, after scaling, is the largest code of step q. Under a zero point: largest
+            values, at least 0.
+        below: (Q, M) minus the smallest values, at least 0, under a zero point: the codes span the sum of both; else None.
         channel: (M,) int64 site channel of every magnitude.
         step: (R,) int64: which of the Q steps each sampled row is rounded with.
         mass: (Q,) float64 rows of the tensor that share each step.
@@ -41,6 +44,7 @@ class FixedPeaks:
     step: Tensor
     mass: Tensor
     factor: float
+    below: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,15 +89,12 @@ class Rounding:
         factors = scales if self.grows else scales.reciprocal()
         columns = factors[:, self.channel]
         scaled = self.entries * columns.unsqueeze(2)
-        if self.peaks is None:
-            peak = scaled.abs().amax(dim=-1)
-        else:
-            given = self.peaks
-            largest = (given.values * factors[:, given.channel].unsqueeze(1)).amax(dim=-1) * given.factor
-            peak = largest[:, given.step].unsqueeze(1)
-        step = torch.where(peak == 0, 1.0, peak / codes)
+        peak, below = self._spans(scaled, factors)
+        span = peak if below is None else peak + below
+        step = torch.where(span == 0, 1.0, span / codes)
+        zero = None if below is None else (below / step).round_().unsqueeze(-1)
         scaled.mul_(step.reciprocal().unsqueeze(-1))
-        scaled.sub_(round_codes_(scaled.clone(), self.number_format))
+        scaled.sub_(round_codes_(scaled.clone(), self.number_format, zero))
         # Steps are squared relative to the largest, so that tensors of any size stay within float32.
         unit = step.amax(dim=(1, 2), keepdim=True)
         weight = (step / unit).square().expand(-1, *self.entries.shape[:2])
@@ -109,6 +110,20 @@ class Rounding:
         noise = torch.matmul(weight, scaled.square_()).squeeze(2).to(torch.float64)
         alone = (noise * partner / columns.to(torch.float64).square()).sum(dim=(1, 2))
         return (alone + shared) * unit.flatten().to(torch.float64).square() * self.mass
+
+    def _spans(self, scaled: Tensor, factors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the steps of every sampled row (n, B, R) reach up to: the largest magnitude; or both sides of 0 under a zero point."""
+        if self.peaks is None:
+            if self.number_format == "uint8":
+                return scaled.amax(dim=-1).clamp_min(0), -scaled.amin(dim=-1).clamp_max(0)
+            return scaled.abs().amax(dim=-1), None
+        given = self.peaks
+
+        def spread(values: Tensor) -> Tensor:
+            largest = (values * factors[:, given.channel].unsqueeze(1)).amax(dim=-1) * given.factor
+            return largest[:, given.step].unsqueeze(1)
+
+        return spread(given.values), None if given.below is None else spread(given.below)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +185,10 @@ def _activation_peaks(
     channels = torch.arange(data.channels, device=part.x.device)
     rows = part.x.shape[0]
     if scheme.activation_granularity == "static":
+        values, below = _sides(data.input_range, shift, asymmetric=scheme.asymmetric)
         return FixedPeaks(
-            values=data.input_range.peaks(shift).unsqueeze(0),
+            values=values.unsqueeze(0),
+            below=None if below is None else below.unsqueeze(0),
             channel=channels,
             step=torch.zeros_like(picked),
             mass=torch.full((1,), part.mass, dtype=torch.float64, device=part.x.device),
@@ -180,15 +197,25 @@ def _activation_peaks(
     if part.sample is None or part.sample_low is None or part.sample_high is None:
         return None
     used, step = torch.unique(part.sample[picked], return_inverse=True)
-    low, high = part.sample_low[used], part.sample_high[used]
+    found = ChannelRange(part.sample_low[used], part.sample_high[used])
+    values, below = _sides(found, shift, asymmetric=scheme.asymmetric)
     return FixedPeaks(
-        values=torch.maximum(high, -low) if shift is None else torch.maximum(high - shift, shift - low),
+        values=values,
+        below=below,
         channel=channels,
         step=step,
         mass=torch.bincount(step, None if part.row_weight is None else part.row_weight[picked]).to(torch.float64)
         * (rows / len(picked)),
         factor=1.0,
     )
+
+
+def _sides(found: ChannelRange, shift: Tensor | None, *, asymmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Magnitudes of a range after the shift: the larger of both sides, or under a zero point either side."""
+    if not asymmetric:
+        return found.peaks(shift), None
+    high, low = (found.high, found.low) if shift is None else (found.high - shift, found.low - shift)
+    return high.clamp_min(0), -low.clamp_max(0)
 
 
 def _weight_roundings(
@@ -200,6 +227,8 @@ def _weight_roundings(
     directions: Tensor,
     wanted: int,
 ) -> tuple[Rounding, ...]:
+    if scheme.is_float:
+        return ()
     channel, weight = part.channel.view(part.groups, -1), outputs_by_block(part)
     if scheme.weight_granularity != "tensor":
         columns = blocks.shape[2]

@@ -7,6 +7,7 @@
 - ``plan``: the plan of a quantization: which tensors it changes, from which sites' smoothings
 - ``quantizers``: symmetric abs-max quantization of weights and activations: formula fA4, its one home
 - ``scheme``: quantization schemes: bits and granularity of weights and activations (claim A-12)
+- ``site_schemes``: the schemes of a model site by site: one for all, and others for the sites that are named
 - ``stack``: several matrices in one tensor, such as the experts of a mixture, kept quantized
 - ``unseen_rows``: clipping of rows that nobody has seen: what the rows that set a static range cannot show of its error
 """
@@ -19,6 +20,7 @@ __all__ = [
     "plan",
     "quantizers",
     "scheme",
+    "site_schemes",
     "stack",
     "unseen_rows",
 ]

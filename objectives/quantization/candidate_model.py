@@ -15,6 +15,7 @@ from alphasmith.objectives.quantization.operator import Execution, QuantizedOper
 from alphasmith.objectives.quantization.payload import payload
 from alphasmith.objectives.quantization.plan import Plan, QuantizationSummary, Target, named_tensors, same_smoothing
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.quantization.stack import QuantizedStack, put
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing
@@ -35,7 +36,7 @@ class CandidateModel:
         model: The float model, private: put into evaluation mode, and not itself an operator.
         sites: Its sites.
         ranges: See :func:`quantize_model`.
-        scheme: Number formats and granularity.
+        scheme: Number formats and granularity, of all sites or site by site.
         skip: ``fnmatch`` patterns of operator names to leave in float.
         execution: See :class:`QuantizedOperator`.
         keep_dense: Keep dequantized weights between calls of one candidate, where they are used: faster with few rows,
@@ -51,7 +52,7 @@ class CandidateModel:
         model: nn.Module,
         sites: Sequence[Site],
         ranges: Mapping[str, ChannelRange],
-        scheme: Scheme,
+        scheme: Scheme | SiteSchemes,
         skip: Sequence[str] = (),
         *,
         execution: Execution = "integer",
@@ -59,12 +60,12 @@ class CandidateModel:
     ) -> None:
         self._plan = Plan(model, sites, skip, scheme)
         self._ranges = self._plan.checked_ranges(ranges)
+        self._given_ranges = dict(ranges)
         self._model = model.eval()
         self._source = named_tensors(model)
         self._digests = {name: bits_digest(tensor) for name, tensor in self._source.items()}
         self._execution = execution
         self._keep_dense = keep_dense
-        self.scheme = scheme
         self.sites = tuple(sites)
         self._exchanged: list[_Exchange] = []
         self._operators: dict[str, QuantizedOperator] = {}
@@ -81,6 +82,29 @@ class CandidateModel:
     def model(self) -> nn.Module:
         """The model given: the last candidate applied, or the float model after :meth:`reset`."""
         return self._model
+
+    @property
+    def schemes(self) -> SiteSchemes:
+        """The scheme of every site."""
+        return self._plan.schemes
+
+    def use(self, schemes: Scheme | SiteSchemes) -> None:
+        """Become candidates under other schemes from now on; the model is the float model until one is applied.
+
+        Args:
+            schemes: Of all sites or site by site.
+
+        Raises:
+            InputError: A site that is named does not exist, or a static scheme has no calibrated range; nothing has changed then.
+            NonFiniteError: A calibrated range is NaN or infinite.
+        """
+        if SiteSchemes.given(schemes) == self.schemes:
+            return
+        self.reset()
+        plan = Plan(self._model, self.sites, self._plan.skip, schemes)
+        ranges = plan.checked_ranges(self._given_ranges)
+        self._plan, self._ranges = plan, ranges
+        self.reset()
 
     @property
     def smoothings(self) -> Mapping[str, Smoothing] | None:
@@ -268,7 +292,7 @@ class CandidateModel:
         """
         self.reset()
         checked = self._plan.checked_smoothings(smoothings)
-        plan = Plan(self._model, [_explicit(site) for site in self.sites], self._plan.skip, self.scheme)
+        plan = Plan(self._model, [_explicit(site) for site in self.sites], self._plan.skip, self.schemes)
         made: dict[str, dict[str, nn.Module]] = {}
         for target in plan.targets:
             name, operator = target.site.name, target.operator
@@ -280,7 +304,7 @@ class CandidateModel:
             made.setdefault(name, {})[operator.name] = QuantizedOperator.quantize(
                 twin,
                 plan.rebuilt(target, self._source, own, self._ranges),
-                scheme=self.scheme,
+                scheme=target.scheme,
                 kind=operator.kind,
                 transposed=operator.transposed,
                 execution=self._execution,
@@ -330,7 +354,7 @@ class CandidateModel:
         operator = QuantizedOperator.quantize(
             _twin(inner, self._stand_ins),
             rebuilt,
-            scheme=self.scheme,
+            scheme=target.scheme,
             kind=target.operator.kind,
             transposed=target.operator.transposed,
             execution=self._execution,
@@ -348,7 +372,7 @@ class CandidateModel:
         if stack is not None:
             stack.requantize(weight)
             return
-        stack = QuantizedStack.quantize(weight, scheme=self.scheme, transposed=target.operator.transposed)
+        stack = QuantizedStack.quantize(weight, scheme=target.scheme, transposed=target.operator.transposed)
         self._stacks[target.operator.name] = stack
         self._stacks_back.append(put(self._model, target.operator.weight, stack))
 

@@ -1,4 +1,11 @@
-"""Exact products of 8-bit integer matrices: on integer units where they pay, else in float32, the same to the bit."""
+"""Exact products of integer matrices: on 8-bit integer units where they pay, else in float32, the same to the bit.
+
+Units multiply int8 by int8. Activations in other formats are taken apart into such codes, and sums of weights put together again what
+belongs together (formula fA17), so that every product is the exact integer, whatever the machine:
+
+    uint8 q, zero z    sum_c (q_c - z) w_c = sum_c (q_c - 128) w_c - (z - 128) sum_c w_c
+    int16 q            q = 256 h + l + 128 with h, l in -128..127:  256 sum_c h_c w_c + sum_c l_c w_c + 128 sum_c w_c
+"""
 
 from __future__ import annotations
 
@@ -16,6 +23,8 @@ _MULTIPLE = (
 )
 #: Channels whose products a float32 accumulator holds exactly: 128 * 128 * 1023 < 2**24.
 _SLICE = 1023
+#: Channels whose products of any 8-bit codes, zero points included, an int32 accumulator holds: 255 * 128 * 65793 < 2**31.
+MOST_CHANNELS = 65793
 
 
 @cache
@@ -99,6 +108,30 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     if pad_c or pad_outputs:
         weight = nn.functional.pad(weight, (0, pad_c, 0, pad_outputs))
     return torch._int_mm(x, weight.t())[:rows, :outputs]
+
+
+def activation_product(codes: Tensor, weight: Tensor, sums: Tensor | None, zero: Tensor | None) -> Tensor:
+    """Exact product of activation codes minus their zero point and a weight. Source: formula fA17.
+
+    Args:
+        codes: (T, C) int8, uint8 or int16; C at most :data:`MOST_CHANNELS`.
+        weight: (O, C) int8.
+        sums: (O,) int64 sums of the weight over channels; not used for int8, None there.
+        zero: () or (T, 1) the code that stands for 0, an integer in any type, for uint8; None: 0.
+
+    Returns:
+        (T, O) int32 or int64, or for int8 as :func:`integer_product`; what it holds is converted to a float by one rounding.
+    """
+    if codes.dtype == torch.int8 or sums is None:
+        return integer_product(codes, weight)
+    if codes.dtype == torch.uint8:
+        middle = 128 if zero is None else 128 - zero.to(torch.int32)
+        signed = (codes ^ 128).view(torch.int8)  # the same bits as code - 128
+        return integer_product(signed, weight).to(torch.int32) + middle * sums.to(torch.int32)
+    high = (codes >> 8).to(torch.int8)
+    low = ((codes & 255) - 128).to(torch.int8)
+    together = integer_product(high, weight).to(torch.int64).mul_(256)
+    return together.add_(integer_product(low, weight).to(torch.int64)).add_(128 * sums)
 
 
 def _in_slices(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,15 +19,17 @@ from transformers.pytorch_utils import Conv1D
 from alphasmith.objectives.calibration.patches import conv_window, pads
 from alphasmith.objectives.calibration.weight_matrix import as_matrix, from_matrix, matrix_shape
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.quantization.integer_product import integer_product
+from alphasmith.objectives.quantization.integer_product import MOST_CHANNELS, activation_product
 from alphasmith.objectives.quantization.quantizers import (
+    CodeGrid,
     QuantizedTensor,
-    activation_scale,
+    activation_grid,
     dequantize_weight,
     fake_quantize_activation,
     pack_int4,
     quantize_activation,
     quantize_weight,
+    row_grid,
     unpack_int4,
 )
 from alphasmith.objectives.quantization.scheme import Scheme
@@ -44,6 +46,7 @@ class OperatorPayload:
         weight_values: (O, D) integers or fp8, D = inputs of one output, flattened; int4: (O, ceil(D / 2)) uint8, packed.
         weight_scale: float32, shaped as ``quantize_weight`` returns it.
         input_scale: () float32 for static activations, else None.
+        input_zero: () uint8 code that stands for 0, for static uint8 activations, else None.
         smooth: (C,) float32 the input is divided by (explicit sites), or None.
         shift: (C,) subtracted from the input before that, or None. Zeros that a convolution pads with are shifted too.
         correction: (O,) what the float weight makes of the shift, added to the output; or None.
@@ -52,6 +55,7 @@ class OperatorPayload:
     weight_values: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
     smooth: Tensor | None = None
     shift: Tensor | None = None
     correction: Tensor | None = None
@@ -67,15 +71,17 @@ class OperatorTensors:
 
     Attributes:
         weight: The (smoothed) weight to quantize, shaped like the float operator's.
-        absmax: () largest magnitude of the input after shift and division, over calibration and times the range factor; None
+        low: () smallest value of the input after shift and division, over calibration and times the range factor, at most 0; None
             where activations are not static.
+        high: () largest value, likewise, at least 0.
         smooth: (C,) the input is divided by (explicit sites), or None.
         shift: (C,) subtracted from the input before that, or None.
         correction: (O,) what the weight makes of the shift, added to the output beside the bias; None without a shift.
     """
 
     weight: Tensor
-    absmax: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
     smooth: Tensor | None = None
     shift: Tensor | None = None
     correction: Tensor | None = None
@@ -93,8 +99,9 @@ class QuantizedOperator(nn.Module):
     """A quantized ``nn.Linear``, transformers ``Conv1D`` or ``nn.Conv1d/2d/3d``, transposed ones among them (or subclass), that replaces the float one.
 
     Computes ``op(dequantize(quantize((x - shift) / smooth)), dequantize(weight)) + bias + correction``. Where integer
-    execution applies (linear forward not overridden, int8 activations, integer weights per tensor or channel) the product is
-    taken between the integers and scaled afterwards, which differs by float rounding only. Source: claim A-12, formula fA4.
+    execution applies (linear forward not overridden, integer activations, integer weights per tensor or channel) the product is
+    taken between the integers, exactly, and scaled afterwards, which differs by float rounding only; a zero point of the
+    activations is taken out of the integers as ``zero * sum_c weight``. Source: claim A-12, formulas fA4 and fA17.
 
     The product runs in float32 (float64 for float64 models) whatever the input's dtype, as integer kernels accumulate,
     and returns the input's dtype. Attributes of the replaced module (``bias``, ``in_features``, ``stride`` ...) are
@@ -118,6 +125,7 @@ class QuantizedOperator(nn.Module):
     weight_values: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
+    input_zero: Tensor | None
     smooth: Tensor | None
     shift: Tensor | None
     correction: Tensor | None
@@ -145,6 +153,7 @@ class QuantizedOperator(nn.Module):
         self.weight_numel = weight.numel()
         self._dtype = dtype or compute_dtype(weight.dtype)
         self._dense: Tensor | None = None
+        self._sums: Tensor | None = None
         self._groups = int(getattr(inner, "groups", 1))
         outputs, inputs = matrix_shape(self._shape, kind, transposed, self._groups)
         self._inputs = inputs
@@ -155,6 +164,8 @@ class QuantizedOperator(nn.Module):
             raise InputError("weight_values", f"shape {found} is not {stored}", "give the payload of this operator")
         if (payload.input_scale is not None) != scheme.static:
             raise InputError("input_scale", "contradicts the scheme", "give one scale for static activations only")
+        if (payload.input_zero is not None) != (scheme.static and scheme.asymmetric):
+            raise InputError("input_zero", "contradicts the scheme", "give one code for static uint8 activations only")
         for name, size in (("smooth", self._channels), ("shift", self._channels), ("correction", outputs)):
             vector: Tensor | None = getattr(payload, name)
             if vector is not None and vector.shape != (size,):
@@ -191,8 +202,8 @@ class QuantizedOperator(nn.Module):
             keep_dense: See the class.
 
         Raises:
-            InputError: As the class; or static activations without ``absmax``.
-            NonFiniteError: The weight or ``absmax`` is NaN or infinite.
+            InputError: As the class; or static activations without ``low`` and ``high``.
+            NonFiniteError: The weight or a bound is NaN or infinite.
         """
         return cls(
             inner,
@@ -220,7 +231,7 @@ class QuantizedOperator(nn.Module):
         for name in TENSORS:
             value: Tensor | None = getattr(payload, name)
             setattr(self, name, None if value is None else value.detach().to(weight.device))
-        self._dense = None
+        self._dense = self._sums = None
 
     def held(self) -> tuple[Tensor | None, ...]:
         """The payload as it is now, and the dequantized weight where one is kept: what :meth:`take` takes back."""
@@ -229,6 +240,7 @@ class QuantizedOperator(nn.Module):
     def take(self, held: tuple[Tensor | None, ...]) -> None:
         """Become again what :meth:`held` gave."""
         *payload, self._dense = held
+        self._sums = None
         for name, value in zip(TENSORS, payload, strict=True):
             setattr(self, name, value)
 
@@ -253,8 +265,8 @@ class QuantizedOperator(nn.Module):
         """Whether the product is taken between integers; otherwise it runs on dequantized tensors."""
         return (
             self.execution == "integer"
-            and self.scheme.activations == "int8"
-            and self.scheme.weight_granularity != "group"
+            and self.scheme.integer_operands
+            and self._inputs <= MOST_CHANNELS
             and type(self.inner).forward in (nn.Linear.forward, Conv1D.forward)
             and not self.inner._forward_hooks  # a hook on the inner module expects to see its input and output
             and not self.inner._forward_pre_hooks
@@ -325,15 +337,19 @@ class QuantizedOperator(nn.Module):
             if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         self.inner.to(dtype=self._dtype)
-        self._dense = None
+        self._dense = self._sums = None
         return self
 
     def _integer_forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self._channels:  # the reshape below would accept some wrong inputs in silence
             raise InputError("input", f"has {x.shape[-1]} channels", f"give (..., {self._channels})")
         rows = self.smoothed(x.reshape(-1, self._channels).to(self._dtype))
-        scale = self._scale_of(rows)
-        product = integer_product(quantize_activation(rows, scale, "int8").values, self.integer_weight())
+        scale, zero = self._grid_of(rows)
+        codes = quantize_activation(rows, scale, self.scheme.activations, zero).values
+        weight = self.integer_weight()
+        if self._sums is None and self.scheme.activations != "int8":
+            self._sums = weight.sum(dim=1, dtype=torch.int64)
+        product = activation_product(codes, weight, self._sums, zero)
         output = product.to(self._dtype) * scale * self.weight_scale.reshape(-1)
         bias = self.corrected(self.correction)
         if bias is not None:
@@ -377,7 +393,8 @@ class QuantizedOperator(nn.Module):
         x = self.smoothed(x)
         if self.scheme.activations == "none":
             return x
-        return fake_quantize_activation(x, self._scale_of(x), self.scheme.activations).to(self._dtype)
+        scale, zero = self._grid_of(x)
+        return fake_quantize_activation(x, scale, self.scheme.activations, zero).to(self._dtype)
 
     def _float_forward(
         self,
@@ -430,11 +447,11 @@ class QuantizedOperator(nn.Module):
             self._dense = dense
         return dense
 
-    def _scale_of(self, x: Tensor) -> Tensor:
-        """Activation scale: the calibrated one, or that of every row (linear) or sample (conv) of a smoothed input."""
+    def _grid_of(self, x: Tensor) -> CodeGrid:
+        """Activation scale and zero point: the calibrated ones, or those of every row (linear) or sample (conv) of a smoothed input."""
         if self.input_scale is not None:
-            return self.input_scale
-        return activation_scale(x.abs().amax(self.scaled_dims(x), keepdim=True), self.scheme.activations)
+            return CodeGrid(self.input_scale, None if self.input_zero is None else self.input_zero.to(torch.float32))
+        return row_grid(x, self.scaled_dims(x), self.scheme.activations)
 
     def scaled_dims(self, x: Tensor) -> tuple[int, ...]:
         """Dimensions of an input that share one scale where activations get theirs at run time: those of a row, or of a sample.
@@ -524,23 +541,25 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _payload(
     tensors: OperatorTensors, scheme: Scheme, kind: OperatorKind, transposed: bool, groups: int
 ) -> OperatorPayload:
-    """The quantized weight, with a static activation scale if the scheme has one."""
+    """The quantized weight, with a static activation scale and zero point if the scheme has them."""
     weight = tensors.weight.detach()
     # Contiguous, as it comes back from a file: memory order decides the order of additions, hence the last bits.
     flat = as_matrix(weight, kind, transposed, groups).contiguous()
     quantized = quantize_weight(flat, scheme)
     values = pack_int4(quantized.values) if scheme.weights == "int4" else quantized.values
-    input_scale = None
+    scale = zero = None
     if scheme.static:
-        if tensors.absmax is None:
+        if tensors.low is None or tensors.high is None:
             raise InputError(
-                "absmax", "is missing for static activations", "calibrate this site, or use granularity 'token'"
+                "low, high", "are missing for static activations", "calibrate this site, or use granularity 'token'"
             )
-        input_scale = activation_scale(tensors.absmax.detach().to(weight.device), scheme.activations)
+        low, high = (edge.detach().to(weight.device) for edge in (tensors.low, tensors.high))
+        scale, zero = activation_grid(low, high, scheme.activations)
     return OperatorPayload(
         weight_values=values,
         weight_scale=quantized.scale,
-        input_scale=input_scale,
+        input_scale=scale,
+        input_zero=None if zero is None else zero.to(torch.uint8),
         smooth=tensors.smooth,
         shift=tensors.shift,
         correction=tensors.correction,

@@ -21,6 +21,7 @@ from alphasmith.objectives.quantization.operator import (
     weight_parameter,
 )
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.quantization.stack import QuantizedStack
 from alphasmith.objectives.sites.folding import check_smoothing, edit_parameter, shift_bias, shift_product
 from alphasmith.objectives.sites.types import Operator, ParameterEdit, ShiftEdit, Site
@@ -41,7 +42,7 @@ class OperatorRecord:
         smoothing: ``folded`` into the producers, ``explicit`` division at the input, or ``none`` (scales 1, no shift).
         float_bytes: The weight in float32 [bytes].
         payload_bytes: The stored integers or fp8 values [bytes].
-        scale_bytes: Weight scales, activation scale, explicit smoothing scales, shifts and their corrections [bytes].
+        scale_bytes: Weight scales, activation scale and zero point, explicit smoothing scales, shifts and their corrections [bytes].
     """
 
     name: str
@@ -97,18 +98,22 @@ class QuantizationSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An operator to quantize, its site, and the one name under which its weight is edited."""
+    """An operator to quantize, its site, the site's scheme, and the one name under which its weight is edited."""
 
     operator: Operator
     site: Site
+    scheme: Scheme
     weight: str
 
 
 class Plan:
     """Which tensors change and from which sites' smoothings; built once per model, holds no model tensors."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], skip: Sequence[str], scheme: Scheme) -> None:
-        self.scheme = scheme
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], skip: Sequence[str], schemes: Scheme | SiteSchemes
+    ) -> None:
+        self.schemes = SiteSchemes.given(schemes)
+        self.schemes.require_sites(site.name for site in sites)
         self.skip = tuple(skip)
         self.sites = {site.name: site for site in sites}
         if len(self.sites) != len(sites):
@@ -129,16 +134,20 @@ class Plan:
         self.stacks: list[Target] = []
         self.skipped: list[tuple[str, str]] = []
         for site in sites:
+            scheme = self.schemes.of(site.name)
             for operator in site.operators:
                 if operator.raw and not operator.stacked:
                     self.skipped.append((operator.name, "its weight is used by a functional call"))
                 elif matches(operator.name, skip):
                     self.skipped.append((operator.name, "matches the skip patterns"))
-                elif operator.stacked:
-                    self.stacks.append(Target(operator=operator, site=site, weight=canonical(operator.weight)))
+                elif scheme.is_float:
+                    self.skipped.append((operator.name, "the scheme of its site is float"))
                 else:
-                    weight_parameter(operator_module(model, operator.name), operator.name)
-                    self.targets.append(Target(operator=operator, site=site, weight=canonical(operator.weight)))
+                    if not operator.stacked:
+                        weight_parameter(operator_module(model, operator.name), operator.name)
+                    targets = self.stacks if operator.stacked else self.targets
+                    weight = canonical(operator.weight)
+                    targets.append(Target(operator=operator, site=site, scheme=scheme, weight=weight))
         quantized = {target.weight for target in (*self.targets, *self.stacks)}
         self.edits: dict[str, list[tuple[str, ParameterEdit]]] = {}
         for site in sites:
@@ -183,9 +192,7 @@ class Plan:
     def checked_ranges(self, ranges: Mapping[str, ChannelRange]) -> dict[str, ChannelRange]:
         """Validated calibration ranges, float32, of every site with something to quantize; {} where none is needed."""
         kept: dict[str, ChannelRange] = {}
-        if not self.scheme.static:
-            return kept
-        for name in {target.site.name: None for target in self.targets}:
+        for name in {target.site.name: None for target in self.targets if target.scheme.static}:
             value, channels = ranges.get(name), self.sites[name].channels
             if value is None or value.low.shape != (channels,) or value.high.shape != (channels,):
                 found = (
@@ -237,7 +244,7 @@ class Plan:
     ) -> OperatorTensors:
         """What an operator is quantized from, from pristine weights.
 
-        The static range is ``range_factor * max_c(peak_c / s_c)`` with the peaks after the shift. At folded sites the operator
+        The static range reaches from the smallest to the largest ``range_factor * (value - z_c) / s_c`` that calibration saw. At folded sites the operator
         reads x / s, so the shift it subtracts is z / s; where the producers' biases absorb the shift it subtracts nothing.
 
         Raises:
@@ -248,18 +255,20 @@ class Plan:
         dtype = compute_dtype(pristine.dtype)
         weight = self.smoothed(target, source, smoothings)
         smoothing = smoothings.get(site.name)
-        absmax = _peak(ranges.get(site.name), smoothing, weight.device)
+        low, high = _edges(ranges.get(site.name), smoothing, weight.device)
         if smoothing is None or not smooths(smoothing):
-            return OperatorTensors(weight=weight, absmax=absmax)
+            return OperatorTensors(weight=weight, low=low, high=high)
         explicit = site.mode == "explicit"
         smooth = smoothing.scales.to(weight.device) if explicit else None
         if smoothing.shift is None:
-            return OperatorTensors(weight=weight, absmax=absmax, smooth=smooth)
+            return OperatorTensors(weight=weight, low=low, high=high, smooth=smooth)
         z = _divided(smoothing.shift, smoothing.scales)
         shift = None if site.shift_edits else (smoothing.shift if explicit else z).to(weight.device, dtype)
         exact = self._scaled(target.weight, pristine.double(), smoothings)
         correction = shift_product(exact, self._inputs(target), target.operator.transposed, z).to(dtype)
-        return OperatorTensors(weight=weight, absmax=absmax, smooth=smooth, shift=shift, correction=correction)
+        return OperatorTensors(
+            weight=weight, low=low, high=high, smooth=smooth, shift=shift, correction=correction
+        )  # fmt: skip
 
     def smoothed(self, target: Target, source: Mapping[str, Tensor], smoothings: Mapping[str, Smoothing]) -> Tensor:
         """The weight of an operator after every edit of it whose site is smoothed, in the type that it is computed in.
@@ -320,6 +329,7 @@ class Plan:
             scale_tensors = (
                 operator.weight_scale,
                 operator.input_scale,
+                operator.input_zero,
                 operator.smooth,
                 operator.shift,
                 operator.correction,
@@ -328,7 +338,7 @@ class Plan:
                 OperatorRecord(
                     name=target.operator.name,
                     site=target.site.name,
-                    scheme=self.scheme.name,
+                    scheme=target.scheme.name,
                     smoothing=("explicit" if target.site.mode == "explicit" else "folded") if applied else "none",
                     float_bytes=_FLOAT32_BYTES * operator.weight_numel,
                     payload_bytes=operator.weight_values.nbytes,
@@ -368,14 +378,15 @@ def _divided(shift: Tensor, scales: Tensor) -> Tensor:
     return shift.double() / scales.to(shift.device).double()
 
 
-def _peak(found: ChannelRange | None, smoothing: Smoothing | None, device: torch.device) -> Tensor | None:
-    """() largest magnitude of a site's smoothed input, times its range factor; None without a calibrated range."""
+def _edges(
+    found: ChannelRange | None, smoothing: Smoothing | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """() smallest and () largest value of a site's smoothed input, times its range factor; None without a calibrated range."""
     if found is None:
-        return None
-    if smoothing is None:
-        return found.peaks().max().to(device)
-    peaks = found.peaks(smoothing.shift) / smoothing.scales.to(found.low.device)
-    return (peaks.max() * smoothing.range_factor).to(device)
+        return None, None
+    given = () if smoothing is None else (smoothing.scales, smoothing.shift, smoothing.range_factor)
+    low, high = found.edges(*given)
+    return low.to(device), high.to(device)
 
 
 def _kept_bytes(model: nn.Module, skipped: set[str]) -> dict[str, int]:

@@ -1,15 +1,18 @@
-"""Symmetric abs-max quantization of weights and activations: formula fA4, its one home.
+"""Quantization of weights and activations: formulas fA4 (symmetric) and fA17 (with a zero point), their one home.
 
 A scale maps the largest magnitude onto the largest code (``QMAX``): ``scale = absmax / qmax``, ``q = clip(round(v / scale))``.
-Integer codes are clipped to ``[-qmax - 1, qmax]``, fp8 (e4m3) values to ``[-448, 448]``. Rounding is half to even everywhere
-(``torch.round`` and torch's own float8 conversion). A block of zeros gets scale 1 and codes 0. All arithmetic is float32.
+Integer codes are clipped to ``[-qmax - 1, qmax]``, fp8 (e4m3) values to ``[-448, 448]``. Under uint8 the codes 0..255 span the range
+``[low, high]``, which holds 0: ``scale = (high - low) / 255``, ``zero = round(-low / scale)``, ``q = clip(round(v / scale) + zero)``.
+Rounding is half to even everywhere (``torch.round`` and torch's own float8 conversion). A block of zeros gets scale 1 and codes 0.
+All arithmetic is float32.
 
-Source: claim A-12, formula fA4.
+Source: claim A-12, formulas fA4 and fA17.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,20 +25,44 @@ from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Sc
 # the product qmax * scale would overflow.
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max * (1 - 2**-20)
+#: What is subtracted from the codes of uint8 where the machine multiplies int8.
+_BYTE_MIDDLE = 128
+_STORAGE: dict[str, torch.dtype] = {
+    "int8": torch.int8,
+    "int4": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "uint8": torch.uint8,
+    "int16": torch.int16,
+}
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes and the scales that turn them back into values: ``value = code * scale``.
+    """Codes and the scales that turn them back into values: ``value = (code - zero) * scale``.
 
     Attributes:
-        values: (O, D) codes: int8 for int8 and int4 (int4 codes lie in -8..7, one per element), float8_e4m3fn for fp8.
+        values: (O, D) codes: int8 for int8 and int4 (int4 codes lie in -8..7, one per element), float8_e4m3fn for fp8; for
+            activations also uint8 and int16.
         scale: float32. Granularity ``tensor``: (); ``channel``: (O, 1); ``group``: (O, ceil(D / group_size)), the last group
             of a row being shorter when group_size does not divide D. For activations: whatever scale was given.
+        zero: The code that stands for 0, as it was given, of uint8 activations; None: 0.
     """
 
     values: Tensor
     scale: Tensor
+    zero: Tensor | None = None
+
+
+class CodeGrid(NamedTuple):
+    """The steps that activations are rounded to.
+
+    Attributes:
+        scale: float32, positive.
+        zero: Code that stands for 0, 0..255 in float32, of the shape of ``scale``; None for symmetric formats, where it is 0.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
 
 
 def quantize_weight(w: Tensor, scheme: Scheme) -> QuantizedTensor:
@@ -49,14 +76,18 @@ def quantize_weight(w: Tensor, scheme: Scheme) -> QuantizedTensor:
         Codes (O, D) and scales, shaped as :class:`QuantizedTensor` says.
 
     Raises:
-        InputError: ``w`` is not a non-empty matrix.
+        InputError: ``w`` is not a non-empty matrix, or the scheme keeps weights in float.
         NonFiniteError: ``w`` holds NaN or infinity.
     """
+    if scheme.is_float:
+        raise InputError(
+            "scheme.weights", "'none' keeps weights in float and has no codes", "use 'int8', 'int4' or 'fp8'"
+        )
     w = _checked_matrix(w)
     absmax = _block_absmax(w, scheme)
     scale = code_scale(absmax, scheme.weights)
     codes = round_codes_(w / _spread(scale, scheme, w.shape[1]), scheme.weights)
-    return QuantizedTensor(codes.to(_storage_dtype(scheme.weights)), scale)
+    return QuantizedTensor(codes.to(_STORAGE[scheme.weights]), scale)
 
 
 def dequantize_weight(q: QuantizedTensor, scheme: Scheme) -> Tensor:
@@ -81,66 +112,118 @@ def dequantize_weight(q: QuantizedTensor, scheme: Scheme) -> Tensor:
 
 
 def activation_scale(absmax: Tensor, fmt: ActivationFormat) -> Tensor:
-    """Scale that maps ``absmax`` onto the largest code; 1 where ``absmax`` is 0. Source: formula fA4.
+    """Scale of a symmetric format that maps ``absmax`` onto the largest code; 1 where ``absmax`` is 0. Source: formula fA4.
 
     Args:
         absmax: Largest magnitudes, any shape: () for a static scale, (T, 1) for one per token.
-        fmt: Number format of the activation, not ``none``.
+        fmt: Number format of the activation, neither ``none`` nor uint8, which spans a range.
 
     Returns:
         float32, the shape of ``absmax``.
 
     Raises:
-        InputError: ``fmt`` is ``none``, which has no scale, or ``absmax`` is negative.
+        InputError: ``fmt`` has no such scale, or ``absmax`` is negative.
         NonFiniteError: ``absmax`` holds NaN or infinity.
     """
-    _require_codes(fmt)
-    if not bool(torch.isfinite(absmax).all()):
-        raise NonFiniteError("the activation range holds NaN or infinity")
+    if fmt == "uint8":
+        raise InputError("fmt", "'uint8' spans a range, which a magnitude does not give", "use activation_grid")
     if bool((absmax < 0).any()):
         raise InputError("absmax", "is negative", "give the largest magnitude, not the largest value")
-    return code_scale(absmax.to(torch.float32), fmt)
+    return activation_grid(-absmax, absmax, fmt).scale
 
 
-def quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> QuantizedTensor:
-    """Quantize activations with a given scale; values beyond its range are clipped.
+def activation_grid(low: Tensor, high: Tensor, fmt: ActivationFormat) -> CodeGrid:
+    """Scale, and for uint8 zero point, for values from ``low`` to ``high``; 0 is always one of them. Source: formulas fA4 and fA17.
+
+    Args:
+        low: Smallest values, any shape: () for a static grid, (T, 1) for one per token; above 0 they count as 0.
+        high: Largest values, likewise; below 0 they count as 0.
+        fmt: Number format of the activation, not ``none``.
+
+    Returns:
+        float32, the shape of ``low`` and ``high``; scale 1 where both are 0.
+
+    Raises:
+        InputError: ``fmt`` is ``none``, which has no scale.
+        NonFiniteError: A bound is NaN or infinite.
+    """
+    _require_codes(fmt)
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise NonFiniteError("the activation range holds NaN or infinity")
+    return code_grid(low.to(torch.float32), high.to(torch.float32), fmt)
+
+
+def row_grid(x: Tensor, dims: tuple[int, ...], fmt: ActivationFormat) -> CodeGrid:
+    """The grid of every row of finite values, see :func:`activation_grid`.
+
+    Args:
+        x: Values of any shape.
+        dims: Dimensions that share a grid; they are kept with length 1.
+        fmt: Number format, not ``none``.
+
+    Raises:
+        InputError: See :func:`activation_grid`.
+        NonFiniteError: Likewise.
+    """
+    return activation_grid(x.amin(dim=dims, keepdim=True), x.amax(dim=dims, keepdim=True), fmt)
+
+
+def quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> QuantizedTensor:
+    """Quantize activations with a given scale and zero point; values beyond their range are clipped.
 
     Args:
         x: (T, D) or any shape.
         scale: Positive, broadcastable to ``x``: () or (T, 1).
         fmt: Number format, not ``none``.
+        zero: Code that stands for 0, of the shape of ``scale``; given for uint8 and for no other format.
 
     Returns:
-        Codes shaped like ``x``, and ``scale``.
+        Codes shaped like ``x``, ``scale`` and ``zero``.
 
     Raises:
-        InputError: ``fmt`` is ``none``.
+        InputError: ``fmt`` is ``none``, or ``zero`` contradicts it.
         NonFiniteError: ``x`` or the scale holds NaN or infinity.
     """
     _require_codes(fmt)
-    codes = round_codes_(_checked_activation(x, scale) / scale, fmt)
-    return QuantizedTensor(codes.to(_storage_dtype(fmt)), scale)
+    _require_zero(zero, fmt)
+    codes = round_codes_(_checked_activation(x, scale) / scale, fmt, zero)
+    if zero is not None:
+        codes.add_(zero)
+    return QuantizedTensor(codes.to(_STORAGE[fmt]), scale, zero)
 
 
-def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> Tensor:
-    """Quantize and dequantize activations: exactly code times scale, float32; ``none`` returns ``x`` as float32.
+def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
+    """Quantize and dequantize activations: exactly (code - zero) times scale, float32; ``none`` returns ``x`` as float32.
 
     Args:
         x: (T, D) or any shape.
         scale: Positive, broadcastable to ``x``: () or (T, 1); not used for ``none``.
         fmt: Number format.
+        zero: See :func:`quantize_activation`.
 
     Raises:
+        InputError: ``zero`` contradicts the format.
         NonFiniteError: ``x`` or the scale holds NaN or infinity.
     """
     if fmt == "none":
         return x.to(torch.float32)
-    return fake_quantize_activation_(_checked_activation(x, scale).clone(), scale, fmt)
+    _require_zero(zero, fmt)
+    return fake_quantize_activation_(_checked_activation(x, scale).clone(), scale, fmt, zero)
 
 
-def fake_quantize_activation_(x: Tensor, scale: Tensor, fmt: ActivationFormat) -> Tensor:
+def fake_quantize_activation_(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
     """:func:`fake_quantize_activation` in place and unchecked: for callers who own ``x``, float32 and finite; not ``none``."""
-    return round_codes_(x.div_(scale), fmt).mul_(scale)
+    return round_codes_(x.div_(scale), fmt, zero).mul_(scale)
+
+
+def code_grid(low: Tensor, high: Tensor, fmt: ActivationFormat) -> CodeGrid:
+    """:func:`activation_grid` of float32 bounds, unchecked; NaN stays."""
+    if fmt != "uint8":
+        return CodeGrid(code_scale(torch.maximum(high, -low).clamp_min(0), fmt), None)
+    low, high, codes = low.clamp_max(0), high.clamp_min(0), QMAX[fmt]
+    # Divided before they are subtracted: a range as wide as float32 itself has a step.
+    scale = torch.where(high == low, 1.0, (high / codes - low / codes).clamp(_TINY, _HUGE / codes))
+    return CodeGrid(scale, (-low / scale).round_().clamp_(0, codes))
 
 
 def code_scale(absmax: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
@@ -149,12 +232,29 @@ def code_scale(absmax: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
     return torch.where(absmax == 0, 1.0, (absmax / qmax).clamp(_TINY, _HUGE / qmax))
 
 
-def round_codes_(codes: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
-    """Round float32 ``codes`` (value / scale) in place to what ``fmt`` can hold, half to even, clipped. Returns ``codes``."""
+def round_codes_(codes: Tensor, fmt: WeightFormat | ActivationFormat, zero: Tensor | None = None) -> Tensor:
+    """Round float32 ``codes`` (value / scale) in place to what ``fmt`` can hold, half to even, clipped. Returns ``codes``.
+
+    With a ``zero`` point, which uint8 needs, the codes that return are those of uint8 minus ``zero``: times the scale, they are values.
+    """
     qmax = QMAX[fmt]
     if fmt == "fp8":
         return codes.copy_(codes.clamp_(-qmax, qmax).to(torch.float8_e4m3fn))
-    return codes.round_().clamp_(-qmax - 1, qmax)
+    if zero is None:
+        return codes.round_().clamp_(-qmax - 1, qmax)
+    return codes.round_().add_(zero).clamp_(0, qmax).sub_(zero)
+
+
+def round_bytes_(codes: Tensor, fmt: ActivationFormat, zero: Tensor | None) -> Tensor:
+    """Round float32 ``codes`` in place to integers in -128..127: those of int8, or those of uint8 minus 128. Returns ``codes``."""
+    if zero is None:
+        return round_codes_(codes, fmt)
+    return codes.round_().add_(zero - _BYTE_MIDDLE).clamp_(-_BYTE_MIDDLE, _BYTE_MIDDLE - 1)
+
+
+def byte_zero(zero: Tensor) -> Tensor:
+    """Zero point of the codes of :func:`round_bytes_` under a uint8 ``zero`` point: -128..127, float32."""
+    return zero.to(torch.float32) - _BYTE_MIDDLE
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -203,10 +303,6 @@ def unpack_int4(packed: Tensor, last_dim: int) -> Tensor:
         )
     halves = torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)[..., :last_dim].to(torch.int8)
     return torch.where(halves > 7, halves - 16, halves)
-
-
-def _storage_dtype(fmt: WeightFormat | ActivationFormat) -> torch.dtype:
-    return torch.float8_e4m3fn if fmt == "fp8" else torch.int8
 
 
 def _block_absmax(w: Tensor, scheme: Scheme) -> Tensor:
@@ -258,4 +354,9 @@ def _checked_activation(x: Tensor, scale: Tensor) -> Tensor:
 
 def _require_codes(fmt: ActivationFormat) -> None:
     if fmt == "none":
-        raise InputError("fmt", "'none' keeps activations in float and has no codes", "use 'int8' or 'fp8'")
+        raise InputError("fmt", "'none' keeps activations in float and has no codes", "use a format with codes")
+
+
+def _require_zero(zero: Tensor | None, fmt: ActivationFormat) -> None:
+    if (zero is None) == (fmt == "uint8"):
+        raise InputError("zero", f"contradicts {fmt}", "give a zero point for uint8 and for no other format")

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from alphasmith.objectives.errors import InputError
 
-WeightFormat = Literal["int8", "int4", "fp8"]
-ActivationFormat = Literal["int8", "fp8", "none"]
+WeightFormat = Literal["int8", "int4", "fp8", "none"]
+ActivationFormat = Literal["int8", "uint8", "int16", "fp8", "none"]
 WeightGranularity = Literal["tensor", "channel", "group"]
 ActivationGranularity = Literal["static", "token"]
 
-#: Largest magnitude of each number format; symmetric abs-max scaling maps the largest value onto it (formula fA4).
-QMAX = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+#: Largest magnitude of each number format; symmetric abs-max scaling maps the largest value onto it (formula fA4). uint8 has a zero
+#: point instead: its codes 0..255 span the range from the smallest value to the largest (formula fA17).
+QMAX = {"int8": 127.0, "int4": 7.0, "fp8": 448.0, "uint8": 255.0, "int16": 32767.0}
+
+#: The name of the scheme that quantizes nothing.
+_FLOAT = "float"
+_WEIGHTS: dict[str, WeightFormat] = {"8": "int8", "4": "int4", "fp8": "fp8"}
+_ACTIVATIONS: dict[str, ActivationFormat] = {"8": "int8", "u8": "uint8", "i16": "int16", "16": "none", "fp8": "fp8"}
+_GRANULARITIES: dict[str, WeightGranularity] = {"tensor": "tensor", "channel": "channel"}
+_NAME = re.compile(
+    f"w({'|'.join(_WEIGHTS)})a({'|'.join(_ACTIVATIONS)})-(tensor|channel|g([0-9]+))(?:-({'|'.join(get_args(ActivationGranularity))}))?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """What the deployed model will compute in. Source: claim A-12, formula fA4; symmetric abs-max throughout.
+    """What the deployed model, or one site of it, will compute in. Source: claim A-12, formulas fA4 and fA17.
 
     Attributes:
-        weights: Number format of weights; fp8 is e4m3.
+        weights: Number format of weights; fp8 is e4m3; ``none`` leaves operators as they are, in float, activations with them.
         weight_granularity: One weight scale per tensor, per output channel, or per group of input channels of a row.
         group_size: Input channels per scale [channels]; required for, and only for, granularity ``group``.
-        activations: Number format of activations; ``none`` keeps them in float (weight-only).
+        activations: Number format of activations: ``int8`` and ``int16`` symmetric, ``uint8`` with a zero point, fp8;
+            ``none`` keeps them in float (weight-only).
         activation_granularity: ``static``: one scale per tensor, fixed by calibration. ``token``: one per row of X, at
-            run time (per sample for convolutions, whose patches share pixels).
+            run time (per sample for convolutions, whose patches share pixels); not for int16.
     """
 
     weights: WeightFormat = "int8"
@@ -45,12 +56,30 @@ class Scheme:
             )
         if self.group_size is not None and self.group_size < 2:
             raise InputError("scheme.group_size", f"{self.group_size} is below 2", "use 32, 64 or 128")
+        if self.weights == "none" and (self.activations != "none" or self.weight_granularity != "channel"):
+            raise InputError(
+                "scheme.weights",
+                f"'none' leaves operators in float, which contradicts {self.activations} activations or "
+                f"granularity {self.weight_granularity!r}",
+                "use activations 'none' and granularity 'channel' with it",
+            )
         if self.activations != "none" and (self.weights == "fp8") != (self.activations == "fp8"):
             raise InputError(
                 "scheme.activations",
                 f"{self.activations} activations contradict {self.weights} weights",
-                "use fp8 for both, int8 activations with int8 or int4 weights, or activations 'none'",
+                "use fp8 for both, int8, uint8 or int16 activations with int8 or int4 weights, or activations 'none'",
             )
+        if self.activations == "int16" and self.activation_granularity == "token":
+            raise InputError(
+                "scheme.activation_granularity",
+                "'token' contradicts int16 activations, which are static",
+                "use 'static', or int8 or uint8 activations per token",
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantized: operators stay as they are."""
+        return self.weights == "none"
 
     @property
     def static(self) -> bool:
@@ -58,32 +87,57 @@ class Scheme:
         return self.activations != "none" and self.activation_granularity == "static"
 
     @property
+    def asymmetric(self) -> bool:
+        """Whether activations have a zero point: their codes span a range from its smallest value to its largest."""
+        return self.activations == "uint8"
+
+    @property
+    def integer_operands(self) -> bool:
+        """Whether activations and weights are integers whose products can be summed before a scale is applied."""
+        integer_activations = self.activations in ("int8", "uint8", "int16")
+        return integer_activations and self.weights != "fp8" and self.weight_granularity != "group"
+
+    @property
+    def byte_operands(self) -> bool:
+        """Whether these integers are 8-bit ones, weights and activations alike."""
+        return self.integer_operands and self.activations != "int16"
+
+    @property
     def name(self) -> str:
         """Short name, e.g. ``w8a8-channel-static``; every scheme has its own."""
-        bits = {"int8": "8", "int4": "4", "fp8": "fp8", "none": "16"}
+        if self.is_float:
+            return _FLOAT
+        weights = next(short for short, fmt in _WEIGHTS.items() if fmt == self.weights)
+        activations = next(short for short, fmt in _ACTIVATIONS.items() if fmt == self.activations)
         granularity = f"g{self.group_size}" if self.weight_granularity == "group" else self.weight_granularity
         tail = "" if self.activations == "none" else f"-{self.activation_granularity}"
-        return f"w{bits[self.weights]}a{bits[self.activations]}-{granularity}{tail}"
+        return f"w{weights}a{activations}-{granularity}{tail}"
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """The scheme with this ``name``, e.g. ``w8a8-channel-static``, ``w4a8-g64-token``, ``w4a16-g128``.
+        """The scheme with this ``name``, e.g. ``w8a8-channel-static``, ``w8au8-channel-static``, ``w4a8-g64-token``, ``w4a16-g128``, ``float``.
 
         Raises:
             InputError: No scheme has this name.
         """
-        match = re.fullmatch(r"w(8|4|fp8)a(8|16|fp8)-(tensor|channel|g(\d+))(?:-(static|token))?", name)
+        if name == _FLOAT:
+            return FLOAT
+        match = _NAME.fullmatch(name)
         if match is None or (match.group(2) == "16") != (match.group(5) is None):
             raise InputError(
-                "scheme", f"no scheme is named {name!r}", "write it like w8a8-channel-static or w4a16-g128"
+                "scheme",
+                f"no scheme is named {name!r}",
+                "write it like w8a8-channel-static, w4a8-g64-token, w8a16-channel or float, with weights "
+                f"{', '.join(_WEIGHTS)} and activations {', '.join(_ACTIVATIONS)} (16: float)",
             )
-        weights: dict[str, WeightFormat] = {"8": "int8", "4": "int4", "fp8": "fp8"}
-        activations: dict[str, ActivationFormat] = {"8": "int8", "16": "none", "fp8": "fp8"}
-        granularities: dict[str, WeightGranularity] = {"tensor": "tensor", "channel": "channel"}
         return cls(
-            weights=weights[match.group(1)],
-            weight_granularity=granularities.get(match.group(3), "group"),
+            weights=_WEIGHTS[match.group(1)],
+            weight_granularity=_GRANULARITIES.get(match.group(3), "group"),
             group_size=int(match.group(4)) if match.group(4) else None,
-            activations=activations[match.group(2)],
+            activations=_ACTIVATIONS[match.group(2)],
             activation_granularity="token" if match.group(5) == "token" else "static",
         )
+
+
+#: The scheme of what stays in float.
+FLOAT = Scheme(weights="none", activations="none")

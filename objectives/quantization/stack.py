@@ -124,7 +124,7 @@ class QuantizedStack(Stack):
 
     weight_values: Tensor
     weight_scale: Tensor
-    input_scale = smooth = shift = correction = None
+    input_scale = input_zero = smooth = shift = correction = None
 
     def __init__(
         self,

@@ -284,7 +284,8 @@ class _TrainedOperator(_Held):
             values = pack_int4(codes) if source.scheme.weights == "int4" else codes
             range_scale = None if self.range is None else self.range()
             correction = source.correction if self.correction is None else self.correction.detach()
-            source.take((values, scale.clone(), range_scale, source.smooth, source.shift, correction, None))
+            zero = source.input_zero
+            source.take((values, scale.clone(), range_scale, zero, source.smooth, source.shift, correction, None))
         return source
 
     def _quantizer(self) -> Callable[[Tensor], Tensor]:
@@ -296,7 +297,8 @@ class _TrainedOperator(_Held):
         if self.range is None:
             return self._by_row
         shift, smooth = source.channelwise(source.shift), source.channelwise(source.smooth)
-        return partial(rounded, scale=self.range(), fmt=fmt, shift=shift, smooth=smooth)
+        given = {"scale": self.range(), "fmt": fmt, "zero": source.input_zero, "shift": shift, "smooth": smooth}
+        return partial(rounded, **given)
 
     def _by_row(self, x: Tensor) -> Tensor:
         x = self.source.smoothed(x)

@@ -17,6 +17,7 @@ from alphasmith.objectives.judge.model_objective import ModelLoss, ModelObjectiv
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange
 from alphasmith.search.site.result import SiteResult
@@ -78,7 +79,7 @@ class ModelWork:
         model: The float model, on the CPU.
         sites: Its sites.
         ranges: Site name -> calibrated range of every channel.
-        scheme: Quantization scheme.
+        scheme: Quantization scheme, of all sites or site by site.
         skip: Operators left in float, see ``CandidateModel``.
         batches: The data to be processed, on the CPU.
         loss: Loss at the output.
@@ -87,7 +88,7 @@ class ModelWork:
     model: nn.Module
     sites: tuple[Site, ...]
     ranges: Mapping[str, ChannelRange]
-    scheme: Scheme
+    scheme: Scheme | SiteSchemes
     skip: tuple[str, ...]
     batches: tuple[Batch, ...]
     loss: ModelLoss

@@ -18,7 +18,7 @@ from alphasmith.objectives.smoothing import Smoothing
 
 Array = NDArray[np.float32]
 
-LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
+LARGEST = {"int8": 127, "int4": 7, "fp8": 448, "int16": 32767}
 
 
 def _e4m3_values() -> list[float]:
@@ -90,21 +90,30 @@ def _products(part: SitePart, x: NDArray[np.float64], w: NDArray[np.float64]) ->
     return out
 
 
-def _peaks(low: Array, high: Array, shift: Array | None) -> list[np.float32]:
-    """Largest magnitude of every channel after the shift."""
-    if shift is None:
-        return [max(h, -lo, np.float32(0)) for lo, h in zip(low, high, strict=True)]
-    return [max(h - z, z - lo, np.float32(0)) for lo, h, z in zip(low, high, shift, strict=True)]
+def naive_grid(low: np.float32, high: np.float32, fmt: str) -> tuple[np.float32, int | None]:
+    """Step and zero point for values from ``low`` to ``high``."""
+    low, high = min(low, np.float32(0)), max(high, np.float32(0))
+    if fmt != "uint8":
+        return naive_scale([low, high], fmt), None
+    step = np.float32(1) if low == high else high / np.float32(255) - low / np.float32(255)
+    return step, min(max(round(float(-low / step)), 0), 255)
 
 
-def _step(values: Sequence[np.float32], s: Array, fmt: str) -> np.float32:
-    return naive_scale([value / scale for value, scale in zip(values, s, strict=True)], fmt)
+def _edges(
+    low: Array, high: Array, s: Array, shift: Array | None, factor: float = 1.0
+) -> tuple[np.float32, np.float32]:
+    """Smallest and largest value of all channels after shift and division."""
+    z = np.zeros_like(low) if shift is None else shift
+    smallest = min((lo - zc) / sc for lo, zc, sc in zip(low, z, s, strict=True))
+    largest = max((h - zc) / sc for h, zc, sc in zip(high, z, s, strict=True))
+    return min(smallest, np.float32(0)) * np.float32(factor), max(largest, np.float32(0)) * np.float32(factor)
 
 
-def _static_step(data: SiteData, fmt: str, s: Array, shift: Array | None, factor: float) -> np.float32:
-    peaks = _peaks(data.input_range.low.numpy(), data.input_range.high.numpy(), shift)
-    largest = max(peak / scale for peak, scale in zip(peaks, s, strict=True))
-    return naive_scale([largest * np.float32(factor)], fmt)
+def _dequantized(values: Sequence[np.float32], step: np.float32, zero: int | None, fmt: str) -> list[float]:
+    """What values / step round to, times the step."""
+    if zero is None:
+        return [float(np.float32(naive_round(float(v), fmt)) * step) for v in values]
+    return [float(np.float32(min(max(round(float(v)) + zero, 0), 255) - zero) * step) for v in values]
 
 
 def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing) -> NDArray[np.float64]:
@@ -118,20 +127,22 @@ def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing)
     if fmt == "none":
         return np.array(x * (one / s[channel]), dtype=np.float64)
     out = np.zeros(x.shape)
-    static = _static_step(data, fmt, s, shift, smoothing.range_factor)
+    calibrated = data.input_range.low.numpy(), data.input_range.high.numpy()
+    static, static_zero = naive_grid(*_edges(*calibrated, s, shift, smoothing.range_factor), fmt)
     for t in range(x.shape[0]):
         if scheme.activation_granularity == "static":
             # One factor for scale and step together, as the library multiplies.
-            step, values = static, [v * (one / (s[c] * static)) for v, c in zip(x[t], channel, strict=True)]
-            out[t] = [float(np.float32(naive_round(float(v), fmt)) * step) for v in values]
+            values = [v * (one / (s[c] * static)) for v, c in zip(x[t], channel, strict=True)]
+            out[t] = _dequantized(values, static, static_zero, fmt)
             continue
         values = [v * (one / s[c]) for v, c in zip(x[t], channel, strict=True)]
         if part.sample is not None and part.sample_low is not None and part.sample_high is not None:
             row = int(part.sample[t])
-            step = _step(_peaks(part.sample_low.numpy()[row], part.sample_high.numpy()[row], shift), s, fmt)
+            edges = _edges(part.sample_low.numpy()[row], part.sample_high.numpy()[row], s, shift)
         else:
-            step = naive_scale(values, fmt)
-        out[t] = naive_quantize(values, step, fmt)
+            edges = min(values), max(values)
+        step, zero = naive_grid(*edges, fmt)
+        out[t] = _dequantized([v / step for v in values], step, zero, fmt)
     return out
 
 

@@ -17,9 +17,20 @@ relaxed = settings(deadline=None, max_examples=60)
 #: Every combination of formats and granularities; group size 3 leaves a ragged last group in most shapes.
 SCHEMES = tuple(
     Scheme.parse(f"w{weights}a{activations}-{granularity}{tail}")
-    for weights, activations in (("8", "8"), ("4", "8"), ("fp8", "fp8"), ("8", "16"), ("4", "16"), ("fp8", "16"))
+    for weights, activations, tails in (
+        ("8", "8", ("-static", "-token")),
+        ("4", "8", ("-static", "-token")),
+        ("8", "u8", ("-static", "-token")),
+        ("4", "u8", ("-static", "-token")),
+        ("8", "i16", ("-static",)),
+        ("4", "i16", ("-static",)),
+        ("fp8", "fp8", ("-static", "-token")),
+        ("8", "16", ("",)),
+        ("4", "16", ("",)),
+        ("fp8", "16", ("",)),
+    )
     for granularity in ("tensor", "channel", "g3")
-    for tail in (("",) if activations == "16" else ("-static", "-token"))
+    for tail in tails
 )
 
 KINDS = ("linear", "shared", "conv", "grouped", "depthwise", "two_parts")

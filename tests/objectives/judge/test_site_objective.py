@@ -22,7 +22,9 @@ from tests.support.plain_forms import fake_quantize_weight, quantization_loss, r
 from tests.support.site_cases import KINDS, SCHEMES, identity, outlier_layer, relaxed, small_site
 
 seeds = st.integers(0, 2**31)
-INTEGER = [scheme for scheme in SCHEMES if scheme.activations == "int8" and scheme.weight_granularity != "group"]
+INTEGER = [
+    scheme for scheme in SCHEMES if scheme.activations in ("int8", "uint8") and scheme.weight_granularity != "group"
+]
 
 
 def close_to(loss: float) -> Any:

@@ -169,7 +169,7 @@ def test_a_single_operator_is_a_model() -> None:
     skeleton = scrambled(inner)
     operator = QuantizedOperator.quantize(
         inner,
-        OperatorTensors(weight=inner.weight, absmax=torch.ones(())),
+        OperatorTensors(weight=inner.weight, low=-torch.ones(()), high=torch.ones(())),
         scheme=Scheme(),
         kind="linear",
         transposed=False,
@@ -208,7 +208,7 @@ def test_names_that_would_collide_are_refused() -> None:
     inner.register_buffer("weight_scale", torch.ones(1))
     operator = QuantizedOperator.quantize(
         inner,
-        OperatorTensors(weight=inner.weight, absmax=torch.ones(())),
+        OperatorTensors(weight=inner.weight, low=-torch.ones(()), high=torch.ones(())),
         scheme=Scheme(),
         kind="linear",
         transposed=False,

@@ -18,7 +18,7 @@ from alphasmith.objectives.quantization import integer_product as integers
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.operator import Execution, OperatorPayload, OperatorTensors, QuantizedOperator
 from alphasmith.objectives.quantization.quantizers import (
-    activation_scale,
+    activation_grid,
     fake_quantize_activation,
 )
 from alphasmith.objectives.quantization.scheme import Scheme
@@ -74,15 +74,16 @@ def test_linear_is_the_product_of_fake_quantized_tensors(scheme: Scheme, smooth:
     divided = x if s is None else x / s
     operator = QuantizedOperator.quantize(
         inner,
-        OperatorTensors(weight=w, absmax=divided.abs().max(), smooth=s),
+        OperatorTensors(weight=w, low=divided.min(), high=divided.max(), smooth=s),
         scheme=scheme,
         kind="linear",
         transposed=False,
     )
     static = scheme.activation_granularity == "static"
     if scheme.activations != "none":
-        peak = divided.abs().max() if static else divided.abs().amax(-1, keepdim=True)
-        divided = fake_quantize_activation(divided, activation_scale(peak, scheme.activations), scheme.activations)
+        edges = (divided.min(), divided.max()) if static else (divided.amin(-1, True), divided.amax(-1, True))
+        scale, zero = activation_grid(*edges, scheme.activations)
+        divided = fake_quantize_activation(divided, scale, scheme.activations, zero)
     expected = divided.double() @ fake_quantize_weight(w, scheme).double().t() + b
     assert relative_error(operator(x), expected) < 1e-6
     assert torch.allclose(operator.weight, fake_quantize_weight(w, scheme), atol=0, rtol=0)
@@ -95,12 +96,14 @@ def test_padding_convolution_pads_the_quantized_input_with_zeros(scheme: Scheme)
     w = inner.get_parameter("weight").clone()
     x = torch.randn(3, 8, 5, 4, generator=torch.Generator().manual_seed(1))
     operator = QuantizedOperator.quantize(
-        inner, OperatorTensors(weight=w, absmax=x.abs().max()), scheme=scheme, kind="conv", transposed=False
+        inner, OperatorTensors(weight=w, low=x.min(), high=x.max()), scheme=scheme, kind="conv", transposed=False
     )
     xq = x
     if scheme.activations != "none":
-        peak = x.abs().max() if scheme.activation_granularity == "static" else x.abs().amax((1, 2, 3), keepdim=True)
-        xq = fake_quantize_activation(x, activation_scale(peak, scheme.activations), scheme.activations)
+        static, every = scheme.activation_granularity == "static", (1, 2, 3)
+        edges = (x.min(), x.max()) if static else (x.amin(every, True), x.amax(every, True))
+        scale, zero = activation_grid(*edges, scheme.activations)
+        xq = fake_quantize_activation(x, scale, scheme.activations, zero)
     wq = fake_quantize_weight(w.flatten(1), scheme).reshape(w.shape)
     bias = example.model.get_parameter("second.bias")
     expected = functional.conv2d(functional.pad(xq, (1, 1, 1, 1)), wq, bias, stride=2, groups=2)
@@ -222,10 +225,10 @@ def test_operator_refuses_what_does_not_fit() -> None:
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
     w, one = torch.ones(3, 4), torch.ones(())
 
-    def build(inner: nn.Module, absmax: Tensor | None = one, **vectors: Tensor) -> QuantizedOperator:
+    def build(inner: nn.Module, high: Tensor | None = one, **vectors: Tensor) -> QuantizedOperator:
         return QuantizedOperator.quantize(
             inner,
-            OperatorTensors(weight=w, absmax=absmax, **vectors),
+            OperatorTensors(weight=w, low=-w.max(), high=high, **vectors),
             scheme=Scheme(),
             kind="linear",
             transposed=False,
@@ -233,8 +236,8 @@ def test_operator_refuses_what_does_not_fit() -> None:
 
     with pytest.raises(InputError, match="owns no weight"):
         build(parametrized)
-    with pytest.raises(InputError, match="absmax"):
-        build(nn.Linear(4, 3), absmax=None)
+    with pytest.raises(InputError, match="low, high"):
+        build(nn.Linear(4, 3), high=None)
     for name, wrong in (("smooth", 3), ("shift", 3), ("correction", 4)):
         with pytest.raises(InputError, match=name):
             build(nn.Linear(4, 3), **{name: torch.ones(wrong)})
@@ -253,7 +256,7 @@ def test_operator_refuses_what_does_not_fit() -> None:
                 transposed=False,
             )
     with pytest.raises(InputError, match="weight"):
-        operator.requantize(OperatorTensors(weight=torch.ones(3, 5), absmax=one))
+        operator.requantize(OperatorTensors(weight=torch.ones(3, 5), low=-one, high=one))
     with pytest.raises(InputError, match="input: has 8 channels"):
         operator(torch.ones(2, 8))
     with pytest.raises(NonFiniteError):
