@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from alphasmith.search.compression._study import (
 )
 from alphasmith.search.compression._task import CompressedTask
 from alphasmith.search.compression.artifact import load_compressed
+from alphasmith.search.inputs.versions import versions
 from alphasmith.storage.output.compressed_folder import write_compressed
 from alphasmith.storage.output.compression_manifest import (
     BytesEntry,
@@ -155,7 +154,7 @@ def _manifest(
             started=record.created,
             finished=finished,
         ),
-        versions=_versions(),
+        versions=versions(),
         config=dict(record.config),
         seeds={"study": int(record.config["study"]["seed"])},
         notes=tuple(dict.fromkeys((*made.facts.get("notes", ()), *stages.baseline.notes))),
@@ -204,11 +203,6 @@ def _named(attributes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _versions() -> dict[str, str]:
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {name: version(name) for name in ("alphasmith", "torch", "optuna")} | {"python": python}
 
 
 def _check_same(measured: nn.Module, written: nn.Module) -> None:

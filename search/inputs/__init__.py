@@ -7,6 +7,7 @@
 - ``permission``: code that a record names: it runs only where whoever starts the process names it, too
 - ``preparation``: from a task to searchable sites: discovery, memory plan, calibration, hardware
 - ``task``: the task of a run: a float model, three disjoint splits of data, and a task metric if there is one
+- ``versions``: versions that a result depends on
 """
 
-__all__ = ["calibration_cache", "hardware", "permission", "preparation", "task"]
+__all__ = ["calibration_cache", "hardware", "permission", "preparation", "task", "versions"]

@@ -18,8 +18,8 @@ from alphasmith.objectives.text import listed
 from alphasmith.search.config import DEFAULT_OUT, DEFAULT_STORAGE, RunConfig, resume_command
 from alphasmith.search.inputs.preparation import Survey
 from alphasmith.search.inputs.task import Task
+from alphasmith.search.inputs.versions import versions
 from alphasmith.search.interruption import Interrupted
-from alphasmith.search.launch.recorder import versions
 from alphasmith.search.progress import Progress
 from alphasmith.search.work.session import RunHandle
 from alphasmith.storage.artifacts.folder import FolderBackend

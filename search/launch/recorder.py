@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -281,12 +279,6 @@ def _annotate(handle: RunHandle, manifest: Manifest, sites: pd.DataFrame, trials
             if step.study == name:
                 facts["outcome"] = verdict_of_refinement(step.model_dump())
         annotate_study(study, sites=shown, trials=mine, note=study_note(of, shown, facts))
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    names = ("alphasmith", "numpy", "optuna", "torch", "transformers")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _number(value: float | None) -> str:
