@@ -387,15 +387,20 @@ class ProofConfig(Section):
     tolerance: float = Field(default=1e-4, gt=0, lt=1)
 
 
+#: Where candidates are evaluated.
+EngineName = Literal["local", "ray"]
+
+
 class WorkersConfig(Section):
-    """Who evaluates candidates, and how dead workers are distinguished from slow ones. Nothing here changes a result.
+    """Who evaluates candidates, and how dead workers are distinguished from slow ones. Nothing here changes the result of a run.
 
     Attributes:
-        count: Engine ``local``: worker processes; 0 searches in this process, or, on a machine with several GPUs, takes one
-            process for each. Engine ``ray``: searches at once at most; 0: as many as the cluster takes.
+        count: Engine ``local``: worker processes; 0 searches in this process, or, of a run on a machine with several GPUs, takes
+            one process for each. Engine ``ray``: searches at once at most; 0: as many as the cluster takes.
         threads: CPU threads of each worker process; None: the cores of the machine, shared out.
         lease: Seconds after which a worker without a heartbeat counts as dead. Workers report four times as often.
-        attempts: How often a site is tried before it counts as failed, where its worker died.
+        attempts: How often a site is tried before it counts as failed, where its worker died; of a compression, how many workers
+            may die, one after the other, without a trial that ends in between.
         address: Engine ``ray``: address of a running cluster, ``auto`` to find it; None: the one in ``RAY_ADDRESS``, else a
             new one on this machine.
     """
@@ -424,7 +429,7 @@ class RunConfig(Configuration):
     name: Label = Field(default="", max_length=200)
     storage: Annotated[Label, Field(max_length=4096)] | None = None
     out: UserPath | None = None
-    engine: Literal["local", "ray"] = "local"
+    engine: EngineName = "local"
     artifacts: Annotated[Label, Field(max_length=4096)] | None = None
     dtype: Literal["own", "float32"] = "own"
     model: ModelConfig = ModelConfig()

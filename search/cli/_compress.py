@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.text import counted
 from alphasmith.search.cli._options import PATH, interruptible, json_option, print_answer, storage_option
 from alphasmith.search.config import apply_overrides
 
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 )
 @click.option("--trials", type=int, help="Trials of the study; short for --set study.trials=N.")
 @storage_option
+@click.option("--engine", metavar="local|ray", help="Where trials are worked on.")
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Worker processes, with Ray workers at once; short for --set workers.count=N.",
+)
 @click.option("--out", metavar="DIR", type=PATH, help="Output folder; must not exist.")
 @click.option("--pick", "picked", metavar="TRIAL", type=int, help="Write this trial of a finished compression's front.")
 @click.option(
@@ -42,6 +51,8 @@ def compress(
     tolerances: tuple[str, ...],
     trials: int | None,
     storage: str | None,
+    engine: str | None,
+    workers: int | None,
     out: Path | None,
     picked: int | None,
     allow_code: tuple[str, ...],
@@ -52,12 +63,15 @@ def compress(
 
     A study chooses strengths, energies or rank and alpha, and entries of tables; what a model may lose is a limit. The smallest
     model within the limits is written, and any other of the front with --pick. Without a configuration: the embedded speech
-    enhancement. An unfinished compression of the same model and settings is continued; with an ID, this one.
+    enhancement. An unfinished compression of the same model and settings is continued; with an ID, this one. Other processes join
+    with `alphasmith worker ID`.
     """
     from alphasmith.storage.runs.compressions import is_compression_id
 
     given = (*overrides, *(f"drop.tolerances.{told}" for told in tolerances))
     given += () if trials is None else (f"study.trials={trials}",)
+    given += () if workers is None else (f"workers.count={workers}",)
+    given += () if engine is None else (f"engine={json.dumps(engine)}",)
     with interruptible() as (progress, stop):
         if picked is not None:
             result = _picked(source, picked, given, storage, out, allow_code, progress, stop)
@@ -86,6 +100,33 @@ def resume_compression(
 
     changes = apply_overrides({}, places.pop("overrides", ()))
     return resumed(compression, storage=storage, changes=changes, progress=progress, stop=stop, **places)
+
+
+def join_compression(compression: str, as_json: bool, options: Mapping[str, Any]) -> None:
+    """``alphasmith worker`` on a compression.
+
+    Args:
+        compression: Its id, or the beginning of it.
+        as_json: Whether to answer as JSON.
+        options: Of the command.
+    """
+    if options["artifacts"] is not None:
+        raise InputError(
+            "--artifacts", "given with a compression", "leave it out: its stages are in files of its folder"
+        )
+    given = {name: value for name, value in options.items() if name != "artifacts"}
+    with interruptible() as (progress, stop):
+        from alphasmith.search.compression.worker import work
+
+        done = work(compression, progress=progress, stop=stop, **given)
+
+    def text() -> str:
+        result = "result" if done.finished else "its result is, or will be,"
+        return (
+            f"{counted(done.trials, 'trial')} of {done.compression} made here; {done.note}\n{result} in {done.folder}"
+        )
+
+    print_answer(asdict(done), as_json, text)
 
 
 def print_compression(result: CompressionResult, as_json: bool) -> None:
@@ -139,7 +180,7 @@ def _picked(
     from alphasmith.storage.runs.compressions import is_compression_id
 
     if overrides:
-        raise InputError("--set", "given with --pick", "leave it out: a trial is what it was")
+        raise InputError(overrides[0].partition("=")[0], "given with --pick", "leave it out: a trial is what it was")
     if out is None:
         raise InputError("--out", "is missing", "name the folder for the model of this trial")
     if source is None or not is_compression_id(source):

@@ -14,7 +14,7 @@ import click
 
 from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, InputError
 from alphasmith.objectives.text import one_line
-from alphasmith.search.cli._compress import compress, print_compression, resume_compression
+from alphasmith.search.cli._compress import compress, join_compression, print_compression, resume_compression
 from alphasmith.search.cli._db import db
 from alphasmith.search.cli._finetune import finetune, print_training, resume_training
 from alphasmith.search.cli._options import (
@@ -120,7 +120,10 @@ def resume(run: str, storage: str | None, allow_code: tuple[str, ...], as_json: 
     changes = apply_overrides({}, _as_overrides(flags))
     with interruptible() as (progress, stop):
         if is_compression_id(run):
-            print_compression(resume_compression(run, storage, progress, stop, allow_code=allow_code), as_json)
+            compressed = resume_compression(
+                run, storage, progress, stop, allow_code=allow_code, overrides=_as_overrides(flags)
+            )
+            print_compression(compressed, as_json)
             return
         if is_training_id(run):
             places = {name: flags[name] for name in ("factory", "factory_path")}
@@ -136,7 +139,7 @@ def resume(run: str, storage: str | None, allow_code: tuple[str, ...], as_json: 
 
 
 @app.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN|COMPRESSION")
 @storage_option
 @click.option("--workers", metavar="N", type=click.IntRange(min=0), default=0, help="Worker processes; 0: this one.")
 @click.option("--artifacts", metavar="PLACE", help="Where the run's objects are, if not where its driver had them.")
@@ -152,10 +155,16 @@ def resume(run: str, storage: str | None, allow_code: tuple[str, ...], as_json: 
 @click.option("--no-finish", is_flag=True, help="Leave the writing of the result to the driver or to `resume`.")
 @json_option
 def worker(run: str, storage: str | None, no_finish: bool, as_json: bool, **options: Any) -> None:
-    """Search sites of a run together with its driver and other workers, through its database.
+    """Search sites of a run together with its driver and other workers, through its database. Or work on trials of a compression.
 
-    Needs neither the model nor the data. The last one to be done writes the result where no driver is alive to do it.
+    For a run it needs neither the model nor the data, for a compression both and its folder. The last one to be done writes the
+    result where no driver is alive to do it.
     """
+    from alphasmith.storage.runs.compressions import is_compression_id
+
+    if is_compression_id(run):
+        join_compression(run, as_json, {**options, "storage": storage, "finish": not no_finish})
+        return
     with interruptible() as (progress, stop):
         from alphasmith.search.launch.worker import work
 

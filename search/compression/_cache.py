@@ -6,7 +6,8 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.joint.packed.packing import ClassClusters, PackedModel, PackedSettings, read_packed
+from alphasmith.search.interruption import leave
 from alphasmith.storage.files.durable import canonical_json
+from alphasmith.storage.output.reservation import Reservation, ReservedError
+from alphasmith.storage.queue.leases import LEASE
 
 #: Of what is stored, and of the stages' meaning: another number, and nothing that is there is used.
 _VERSION = 1
 #: Nothing clustered: how the models of stages are kept.
 AS_IT_IS = PackedSettings(clusters=ClassClusters(conv=None, recurrent=None, linear=None, embedding=None, other=None))
+#: Seconds between two looks at a stage that another process makes.
+_LOOK = 0.2
 _TENSORS, _STRUCTURE, _FACTS = "model.safetensors", "structure.json", "facts.json"
 
 
@@ -38,14 +44,44 @@ def stage_key(stage: str, parent: str, settings: Mapping[str, Any]) -> str:
 
 
 class StageCache:
-    """Models of finished stages, with what is known of them.
+    """Models of finished stages, with what is known of them; shared by all processes that see the folder.
 
     Args:
         folder: Made when something is put into it.
+        lease: Seconds after which a process that makes a stage counts as dead where it cannot be seen.
+        sleep: Waits a number of seconds.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, lease: float = LEASE, sleep: Callable[[float], None] = time.sleep) -> None:
         self._folder = folder
+        self._lease, self._sleep = lease, sleep
+
+    def made(
+        self, key: str, make: Callable[[], tuple[PackedModel, dict[str, Any]]], stop: Callable[[], bool]
+    ) -> tuple[PackedModel, dict[str, Any]]:
+        """A stage's model and facts from the folder, or made and put there; no two processes that live make it at once.
+
+        Args:
+            key: See :func:`stage_key`.
+            make: Makes them.
+            stop: Polled while another process makes it.
+
+        Raises:
+            InputError: As :meth:`put`.
+            Interrupted: ``stop`` said so.
+        """
+        found = self.get(key)
+        if found is not None:
+            return found
+        with Reservation(self._folder / key, storage="", lease=self._lease) as place:
+            while not self._is_ours(place):
+                leave(stop)
+                self._sleep(_LOOK)
+            found = self.get(key)  # from whoever was at it before
+            if found is None:
+                found = make()
+                self.put(key, *found)
+            return found
 
     def get(self, key: str) -> tuple[PackedModel, dict[str, Any]] | None:
         """A stage's model and facts; None where they are not there, or not whole.
@@ -61,6 +97,15 @@ class StageCache:
             return read_packed((place / _STRUCTURE).read_text(), load_file(place / _TENSORS)), facts
         shutil.rmtree(place, ignore_errors=True)  # else it would be in the way of a whole one
         return None
+
+    def _is_ours(self, place: Reservation) -> bool:
+        try:
+            place.take()
+        except ReservedError:
+            return False
+        except InputError as error:
+            raise InputError("study.cache", error.problem, "name another folder, or free space") from error
+        return True
 
     def put(self, key: str, model: PackedModel, facts: Mapping[str, Any]) -> None:
         """Keep a stage's model; appears whole or not at all, and the first of two stays.

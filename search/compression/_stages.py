@@ -343,13 +343,12 @@ class ModelStages:
     def _made(self, key: str, make: Callable[[], _Made]) -> _Made:
         """A stage's model from the cache, or made and put there; the same bits either way."""
         leave(self._stop)
-        found = self._cache.get(key)
-        if found is None:
+
+        def stored() -> tuple[PackedModel, dict[str, Any]]:
             made = make()
-            packed = pack(made.model, AS_IT_IS)
-            self._cache.put(key, packed, made.facts)
-            found = packed, dict(made.facts)
-        packed, facts = found
+            return pack(made.model, AS_IT_IS), dict(made.facts)
+
+        packed, facts = self._cache.made(key, stored, self._stop)
         return _Made(model=restore(self.original, packed), facts=facts)
 
     def _updates(self, steps: int) -> Updates:

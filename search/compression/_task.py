@@ -12,7 +12,7 @@ from torch import nn
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.joint.drop import DropCondition, Tolerance
 from alphasmith.objectives.joint.metrics.scores import require
-from alphasmith.objectives.joint.packed.packing import pack
+from alphasmith.objectives.joint.packed.packing import PackedModel, pack
 from alphasmith.objectives.joint.packed.restoring import restore
 from alphasmith.objectives.joint.ports import JointMetric, JointTask
 from alphasmith.objectives.joint.rounds.regularised import train_regularised
@@ -95,17 +95,17 @@ def _embedded(
         require(metric)
     make, task = embedded_task(seed, metrics)
     key = stage_key("embedded", str(seed), asdict(TRAINING))
-    found = cache.get(key)
-    if found is None:
+
+    def trained() -> tuple[PackedModel, dict[str, Any]]:
         told("training the embedded model on generated signals, about two minutes")
-        trained = train_regularised(make(), task, TRAINING, stop=stop)
-        if trained.training.ending == "interrupted":
+        found = train_regularised(make(), task, TRAINING, stop=stop)
+        if found.training.ending == "interrupted":
             raise Interrupted("asked to stop")
-        if trained.training.ending == "diverged":
-            raise NonFiniteError(trained.training.trouble)
-        found = pack(trained.model, AS_IT_IS), {}
-        cache.put(key, *found)
-    model = restore(make(), found[0])
+        if found.training.ending == "diverged":
+            raise NonFiniteError(found.training.trouble)
+        return pack(found.model, AS_IT_IS), {}
+
+    model = restore(make(), cache.made(key, trained, stop)[0])
     return CompressedTask(name="embedded speech enhancement", kind="demo", model=model, task=task)
 
 

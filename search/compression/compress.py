@@ -5,8 +5,6 @@ Source: claims B-1 to B-10.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FixedTrial, FrozenTrial
+from optuna.trial import FrozenTrial
 from torch import nn
 
 from alphasmith.dashboards.study_views import annotate_compression
@@ -24,28 +22,21 @@ from alphasmith.objectives.joint.ports import JointTask
 from alphasmith.objectives.reading import usable_path
 from alphasmith.objectives.text import counted as count_of
 from alphasmith.objectives.text import error_line
-from alphasmith.search.compression._cache import StageCache
+from alphasmith.search.compression._launch import Launch, begun, recorded, spec_of
 from alphasmith.search.compression._result import shown_trials, write_result
-from alphasmith.search.compression._space import Space
-from alphasmith.search.compression._stages import ModelStages
-from alphasmith.search.compression._study import CONSTRAINT, ORIGINAL, TESTED, directions, front, run_study
+from alphasmith.search.compression._study import CONSTRAINT, ORIGINAL, TESTED, fixed, front
 from alphasmith.search.compression._study import counted as counted_trials
-from alphasmith.search.compression._task import CompressedTask, condition_of, open_task
+from alphasmith.search.compression._workers import try_all
 from alphasmith.search.compression.config import CompressConfig
 from alphasmith.search.config import DEFAULT_STORAGE, merged
-from alphasmith.search.devices import usable_device
-from alphasmith.search.inputs.permission import check_named
 from alphasmith.search.interruption import Interrupted, never
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.storage.database.connection import Database, check_writable, opened
 from alphasmith.storage.output.compressed_folder import CompressedFolder, compression_in
 from alphasmith.storage.output.compression_manifest import CompressionManifest
-from alphasmith.storage.output.output_folder import check_target, discard_partial, training_leftovers
+from alphasmith.storage.output.output_folder import check_target, discard_partial, unfinished_folders
 from alphasmith.storage.output.reservation import Reservation
-from alphasmith.storage.runs.compressions import CompressionRecord, CompressionSpec, CompressionStore
-
-#: Seconds after which a compression without a heartbeat counts as dead where its process cannot be seen.
-_LEASE = 60.0
+from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +56,6 @@ class CompressionResult:
     folder: Path
     manifest: CompressionManifest
     front: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Launch:
-    config: CompressConfig
-    opened: CompressedTask
-    stages: ModelStages
-    space: Space
-    progress: Progress
-    stop: Callable[[], bool]
 
 
 def compress(
@@ -110,15 +91,15 @@ def compress(
         check_target(usable_path("out", chosen.out), None)
     url = chosen.storage or DEFAULT_STORAGE
     check_writable(url)
-    launch = _begun(chosen, model, task, progress or Silent(), stop)
-    spec = _spec(launch)
+    launch = begun(chosen, model, task, progress or Silent(), stop)
+    spec = spec_of(launch)
     with opened(url, create=True) as database:
         store = CompressionStore(database)
         same = [] if fresh else store.find_unfinished(spec.config_digest, spec.model_digest)
         same = [record for record in same if chosen.out is None or record.folder == spec.folder]
         if same:
             launch.progress.note(f"compression {same[0].id} of the same model and settings is going on")
-        return _driven(launch, database, same[0] if same else store.create(spec), made=not same)
+        return finish(launch, database, same[0] if same else store.create(spec), made=not same)
 
 
 def resume_compression(
@@ -152,8 +133,8 @@ def resume_compression(
         record = CompressionStore(database).get(compression)
         if record.status == "finished":
             raise InputError("ID", f"{record.id} is finished", f"its result is in {record.folder}")
-        launch = _recorded(record, changes or {}, model, task, allow_code, progress or Silent(), stop)
-        return _driven(launch, database, record, made=False)
+        launch = recorded(record, changes or {}, model, task, allow_code, progress or Silent(), stop)
+        return finish(launch, database, record, made=False)
 
 
 def pick(
@@ -192,96 +173,35 @@ def pick(
         record = store.get(compression)
         if record.status != "finished":
             raise InputError("ID", f"{record.id} is {record.status}", f"finish it: alphasmith resume {record.id}")
-        launch = _recorded(record, {}, model, task, allow_code, progress or Silent(), stop)
+        launch = recorded(record, {}, model, task, allow_code, progress or Silent(), stop)
         trials = counted_trials(store.study(record))
         within = front(trials)
         if trial not in [one.number for one in within]:
             known = ", ".join(str(one.number) for one in within)
             raise InputError("--pick", f"trial {trial} of {record.id} is not on its front", f"use one of {known}")
-        with Reservation(target, storage=database.masked, lease=_LEASE) as place:
+        with Reservation(target, storage=database.masked, lease=launch.config.workers.lease) as place:
             place.take()
             manifest = _written(launch, database, record, trials, trial, target, place)
         return _result(database, record, target, manifest, within)
 
 
-def _recorded(
-    record: CompressionRecord,
-    changes: Mapping[str, Any],
-    model: nn.Module | None,
-    task: JointTask | None,
-    allow_code: Collection[str | Path],
-    progress: Progress,
-    stop: Callable[[], bool],
-) -> _Launch:
-    """What a record asks for; its model and task must be what they were."""
-    given = dict(merged(record.config, changes))
-    config = CompressConfig.build(merged(given, {"out": record.folder}))
-    code = ("factory", "factory_path", "path")
-    named = {f"task.{name}": str(getattr(config.task, name)) for name in code if getattr(config.task, name) is not None}
-    named = {} if model is not None else named
-    check_named(named, allow_code, f"compression {record.id}")
-    launch = _begun(config, model, task, progress, stop)
-    if launch.stages.digest != record.model_digest:
-        told = f"changed since {record.id} began"
-        raise InputError("task", told, "restore model and data, or begin a new compression")
-    if _digest(config) != record.config_digest:
-        raise InputError("--set", f"changes what {record.id} searches", "change study.trials alone, or begin a new one")
-    return launch
+def finish(launch: Launch, database: Database, record: CompressionRecord, *, made: bool = False) -> CompressionResult:
+    """Drive a compression: search to the end, test, write; or leave a record that says why not.
 
+    Args:
+        launch: The compression, open in this process.
+        database: Its database.
+        record: Its record.
+        made: Whether it was put on record just now.
 
-def _begun(
-    config: CompressConfig,
-    model: nn.Module | None,
-    task: JointTask | None,
-    progress: Progress,
-    stop: Callable[[], bool],
-) -> _Launch:
-    """Model, task and condition, read and checked."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per trial would break into the progress display
-    progress.stage("loading model and task")
-    device = usable_device(config.device, "device")
-    folder = config.study.cache or config.folder_of("x").parent / ".stages"
-    cache = StageCache(usable_path("study.cache", folder))
-    found = open_task(config.task, config.study.seed, model, task, cache=cache, told=progress.note, stop=stop)
-    stages = ModelStages(
-        found.model.to(device),
-        found.task,
-        condition_of(config.drop, tuple(found.task.metrics)),
-        config,
-        cache,
-        stop=stop,
-        told=progress.note,
-    )
-    for note in stages.baseline.notes:
-        progress.note(note)
-    space = stages.space()
-    return _Launch(config=config, opened=found, stages=stages, space=space, progress=progress, stop=stop)
-
-
-def _digest(config: CompressConfig) -> str:
-    return hashlib.sha256(json.dumps(config.deciding(), sort_keys=True).encode()).hexdigest()
-
-
-def _spec(launch: _Launch) -> CompressionSpec:
-    config = launch.config
-    values = config.model_dump(mode="json", exclude={"storage", "out"})
-    for section, name in (("task", "path"), ("task", "factory_path"), ("study", "cache")):
-        given = values[section][name]
-        values[section][name] = None if given is None else str(usable_path(f"{section}.{name}", Path(given)))
-    return CompressionSpec(
-        config=values,
-        config_digest=_digest(config),
-        model_digest=launch.stages.digest,
-        folder=str(usable_path("out", config.folder_of("{id}"))),
-        directions=tuple(directions(config.study.latency)),
-    )
-
-
-def _driven(launch: _Launch, database: Database, record: CompressionRecord, *, made: bool) -> CompressionResult:
-    """Search to the end, or leave a record that says why not."""
+    Raises:
+        ReservedError: Another process that lives drives it.
+        InputError: Anything the user can mend.
+        Interrupted: The launch was asked to stop.
+    """
     store, out = CompressionStore(database), Path(record.folder)
     with ExitStack() as stack:
-        place = stack.enter_context(Reservation(out, storage=database.masked, lease=_LEASE))
+        place = stack.enter_context(Reservation(out, storage=database.masked, lease=launch.config.workers.lease))
         try:
             place.hold(record.id)
             if compression_in(out) == record.id:  # killed between the writing of the folder and the end of the record
@@ -291,14 +211,12 @@ def _driven(launch: _Launch, database: Database, record: CompressionRecord, *, m
             if made:  # of another process that works there nothing is touched
                 store.delete(record)
             raise
-        for left in training_leftovers(out, record.id):  # of a process that was killed while it wrote
+        for left in unfinished_folders(out, record.id):  # of a process that was killed while it wrote
             discard_partial(left)
-        config = launch.config.model_dump(mode="json", include={"study"})["study"]
-        record = store.move(record, "running", config=merged(record.config, {"study": {"trials": config["trials"]}}))
+        now = launch.config.model_dump(mode="json", include={"study": {"trials"}, "engine": True, "workers": True})
+        record = store.move(record, "running", config=merged(record.config, now))
         try:
-            trials = run_study(
-                store.study(record), launch.space, launch.stages, progress=launch.progress, stop=launch.stop
-            )
+            trials = try_all(launch, database, record)
             within = front(trials)
             if not within:
                 raise _nothing_found(trials)
@@ -349,7 +267,7 @@ def _nothing_found(trials: Sequence[FrozenTrial]) -> InputError:
 _MORE = "allow a larger drop, more entries (clusters.k), or more trials (study.trials)"
 
 
-def _test(launch: _Launch, study: optuna.Study, within: Sequence[FrozenTrial]) -> None:
+def _test(launch: Launch, study: optuna.Study, within: Sequence[FrozenTrial]) -> None:
     """Measure the original and the front on the test split, which nothing has looked at; every model once."""
     launch.progress.stage("testing", len(within) + 1)
     task, stages = launch.opened.task, launch.stages
@@ -359,19 +277,14 @@ def _test(launch: _Launch, study: optuna.Study, within: Sequence[FrozenTrial]) -
             model = stages.original
             if name != ORIGINAL:
                 trial = next(one for one in within if str(one.number) == name)
-                model = stages.compressed(launch.space.suggest(_fixed(trial))).model
+                model = stages.compressed(launch.space.suggest(fixed(trial))).model
             tested[name] = dict(task.measure(model, "test").values)
             study.set_user_attr(TESTED, tested)
         launch.progress.advance()
 
 
-def _fixed(trial: FrozenTrial) -> Any:
-    """A trial that suggests what this one did."""
-    return FixedTrial(dict(trial.params), number=trial.number)
-
-
 def _written(
-    launch: _Launch,
+    launch: Launch,
     database: Database,
     record: CompressionRecord,
     trials: Sequence[FrozenTrial],
@@ -381,7 +294,7 @@ def _written(
 ) -> CompressionManifest:
     launch.progress.stage("writing")
     trial = next(one for one in trials if one.number == number)
-    made = launch.stages.compressed(launch.space.suggest(_fixed(trial)))
+    made = launch.stages.compressed(launch.space.suggest(fixed(trial)))
     tested = CompressionStore(database).study(record).user_attrs.get(TESTED, {})
     return write_result(
         out,

@@ -18,7 +18,17 @@ from alphasmith.objectives.literals import (
     SparsityKind,
     SvdMetric,
 )
-from alphasmith.search.config import DEFAULT_OUT, CodeName, Configuration, Label, Section, UserPath, read_toml
+from alphasmith.search.config import (
+    DEFAULT_OUT,
+    CodeName,
+    Configuration,
+    EngineName,
+    Label,
+    Section,
+    UserPath,
+    WorkersConfig,
+    read_toml,
+)
 
 #: What may become of the weights beside their codebooks. ``off``: nothing; ``truncate``: factors alone (claim B-5), in rounds
 #: with training; ``branch``: factors of the smoothed weights beside what is left of these.
@@ -227,6 +237,7 @@ class CompressConfig(Configuration):
         storage: SQLAlchemy URL of the database; None: ``alphasmith.db`` (SQLite) in the working directory.
         out: Output folder; None: ``alphasmith-runs/<id>``.
         device: Torch device; None: the first GPU, else the CPU.
+        engine: Where trials are worked on: ``local``, in this process or in worker processes; ``ray``, on a Ray cluster.
         task: Model and task.
         drop: How much worse the model may become.
         train: Training with sparsity terms.
@@ -234,11 +245,13 @@ class CompressConfig(Configuration):
         branch: Low-rank branches beside smoothed weights.
         clusters: Codebooks.
         study: How much is tried.
+        workers: Who works on it. One worker finds the same every time; of several, what is tried depends on who is faster.
     """
 
     storage: Annotated[Label, Field(max_length=4096)] | None = None
     out: UserPath | None = None
     device: Annotated[Label, Field(max_length=64)] | None = None
+    engine: EngineName = "local"
     task: TaskConfig = TaskConfig()
     drop: DropConfig = DropConfig()
     train: RegularisedConfig = RegularisedConfig()
@@ -246,6 +259,7 @@ class CompressConfig(Configuration):
     branch: BranchConfig = BranchConfig()
     clusters: ClustersConfig = ClustersConfig()
     study: StudyConfig = StudyConfig()
+    workers: WorkersConfig = WorkersConfig()
 
     @classmethod
     def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> CompressConfig:
@@ -263,7 +277,7 @@ class CompressConfig(Configuration):
 
     def deciding(self) -> dict[str, Any]:
         """The part that decides the result, as JSON values; more trials go on with the same study."""
-        values = self.model_dump(mode="json", exclude={"storage", "out", "device"})
+        values = self.model_dump(mode="json", exclude={"storage", "out", "device", "engine", "workers"})
         values["study"] = {name: value for name, value in values["study"].items() if name not in ("trials", "cache")}
         return values
 

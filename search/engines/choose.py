@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
-from alphasmith.search.config import RunConfig
+from alphasmith.search.config import EngineName, RunConfig, WorkersConfig
 from alphasmith.search.devices import search_device
 from alphasmith.search.engines.local.in_process import InProcess
 from alphasmith.search.engines.local.processes import Processes, default_workers
 from alphasmith.search.engines.types import Engine
+
+if TYPE_CHECKING:
+    from alphasmith.search.engines.cluster.engine import RayTune
 
 
 @contextmanager
@@ -26,6 +30,35 @@ def make_engine(config: RunConfig, stop: Callable[[], bool]) -> Iterator[Engine]
         InputError: Ray is asked for and is not installed, or its cluster cannot be reached.
     """
     engine = _engine(config, stop)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def make_workers(
+    name: EngineName, workers: WorkersConfig, *, device: str | None, perform: str
+) -> Iterator[Processes | RayTune]:
+    """Workers for work of any kind, ended whatever happens.
+
+    Args:
+        name: Where they are.
+        workers: How many; with ``local`` at least one.
+        device: Torch device that was asked for.
+        perform: Dotted name ``module:function`` of what does a piece of work.
+
+    Raises:
+        InputError: As :func:`make_engine`; or no workers are asked for.
+    """
+    engine: Processes | RayTune
+    if name == "ray":
+        from alphasmith.search.engines.cluster.engine import RayTune  # an extra, and slow to import
+
+        engine = RayTune(workers, device=device, perform=perform)
+    else:
+        _, devices = default_workers(workers, gpus=torch.cuda.device_count(), device=device)
+        engine = Processes(workers.count, threads=workers.threads, devices=devices, perform=perform)
     try:
         yield engine
     finally:

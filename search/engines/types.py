@@ -29,6 +29,25 @@ from alphasmith.search.study.study_record import StudyMessage, StudyPast
 OnMessage: TypeAlias = Callable[[str, StudyMessage], None]
 
 
+class Work(Protocol):
+    """A piece of work for one worker: the search of a site, or whatever the engine was told to perform. It can be pickled."""
+
+    @property
+    def site(self) -> str:
+        """Name of it; of the site, where it is the search of one."""
+        ...
+
+    @property
+    def memory(self) -> int:
+        """Predicted memory at its peak [bytes]; 0: unknown."""
+        ...
+
+    @property
+    def past(self) -> StudyPast:
+        """What was told of it before; the field of a dataclass."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteWork:
     """Everything that is needed to search one site. Tensors are on the CPU; pickles without the model.
@@ -54,7 +73,7 @@ class SiteWork:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchEnd:
-    """How one piece of site work ended. Exactly one of ``result``, ``reason`` and ``stopped`` tells.
+    """How one piece of work ended. At most one of ``result``, ``reason`` and ``stopped`` tells; none where it keeps its results itself.
 
     Attributes:
         site: Site name.
@@ -109,11 +128,11 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """Pieces of site work it can take at present beyond those it holds; may change, e.g. as nodes join a cluster."""
+        """Pieces of work it can take at present beyond those it holds; may change, e.g. as nodes join a cluster."""
         ...
 
-    def submit(self, work: SiteWork) -> None:
-        """Take one piece of site work; at most ``slots`` may be given."""
+    def submit(self, work: Work) -> None:
+        """Take one piece of work; at most ``slots`` may be given."""
         ...
 
     def wait(self, receive: OnMessage, timeout: float) -> list[SearchEnd]:

@@ -27,16 +27,14 @@ from alphasmith.search.work.session import RunHandle
 from alphasmith.search.work.site_results import SiteResults
 from alphasmith.search.work.site_sources import PublishedSites
 from alphasmith.search.work.site_stage import SiteStage
+from alphasmith.search.work.waiting import POLL, appeared
 from alphasmith.storage.artifacts.store import ArtifactStore, MissingArtifactError
-from alphasmith.storage.database.connection import Database, open_existing
+from alphasmith.storage.database.connection import Database
 from alphasmith.storage.database.urls import mask
 from alphasmith.storage.queue.board import Board
 from alphasmith.storage.queue.records import WorkerRecord
 from alphasmith.storage.runs.records import RunRecord, RunStatus
 from alphasmith.storage.runs.run_store import RunStore
-
-#: Seconds between two looks at a run that is not planned yet.
-_POLL = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +97,15 @@ def work(
     return_large_blocks()
     progress = progress or Silent()
     url = storage or DEFAULT_STORAGE
-    database, record = _appeared(url, run, wait, progress, stop, sleep)
+    database, record = appeared(
+        url,
+        lambda database: RunStore(database).get(run),
+        what=f"run {run}",
+        wait=wait,
+        progress=progress,
+        stop=stop,
+        sleep=sleep,
+    )
     with closing(database):
         if record.scope == "model":
             raise InputError(
@@ -123,29 +129,6 @@ def work(
             if not finish:
                 return _left(record, searched, "all sites are searched")
             return _finish(database, record, config, allow_code, searched, progress, stop, sleep)
-
-
-def _appeared(
-    url: str, run: str, wait: float, progress: Progress, stop: Callable[[], bool], sleep: Callable[[float], None]
-) -> tuple[Database, RunRecord]:
-    """The run, once it is there."""
-    waited = 0.0
-    while True:
-        try:
-            database = open_existing(url)
-            try:
-                return database, RunStore(database).get(run)
-            except InputError:
-                database.close()
-                raise
-        except InputError:
-            leave(stop)
-            if waited >= wait:
-                raise
-        if not waited:
-            progress.note(f"waiting up to {duration(wait)} for run {run}")
-        sleep(_POLL)
-        waited += _POLL
 
 
 def _search(
@@ -203,7 +186,7 @@ def _planned(
         if any(driver.alive for driver in drivers):
             alone = 0.0
         elif alone < patience:
-            alone += _POLL
+            alone += POLL
         else:
             raise InputError(
                 "RUN",
@@ -214,7 +197,7 @@ def _planned(
             progress.note(f"waiting for the driver of {handle.id} to plan its sites")
             told = True
         leave(stop)
-        sleep(_POLL)
+        sleep(POLL)
     return [ticket.site for ticket in tickets]
 
 
@@ -287,7 +270,7 @@ def _await_driver(
             return status, f"{driver.host}, process {driver.pid}"
         first = first or driver
         leave(stop)
-        sleep(_POLL)
+        sleep(POLL)
 
 
 def _left(record: RunRecord, searched: int, note: str) -> WorkSummary:

@@ -41,7 +41,7 @@ from alphasmith.storage.output.output_folder import (
     discard_partial,
     partial_folder,
     training_in,
-    training_leftovers,
+    unfinished_folders,
 )
 from alphasmith.storage.output.reservation import Reservation
 from alphasmith.storage.output.result_folder import ResultFolder
@@ -281,7 +281,7 @@ def _driven(launch: _Launch, database: Database, record: TrainingRecord, made: b
                 store.delete(record.id)
             raise
         store.start(record.id)
-        for left in training_leftovers(out, record.id):
+        for left in unfinished_folders(out, record.id):
             if left != partial_folder(out, record.id):
                 discard_partial(left)
         try:
@@ -400,7 +400,7 @@ def _concluded(database: Database, record: TrainingRecord, manifest: Manifest, o
     """Finish the record of a training whose folder is whole, and remove its checkpoints."""
     if manifest.training is None:
         raise AlphasmithError(f"{out} says nothing of a training")
-    for left in training_leftovers(out, record.id):
+    for left in unfinished_folders(out, record.id):
         shutil.rmtree(left, ignore_errors=True)
     entry = manifest.training.model_dump(mode="json")
     if manifest.training.study is not None:

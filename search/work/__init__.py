@@ -7,6 +7,7 @@
 - ``site_results``: accepted results of sites: stored once, read again when the run is resumed
 - ``site_sources``: sources of a site's rows and weights: the model in this process, or what its driver has published
 - ``site_stage``: the stage that searches all sites of a run, one study each, shared with other workers
+- ``waiting``: waiting for a database and what is to be worked on in it to appear
 """
 
-__all__ = ["plan", "session", "site_records", "site_results", "site_sources", "site_stage"]
+__all__ = ["plan", "session", "site_records", "site_results", "site_sources", "site_stage", "waiting"]

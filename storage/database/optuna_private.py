@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from alphasmith.objectives.text import one_line
 from alphasmith.storage.database.connection import StorageError, driver_line
 from alphasmith.storage.database.retries import retry_lost
+from alphasmith.storage.database.tables import UtcDateTime
 
 if TYPE_CHECKING:
     import optuna
@@ -27,12 +28,20 @@ if TYPE_CHECKING:
 
 #: What is read of Optuna's tables, without its models.
 STUDIES = table("studies", column("study_id"), column("study_name", String))
-TRIALS = table("trials", column("trial_id"), column("study_id"), column("number"), column("state"))
+TRIALS = table(
+    "trials",
+    column("trial_id"),
+    column("study_id"),
+    column("number"),
+    column("state"),
+    column("datetime_start", UtcDateTime),
+)
 VALUES = table("trial_values", column("trial_id"), column("objective"), column("value"))
 PARAMS = table(
     "trial_params", column("trial_id"), column("param_name"), column("param_value"), column("distribution_json")
 )
 ATTRIBUTES = table("trial_user_attributes", column("trial_id"), column("key"), column("value_json"))
+HEARTBEATS = table("trial_heartbeats", column("trial_id"), column("heartbeat", UtcDateTime))
 
 #: Trials with their studies.
 STUDIED = TRIALS.join(STUDIES, TRIALS.c.study_id == STUDIES.c.study_id)
@@ -82,6 +91,40 @@ class StudyView:
         return [t for t in self._study.get_trials(*args, **kwargs) if self._names <= t.params.keys()]
 
 
+def begin_trial(study: optuna.Study, trial: FrozenTrial, *, first: int) -> tuple[int, dict[str, Any]]:
+    """Add one running trial, see :func:`insert_trials`.
+
+    Args:
+        study: The study.
+        trial: With parameters and attributes.
+        first: Number that it must get.
+
+    Returns:
+        Optuna's id and the attributes of the trial with that number: another process may have added the very same.
+
+    Raises:
+        StorageError: The study does not hold exactly ``first`` trials, nor this one.
+        StorageInternalError: The database refused the trial or was lost.
+    """
+    storage, study_id = study._storage, study._study_id
+    insert_trials(storage, study_id, [trial], first=first)
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, first)
+    return trial_id, storage.get_trial(trial_id).user_attrs
+
+
+def begun_trial(study: optuna.Study, trial_id: int) -> optuna.Trial:
+    """A running trial of a study to be written to; nothing is proposed for it.
+
+    Args:
+        study: The study; its sampler is replaced.
+        trial_id: Optuna's id of the trial.
+    """
+    import optuna
+
+    study.sampler = optuna.samplers.RandomSampler(seed=0)  # asked for relative parameters, it proposes none
+    return optuna.Trial(study, trial_id)
+
+
 def insert_trials(
     storage: BaseStorage,
     study_id: int,
@@ -90,7 +133,7 @@ def insert_trials(
     first: int | None = None,
     fence: Callable[[Connection], None] | None = None,
 ) -> None:
-    """Add finished trials to a study, numbered on from those it holds: the rows of ``Study.add_trial``, in one transaction.
+    """Add trials to a study, numbered on from those it holds: the rows of ``Study.add_trial``, in one transaction.
 
     Optuna has no bulk insert: its create_new_trial reads the trial back from the database before every value it writes. At 17
     parameters that takes 16 times the processor time of one insert here and 50 times that of many at once, and a search waits
@@ -106,14 +149,14 @@ def insert_trials(
     Args:
         storage: Optuna storage; one that is not a relational database takes the trials one by one.
         study_id: Optuna's id of the study.
-        trials: In the order of their numbers; states ``COMPLETE``, ``PRUNED`` or ``FAIL``. May be empty.
+        trials: In the order of their numbers; finished ones, or such as begin with this (``RUNNING``). May be empty.
         first: Number that the first one must get; None: the next free one. Where the study holds the same trials under these
             numbers already, all is done: an earlier call was committed, only its answer was lost.
         fence: Checked first in the same transaction, see ``Board.fence``; what it raises is raised here, and nothing is
             written.
 
     Raises:
-        ValueError: A trial is not finished; or a fence for a storage that is not a relational database.
+        ValueError: A trial is waiting; or a fence for a storage that is not a relational database.
         KeyError: There is no such study.
         StorageError: The study does not hold exactly ``first`` trials, nor these.
         StorageInternalError: The database refused the trials or was lost.
@@ -123,7 +166,7 @@ def insert_trials(
     from optuna.storages._cached_storage import _CachedStorage
 
     for trial in trials:
-        if not trial.state.is_finished():
+        if not trial.state.is_finished() and trial.state.name != "RUNNING":
             raise ValueError(f"trial of study {study_id} is {trial.state.name}, not finished")
     if not trials:
         return

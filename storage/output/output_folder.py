@@ -371,14 +371,14 @@ def partial_folders(out: Path, run_id: str, tokens: Iterable[str]) -> list[Path]
     return [path for one in made for path in (one, _discarded(one)) if _is_folder(path)]
 
 
-def training_leftovers(out: Path, training_id: str) -> list[Path]:
-    """What a training that has not finished left beside the place of its result: its checkpoints and attempts to write it.
+def unfinished_folders(out: Path, owner: str) -> list[Path]:
+    """What a training or a compression that has not finished left beside the place of its result: checkpoints, attempts to write it.
 
     Args:
         out: Where its result was to go.
-        training_id: The training; its id is in every name that is looked at.
+        owner: Id of the training or the compression, which is in every name that is looked at.
     """
-    first = partial_folder(out, training_id)
+    first = partial_folder(out, owner)
     if not out.parent.is_dir():
         return []
     begin = f"{first.name}-"

@@ -19,6 +19,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.storage.files.durable import NO_SPACE
 from alphasmith.storage.output._parents import ParentFolders
 from alphasmith.storage.queue.leases import Heartbeat, Identity, is_gone, named
+from alphasmith.storage.runs.compressions import is_compression_id
 from alphasmith.storage.runs.trainings import is_training_id
 
 if sys.platform != "win32":
@@ -30,6 +31,10 @@ _PATIENCE = 10.0
 _LONGEST = 1 << 16
 #: What file systems without locks answer; there, two processes that begin in the same millisecond are not told apart.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class ReservedError(InputError):
+    """A process that lives has reserved the place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,8 @@ class Reservation:
                 run passes to this one. Else it is left to it.
 
         Raises:
-            InputError: Field ``out``: a process that lives has reserved it for another run, or the place is not writable.
+            ReservedError: Field ``out``: a process that lives has reserved it for another run.
+            InputError: Field ``out``: the place is not writable.
         """
         with self._translated():
             self._parents.make(self.out.parent)
@@ -94,7 +100,7 @@ class Reservation:
                     if ours and not driving:
                         return  # even where that process seems dead: who drives the run, the database says
                     if not ours and self._lives(found):
-                        raise InputError("out", self._whose(found), _remedy(found))
+                        raise ReservedError("out", self._whose(found), _remedy(found))
                 claim = _Claim(holder=self._identity.worker, lease=self._lease, run=run, storage=self._storage)
                 _write(descriptor, claim)
                 self._held, self._run = True, run
@@ -150,7 +156,7 @@ class Reservation:
         return _lives(claim, self._file, self._identity)
 
     def _whose(self, claim: _Claim) -> str:
-        what = "training" if is_training_id(claim.run) else "run"
+        what = "training" if is_training_id(claim.run) else "compression" if is_compression_id(claim.run) else "run"
         of = f"{what} {claim.run}" if claim.run else "a run or training that is not on record yet"
         return f"{self.out} is reserved for {of}, driven by {named(claim.holder)}"
 
@@ -211,7 +217,8 @@ def _lives(claim: _Claim, file: Path, here: Identity) -> bool:
 
 def _remedy(claim: _Claim) -> str:
     wait = "wait until it has ended, or choose another folder"
-    if not claim.run or is_training_id(claim.run) or claim.storage.startswith("sqlite"):
+    alone = claim.storage.startswith("sqlite") and not is_compression_id(claim.run)
+    if not claim.run or is_training_id(claim.run) or alone:
         return wait
     return f"join it with: alphasmith worker {claim.run} --storage {claim.storage}, or {wait}"
 

@@ -8,6 +8,7 @@
 - ``leases``: leases: who holds one, by whose clock it ends, and the thread that keeps it alive
 - ``records``: records shared between the processes that work on one run: tickets, claims, workers
 - ``status``: status of a run: its state, its sites and who works on it, as of one moment by the database's clock
+- ``trial_claims``: trials of a study that several processes share: which is whose, and which belong to nobody any more
 """
 
-__all__ = ["board", "leases", "records", "status"]
+__all__ = ["board", "leases", "records", "status", "trial_claims"]

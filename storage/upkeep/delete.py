@@ -16,7 +16,7 @@ from alphasmith.storage.artifacts.store import ArtifactStore
 from alphasmith.storage.database.connection import Database, optuna_storage
 from alphasmith.storage.database.optuna_private import STUDIES, of_run
 from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow
-from alphasmith.storage.output.output_folder import discard_partial, partial_folders, training_leftovers
+from alphasmith.storage.output.output_folder import discard_partial, partial_folders, unfinished_folders
 from alphasmith.storage.output.reservation import abandoned_reservation, holder
 from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.board import Board
@@ -192,7 +192,7 @@ def _refuse_driven(database: Database, work: TrainingRecord | CompressionRecord)
 def _left_of(database: Database, work: TrainingRecord | CompressionRecord, dry_run: bool) -> Iterator[Removal]:
     """Unfinished folders, abandoned reservation and study of a training or a compression; the folder of its result stays."""
     place = Path(work.folder)
-    yield from _partials(training_leftovers(place, work.id), dry_run)
+    yield from _partials(unfinished_folders(place, work.id), dry_run)
     reservation = abandoned_reservation(place, work.id)
     if reservation is not None and holder(place, work.id) is None:
         size = reservation.stat().st_size

@@ -19,7 +19,7 @@ from alphasmith.objectives.judge.model_objective import ModelObjective, ModelSco
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import error_line
 from alphasmith.search.engines.local.worker_loop import Perform
-from alphasmith.search.engines.types import ModelWork, SearchEnd, SiteWork
+from alphasmith.search.engines.types import ModelWork, SearchEnd
 from alphasmith.search.study.study_record import SentLog, StudyMessage, StudyPast, StudyTrials
 
 #: Namespace of the mailboxes.
@@ -29,7 +29,7 @@ _ASK_EVERY = 0.2
 
 
 class SiteTrainable(tune.Trainable):  # type: ignore[misc]  # Ray's class is untyped
-    """A Tune trial: the search of one site, in one step. Its actor is reused for the next one."""
+    """A Tune trial: one piece of work, such as the search of one site, in one step. Its actor is reused for the next one."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Get ready once per process."""
@@ -56,7 +56,7 @@ class SiteTrainable(tune.Trainable):  # type: ignore[misc]  # Ray's class is unt
             return {"done": True, "site": work.site}
         return {"done": True, "site": work.site, "loss": ended.result.loss, "trials": len(ended.result.results)}
 
-    def _search(self, work: SiteWork, attempt: int, told: Sequence[bytes]) -> SearchEnd:
+    def _search(self, work: Any, attempt: int, told: Sequence[bytes]) -> SearchEnd:
         messages = [cloudpickle.loads(message) for message in told]
         line = _MailboxClient(self._mailbox, self._key, attempt, messages)
         past = work.past

@@ -18,7 +18,7 @@ from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.text import one_line
 from alphasmith.search.config import WorkersConfig
 from alphasmith.search.engines.cluster._connection import connect, import_ray
-from alphasmith.search.engines.types import ModelWork, OnMessage, SearchEnd, SiteWork
+from alphasmith.search.engines.types import ModelWork, OnMessage, SearchEnd, Work
 from alphasmith.search.study.fault_isolation import Racer
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class RayTune:
     Args:
         workers: Address, searches at once, threads and attempts.
         device: ``cpu`` keeps the searches off the GPUs; None: on GPUs where the cluster has them.
-        perform: What searches a site on a worker, ``module:function``.
+        perform: What does a piece of work on a worker, ``module:function``.
 
     Raises:
         InputError: Ray is not installed, no cluster answers at the address, or the address cannot be used.
@@ -134,7 +134,7 @@ class RayTune:
         at_once = self._at_once()
         return max(0, at_once + max(1, at_once) - len(self._held))
 
-    def submit(self, work: SiteWork) -> None:
+    def submit(self, work: Work) -> None:
         """Put the work into Ray's object store and queue a trial for it.
 
         Raises:
@@ -299,7 +299,7 @@ class RayTune:
         threads = self._workers.threads or max(1, int(sum(nodes)) // self._workers.count)
         return max(1, min(threads, int(max(nodes, default=1))))
 
-    def _share_of(self, work: SiteWork) -> float:
+    def _share_of(self, work: Work) -> float:
         gpus = self._gpus()
         if gpus and self._gpu_memory is None:
             self._gpu_memory = self._ask_gpu_memory()

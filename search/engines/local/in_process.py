@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.search.engines.perform import perform
@@ -35,7 +36,7 @@ class InProcess:
         """One at a time."""
         return 0 if self._held or self._stopped else 1
 
-    def submit(self, work: SiteWork) -> None:
+    def submit(self, work: Any) -> None:
         """Keep the work for :meth:`wait`."""
         self._held.append(work)
 

@@ -18,7 +18,7 @@ from alphasmith.search.config import WorkersConfig
 from alphasmith.search.engines.local._child_process import ChildProcess, Event
 from alphasmith.search.engines.local._shared_race import Share, SharedRace
 from alphasmith.search.engines.local.worker_loop import STOP, Drop, Failure, Hold, Ready, Scores, Setup, dump
-from alphasmith.search.engines.types import ModelWork, OnMessage, SearchEnd, SiteWork
+from alphasmith.search.engines.types import ModelWork, OnMessage, SearchEnd, Work
 from alphasmith.search.study.fault_isolation import Racer
 from alphasmith.search.study.study_record import StudyMessage
 
@@ -55,7 +55,7 @@ class Processes:
         count: Worker processes, at least 1.
         threads: CPU threads of each; None: the cores this process may use, shared out.
         devices: Torch device of worker i is number ``i % len(devices)``; none: the CPU.
-        perform: Dotted name ``module:function`` of what searches a site.
+        perform: Dotted name ``module:function`` of what does a piece of work.
         clock: Seconds, monotonic.
 
     Raises:
@@ -103,8 +103,8 @@ class Processes:
             return 0
         return sum(slot.task is None for slot in self._slots)
 
-    def submit(self, work: SiteWork) -> None:
-        """Give one piece of site work to a worker.
+    def submit(self, work: Work) -> None:
+        """Give one piece of work to a worker.
 
         Raises:
             AlphasmithError: No worker is free, or none can be started.

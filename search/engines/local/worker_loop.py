@@ -24,7 +24,7 @@ from alphasmith.objectives.judge.model_objective import ModelObjective, ModelSco
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import error_line
 from alphasmith.search.engines.local._packing import packed
-from alphasmith.search.engines.types import ModelWork, SearchEnd, SiteWork
+from alphasmith.search.engines.types import ModelWork, SearchEnd, Work
 from alphasmith.search.study.study_record import SentLog, StudyLog, StudyMessage
 
 #: Asks a worker to end the search it is at, and all that follow.
@@ -32,9 +32,9 @@ STOP = b""
 
 
 class Perform(Protocol):
-    """Searches one site, see ``alphasmith.search.engines.perform.perform``."""
+    """Does one piece of work: of ``alphasmith.search.engines.perform.perform`` a ``SiteWork``."""
 
-    def __call__(self, work: SiteWork, log: StudyLog, *, device: str | None, stop: Callable[[], bool]) -> SearchEnd:
+    def __call__(self, work: Any, log: StudyLog, *, device: str | None, stop: Callable[[], bool]) -> SearchEnd:
         """Search; what is found goes to ``log``."""
         ...
 
@@ -155,11 +155,8 @@ class _Worker:
             if message is not None:
                 self._send(message)
 
-    def _answer(self, order: SiteWork | Race | Hold | Drop) -> SearchEnd | Scores | None:
+    def _answer(self, order: Work | Race | Hold | Drop) -> SearchEnd | Scores | None:
         match order:
-            case SiteWork():
-                log = SentLog(order.past, self._tell)
-                return self._perform(order, log, device=self._device, stop=lambda: self._stopped)
             case Race():
                 scores = self._judge(order.key).race(
                     order.smoothings, incumbent=order.incumbent, protected=order.protected
@@ -170,6 +167,9 @@ class _Worker:
             case Drop():
                 self._models.pop(order.key, None)
                 self._judges.pop(order.key, None)
+            case _:
+                log = SentLog(order.past, self._tell)
+                return self._perform(order, log, device=self._device, stop=lambda: self._stopped)
         return None
 
     def _judge(self, key: int) -> ModelObjective:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
@@ -34,6 +34,7 @@ from alphasmith.search.compression._study import (
 from alphasmith.search.compression.config import CompressConfig
 from alphasmith.search.interruption import Interrupted, never
 from alphasmith.search.progress import Silent
+from alphasmith.storage.database.optuna_private import begin_trial, begun_trial
 
 CLASSES = ("conv", "linear")
 
@@ -75,12 +76,33 @@ class Killed(BaseException):
     """The process ends in the middle of a trial."""
 
 
+class Worker:
+    """A worker's claims on a study in memory; those of workers that are not alive are abandoned."""
+
+    def __init__(self, study: optuna.Study, name: str = "one", alive: tuple[str, ...] = ()) -> None:
+        self._study, self._name, self._alive = study, name, alive
+
+    def begin(self, trial: FrozenTrial, *, first: int) -> optuna.Trial | None:
+        if len(self._study.trials) != first:
+            return None
+        trial.user_attrs = {**trial.user_attrs, "worker": self._name}
+        trial_id, _ = begin_trial(self._study, trial, first=first)
+        return begun_trial(self._study, trial_id)
+
+    def end(self) -> None:
+        pass
+
+    def abandoned(self) -> Mapping[int, Mapping[str, Any]]:
+        running = self._study.get_trials(states=(TrialState.RUNNING,))
+        return {one.number: one.user_attrs for one in running if one.user_attrs.get("worker") not in self._alive}
+
+
 def study_of(latency: bool = False) -> optuna.Study:
     return optuna.create_study(directions=directions(latency))
 
 
-def run(study: optuna.Study, stages: Formula, space: Space) -> list[FrozenTrial]:
-    return run_study(study, space, stages, progress=Silent(), stop=never)
+def run(study: optuna.Study, stages: Formula, space: Space, claims: Worker | None = None) -> list[FrozenTrial]:
+    return run_study(study, space, stages, claims=claims or Worker(study), progress=Silent(), stop=never)
 
 
 def told(trials: list[FrozenTrial]) -> list[Any]:
@@ -156,10 +178,109 @@ def test_stopping_keeps_what_was_found_and_more_trials_go_on() -> None:
     study, stages = study_of(), Formula()
     calls = itertools.count()
     with pytest.raises(Interrupted):
-        run_study(study, space_of(), stages, progress=Silent(), stop=lambda: next(calls) == 5)
+        run_study(study, space_of(), stages, claims=Worker(study), progress=Silent(), stop=lambda: next(calls) == 5)
     assert len(counted(study)) == 5
     assert len(run(study, stages, space_of(trials=7))) == 7
     assert len(stages.asked) == 7, "nothing is done twice"
+
+
+class Waiting(BaseException):
+    """A worker has nothing left to do but to wait for another one."""
+
+
+def wait(seconds: float) -> None:
+    raise Waiting
+
+
+class During(Formula):
+    """Stages of a worker in the middle of whose trial something happens."""
+
+    def __init__(self, at: int, happens: Callable[[], None]) -> None:
+        super().__init__()
+        self._at, self._happens = at, happens
+
+    def point(self, choice: Choice) -> Point:
+        if len(self.asked) == self._at:
+            self._happens()
+        return super().point(choice)
+
+
+def beside(study: optuna.Study, space: Space, stages: Formula, *alive: str) -> None:
+    """Another worker does all that it can."""
+    claims = Worker(study, "two", ("two", *alive))
+    with pytest.raises(Waiting):
+        run_study(study, space, stages, claims=claims, progress=Silent(), stop=never, sleep=wait)
+
+
+@pytest.mark.parametrize("at", [0, 3, 4, 6, 11])
+def test_two_workers_lose_no_trial_and_make_none_twice(at: int) -> None:
+    study, space, other = study_of(), space_of(trials=14, inner=2), Formula()
+    mine = During(at, lambda: beside(study, space, other, "one"))
+    trials = run(study, mine, space, Worker(study, "one", ("one", "two")))
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 14 == [trial.state for trial in study.trials]
+    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(14))
+    assert len(mine.asked) + len(other.asked) == 14
+    assert len(mine.asked) == at + 1, "the other one left nothing"
+    of = {trial.user_attrs["place"]: trial for trial in trials}
+    for leader in range(len(space.plain()), 14, 2):
+        assert costly(of[leader].params) == costly(of[leader + 1].params)
+
+
+def test_a_worker_rather_takes_what_needs_no_stage_that_another_is_at() -> None:
+    study, space, other = study_of(), space_of(trials=12, inner=4), Formula()
+    plain = len(space.plain())
+    mine = During(plain, lambda: beside(study, space, other, "one"))
+    run(study, mine, space, Worker(study, "one", ("one", "two")))
+    places = [trial.user_attrs["place"] for trial in study.trials]
+    assert places == [*range(plain + 1), *range(plain + 4, 12), *range(plain + 1, plain + 4)]
+
+
+def test_the_trial_of_a_worker_that_is_gone_is_tried_again_and_what_it_finds_too_late_does_not_count() -> None:
+    study, space, other = study_of(), space_of(trials=8), Formula()
+
+    def replaced() -> None:
+        claims = Worker(study, "two", ("two",))
+        assert len(run(study, other, space, claims)) == 8
+
+    mine = During(5, replaced)
+    trials = run(study, mine, space, Worker(study, "one", ("one", "two")))
+    assert [trial.number for trial in study.trials if trial.state == TrialState.FAIL] == [5]
+    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(8))
+    assert (len(mine.asked), len(other.asked)) == (6, 3)
+    late = study.trials[5]
+    assert BYTES not in late.user_attrs
+    assert late.params == trials[5].params, "as the seed of the place says"
+
+
+def test_a_trial_that_somebody_else_began_meanwhile_is_looked_at_first() -> None:
+    study, space = study_of(), space_of(trials=6)
+
+    class Late(Worker):
+        met = 0
+
+        def begin(self, trial: FrozenTrial, *, first: int) -> optuna.Trial | None:
+            if not Late.met:
+                Late.met += 1
+                beside(study, space_of(trials=7), During(4, self._leave), "one")
+            return super().begin(trial, first=first)
+
+        def _leave(self) -> None:
+            raise Waiting
+
+    trials = run(study, Formula(), space, Late(study, "one", ("one",)))
+    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(6))
+
+
+def test_an_error_that_nobody_foresaw_leaves_the_trial_to_others() -> None:
+    study, space = study_of(), space_of(trials=3)
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(study, During(1, broken), space, Worker(study, "one", ("one",)))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert len(run(study, Formula(), space, Worker(study, "one", ("one",)))) == 3
 
 
 def trial_of(stored: float, drop: float, excess: float, state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
