@@ -45,7 +45,7 @@ POINT = {"tolerances": {"accuracy": 1.0}}
 PERCENT = {"relative": {"perplexity": 0.02}}
 SPEECH = {"tolerances": {"si_sdr": 0.6, "stoi": 0.005}}
 #: No data to train on: stages 2 to 6 alone.
-UNTRAINED = {"train": {"steps": 0}, "rounds": {"steps": 0}}
+UNTRAINED = {"train": {"steps": 0}, "rounds": {"steps": 0}, "clusters": {"finetune": 0}}
 
 
 def load_joint_case(name: str, data: Path) -> JointCase:

@@ -1,10 +1,11 @@
 """How small shared models become within a tolerated drop, against what is usually done at the same size, and how fast they run.
 
-    python -m benchmarks.joint_models SHARED_DATA [--models embedded kwt1 ...] [--trials 24] [--work FOLDER] [--out docs/joint.md]
+    python -m benchmarks.joint_models SHARED_DATA [--models embedded kwt1 ...] [--trials 24] [--work FOLDER] [--out docs/compress.md]
 
 SHARED_DATA is the folder with zoo.py; it is not part of this repository. Everything is chosen on the study split; the figures are of the test
 split, which the study looks at once, after everything is decided. What is usually done is given the bytes of ours, or the fewest it
-can have: it is chosen by size alone and needs no study.
+can have: it is chosen by size alone and needs no study. With ``--work``, findings that are there are not measured again, and rows of other
+models that the document has stay in it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from alphasmith.objectives.joint.packed.restoring import restore
 from alphasmith.objectives.media.batch import call
 from alphasmith.objectives.model.plain_operators import rewrite
 from alphasmith.search import compress, load_compressed
+from alphasmith.search.compression.config import Role
+from alphasmith.search.config import merged
 from benchmarks.joint_cases import JOINT_NAMES, JointCase, load_joint_case
 from benchmarks.timing import machine, parser, publish, seconds_of, table, torch_threads
 
@@ -149,11 +153,20 @@ def drops_of(case: JointCase, model: nn.Module, before: dict[str, float]) -> dic
     return {name: signs[name] * (before[name] - value) for name, value in after.items() if value is not None}
 
 
-def measure(case: JointCase, trials: int, work: Path) -> Found:
+def cut_short(case: JointCase, steps: int | None, finetune: int | None) -> JointCase:
+    """The same case with other numbers of updates, which its line says."""
+    asked = {"train": {"steps": steps}, "rounds": {"steps": steps}, "clusters": {"finetune": finetune}}
+    given = {name: part for name, part in asked.items() if None not in part.values()}
+    told = "" if steps is None else f"; {steps} updates of a training"
+    told += "" if finetune is None else f"; {finetune} updates of tables"
+    return replace(case, settings=merged(case.settings, given), data=case.data + told)
+
+
+def measure(case: JointCase, trials: int, work: Path, roles: list[str]) -> Found:
     """Compress one model, and its rivals."""
-    settings = {
+    settings: dict[str, Any] = {
         "storage": f"sqlite:///{work / 'studies.db'}", "out": str(work / case.name), "drop": case.drop,
-        "study": {"trials": trials, "cache": str(work / "stages")}, **case.settings,
+        "study": {"trials": trials, "cache": str(work / "stages"), "roles": roles}, **case.settings,
     }  # fmt: skip
     result = compress(case.model, case.task, settings)
     ours, manifest = load_compressed(result.folder, case.model), result.manifest
@@ -230,12 +243,33 @@ def kept(work: Path, name: str) -> Found | None:
     return Found(**values)
 
 
+def published(out: Path | None) -> dict[str, tuple[str, str]]:
+    """Model -> its row and its line in the document, each with the machine it was measured on."""
+    if out is None or not out.is_file():
+        return {}
+    inside = (
+        out.read_text(encoding="utf-8").partition("<!-- JOINT_MODELS -->")[2].partition("<!-- /JOINT_MODELS -->")[0]
+    )
+    lines = inside.splitlines()
+    where = next((line.removesuffix(".") for line in lines if line.startswith("Machine: ")), "")
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+    told = {line.partition(":")[0].removeprefix("- "): line for line in lines if line.startswith("- ")}
+    return {
+        name: (rows[name], line if "Machine: " in line else f"{line} {where}.")
+        for name, line in told.items()
+        if name in rows
+    }
+
+
 def main() -> None:
     """Measure and print."""
     made = parser(__doc__)
     made.add_argument("data", type=Path, help="folder with zoo.py")
     made.add_argument("--models", nargs="+", default=list(JOINT_NAMES), choices=JOINT_NAMES, help="which")
     made.add_argument("--trials", type=int, default=24, help="of every study")
+    made.add_argument("--roles", nargs="+", default=list(get_args(Role)), choices=get_args(Role), help="to choose from")
+    made.add_argument("--steps", type=int, default=None, help="updates of every training; without: those of the model")
+    made.add_argument("--finetune", type=int, default=None, help="updates of tables; without: those of the model")
     made.add_argument("--work", type=Path, default=None, help="folder that keeps studies and findings")
     given: argparse.Namespace = made.parse_args()
     sys.path.insert(0, str(given.data))
@@ -243,22 +277,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        rows, told = [], []
+        there = {} if given.work is None else published(given.out)
+        rows: dict[str, str] = {name: line for name, (line, _) in there.items()}
+        told: dict[str, str] = {name: line for name, (_, line) in there.items()}
         for name in given.models:
             found = kept(work, name)
             if found is None:
                 try:
-                    found = measure(load_joint_case(name, given.data), given.trials, work)
+                    case = cut_short(load_joint_case(name, given.data), given.steps, given.finetune)
+                    found = measure(case, given.trials, work, given.roles)
                 except InputError as error:  # such as: no trial keeps within the limits
-                    rows.append([name, *[""] * (len(HEADER) - 2), str(error)])
+                    rows[name] = table([name, *[""] * (len(HEADER) - 2), str(error)], []).splitlines()[0]
+                    told[name] = f"- {name}: {given.trials} trials; {error}."
                     continue
             if "chosen" not in found.seconds:
                 found = replace(found, seconds=timed(load_joint_case(name, given.data), work / name))
             (work / f"{name}.json").write_text(json.dumps(asdict(found)))
-            rows.append(row(found))
-            told.append(f"- {name}: {found.data}. {found.trials} trials; {found.told}.")
-            print(table(HEADER, [rows[-1]]), flush=True)
-    publish("JOINT_MODELS", f"{where}\n\n{table(HEADER, rows)}\n\n" + "\n".join(told), given.out)
+            rows[name] = table(row(found), []).splitlines()[0]
+            told[name] = f"- {name}: {found.data}. {found.trials} trials; {found.told}."
+            print(table(HEADER, [row(found)]), flush=True)
+    ordered = [name for name in JOINT_NAMES if name in rows]
+    lines = "\n".join([table(HEADER, []), *(rows[name] for name in ordered)])
+    notes = "\n".join(told[name] for name in ordered)
+    publish("JOINT_MODELS", f"{where}\n\n{lines}\n\n{notes}", given.out)
 
 
 if __name__ == "__main__":

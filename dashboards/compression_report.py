@@ -69,6 +69,16 @@ def metric_grid(manifest: CompressionManifest) -> _Grid:
     return columns, rows
 
 
+def fallen_back(manifest: CompressionManifest) -> list[str]:
+    """Layers that became branches in place of truncation, a line each with the reason.
+
+    Args:
+        manifest: Of a compression.
+    """
+    branches = (layer for layer in manifest.layers if layer.form == "branch" and layer.reason)
+    return [f"{layer.name}: {layer.reason}" for layer in branches]
+
+
 def render_compression(manifest: CompressionManifest, trials: Sequence[Mapping[str, Any]]) -> str:
     """The report as one HTML document, UTF-8 when encoded.
 
@@ -127,7 +137,7 @@ def _rounds(manifest: CompressionManifest) -> _Grid:
 
 
 def _layers(manifest: CompressionManifest) -> _Grid:
-    columns = ("layer", "class", "form", "rank", "K", "SQNR [dB]", "bytes", "of", "smaller")
+    columns = ("layer", "class", "form", "rank", "K", "SQNR [dB]", "bytes", "of", "smaller", "why this form")
     rows = []
     for layer in manifest.layers:
         coded = [tensor for tensor in layer.tensors if tensor.stored == "codebook"]
@@ -144,6 +154,7 @@ def _layers(manifest: CompressionManifest) -> _Grid:
                 f"{after:,}",
                 f"{before:,}",
                 f"{before / after:.1f}x" if after else "",
+                layer.reason,
             ]
         )
     return columns, rows

@@ -41,12 +41,18 @@ MediaKind = Literal["text", "image", "audio", "video"]
 CodebookStart = Literal["linear", "density", "k-means++", "optimal"]
 #: How the indices of a codebook are stored: all with the same number of bits, or frequent ones with fewer.
 IndexCoding = Literal["packed", "huffman"]
+#: How indices of a model are stored: one way for all, or for every tensor the one that takes fewer bytes.
+PackedCoding = Literal["packed", "huffman", "smallest"]
+#: How a weight finds its entry: the nearest one, or so that errors make up for each other on what the layer reads.
+CodebookMatch = Literal["nearest", "compensated"]
 #: How a tensor of a compressed model is stored: as a codebook, in the type it has, or a float32 one as float16.
-StoredAs = Literal["codebook", "plain", "float16"]
+StoredAs = Literal["codebook", "plain", "float16", "squeezed"]
 #: What is stored of a weight beside a low-rank branch: codes of a number of bits, or entries of a codebook.
 ResidualForm = Literal["int4", "int8", "codebook"]
 #: What a decomposition keeps most of: the weight itself, the weight times the size of every input, or the output.
 SvdMetric = Literal["plain", "activation", "whitened"]
+#: What becomes of a layer that truncation does not make smaller because its spectrum is flat: a branch beside a residual, or nothing.
+FlatForm = Literal["branch", "dense"]
 #: How the kernel of a convolution becomes a matrix: output channels against all else, or its rows against its columns.
 ConvForm = Literal["channel", "spatial"]
 #: What pushes the scales of normalizations to zero.

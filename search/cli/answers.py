@@ -45,7 +45,7 @@ def compression_text(values: Mapping[str, Any], folder: str) -> str:
         values: Its manifest, as JSON values.
         folder: Its output folder.
     """
-    from alphasmith.dashboards.compression_report import compression_sentence, front_grid, metric_grid
+    from alphasmith.dashboards.compression_report import compression_sentence, fallen_back, front_grid, metric_grid
     from alphasmith.storage.output.compression_manifest import CompressionManifest
 
     manifest = CompressionManifest.model_validate(values)
@@ -54,6 +54,7 @@ def compression_text(values: Mapping[str, Any], folder: str) -> str:
     lines = [
         compression_sentence(manifest),
         *([] if manifest.rounds is None else [f"rounds: {manifest.rounds.reason}"]),
+        *fallen_back(manifest),
         table(columns, rows, title="metrics"),
         table(heads, front, title="the front: no other trial within the limits is as small and as good"),
         f"any of these can be written: alphasmith compress {manifest.run.id} --pick TRIAL --out DIR",

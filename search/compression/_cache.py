@@ -25,7 +25,9 @@ from alphasmith.storage.queue.leases import LEASE
 #: Of what is stored, and of the stages' meaning: another number, and nothing that is there is used.
 _VERSION = 1
 #: Nothing clustered: how the models of stages are kept.
-AS_IT_IS = PackedSettings(clusters=ClassClusters(conv=None, recurrent=None, linear=None, embedding=None, other=None))
+AS_IT_IS = PackedSettings(
+    clusters=ClassClusters(conv=None, recurrent=None, linear=None, embedding=None, other=None), squeeze=False
+)
 #: Seconds between two looks at a stage that another process makes.
 _LOOK = 0.2
 _TENSORS, _STRUCTURE, _FACTS = "model.safetensors", "structure.json", "facts.json"

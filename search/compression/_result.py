@@ -177,7 +177,7 @@ def _manifest(
         bytes=BytesEntry.of(made.packed, stages.float_bytes),
         folded=tuple(layout.folded),
         taken_apart=(*layout.recurrent, *layout.attention),
-        layers=layer_entries(made.packed),
+        layers=layer_entries(made.packed, reasons=made.facts.get("reasons")),
         forms=tuple(
             FormEntry(layer=form.layer, runs=form.runs, seconds=dict(form.seconds), reason=form.reason)
             for form in choose_forms(made.model, stages.example())

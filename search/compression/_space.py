@@ -8,11 +8,11 @@ from typing import Any, Literal, cast
 
 import optuna
 
-from alphasmith.objectives.literals import ResidualForm
+from alphasmith.objectives.literals import FlatForm, ResidualForm
 from alphasmith.search.compression.config import CompressConfig, Role
 
-#: Entries of every table of the plainest start.
-_PLAIN = 256
+#: Entries of every table of the plainest starts, and of those of other roles.
+_PLAIN, _OTHER = (256, 8), (16,)
 #: Optuna parameters of codebooks begin so; all others decide costly stages.
 _INNER = "k."
 
@@ -26,7 +26,8 @@ class Choice:
         recurrent: lambda of the second (fB2).
         role: What becomes of the weights beside their codebooks.
         drops: Class of layer -> share of energy lost in the first round; empty unless ``role`` is ``truncate``.
-        rank: Of branches; 0 unless ``role`` is ``branch``.
+        flat: What becomes of layers with a flat spectrum; None unless ``role`` is ``truncate``.
+        rank: Of branches; 0 where there are none, that is unless ``role`` or ``flat`` is ``branch``.
         alpha: Smoothing coefficient of branches, likewise.
         residual: Form of what branches leave; None likewise.
         clusters: Class of layer -> entries of its tables.
@@ -36,6 +37,7 @@ class Choice:
     recurrent: float
     role: Role
     drops: Mapping[str, float]
+    flat: FlatForm | None = None
     rank: int = 0
     alpha: float = 0.0
     residual: ResidualForm | None = None
@@ -46,9 +48,14 @@ class Choice:
         told = [] if self.encoder == self.recurrent == 0 else [f"lambda {self.encoder:g}/{self.recurrent:g}"]
         if self.role == "truncate":
             told += ["energy lost " + "/".join(f"{drop:.2g}" for drop in self.drops.values())]
-        if self.role == "branch":
+        if self.branched:
             told += [f"rank {self.rank} + {self.residual} at alpha {self.alpha:.2f}"]
         return ", ".join([*told, "K " + "/".join(str(k) for k in self.clusters.values())])
+
+    @property
+    def branched(self) -> bool:
+        """Whether there may be branches: all layers, or those with a flat spectrum."""
+        return "branch" in (self.role, self.flat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,38 +95,43 @@ class Space:
         }
         role = cast("Role", trial.suggest_categorical("role", self.roles))
         drops: dict[str, float] = {}
-        branch: dict[str, Any] = {"rank": 0, "alpha": 0.0, "residual": None}
+        flat: FlatForm | None = None
+        branch: dict[str, Any] = {}
         if role == "truncate":
             low, high = config.rounds.log_drop
             drops = {name: 10 ** trial.suggest_float(f"log_drop.{name}", low, high) for name in self.decomposed}
-        if role == "branch":
+            flat = cast("FlatForm", trial.suggest_categorical("flat", config.rounds.flat))
+        if "branch" in (role, flat):
             branch = {
                 "rank": trial.suggest_categorical("rank", config.branch.ranks),
                 "alpha": trial.suggest_float("alpha", *config.branch.alpha),
                 "residual": trial.suggest_categorical("residual", config.branch.residuals),
             }
         clusters = {name: trial.suggest_categorical(f"{_INNER}{name}", config.clusters.k) for name in self.clustered}
-        return Choice(**strengths, role=role, drops=drops, clusters=clusters, **branch)
+        return Choice(**strengths, role=role, drops=drops, flat=flat, clusters=clusters, **branch)
 
     def plain(self) -> list[dict[str, Any]]:
-        """Parameters of the trials that every study begins with: codebooks alone, many entries and few; then each other role."""
+        """Parameters of the trials that every study begins with: codebooks alone, of many entries to few; then each other role."""
         config = self.config
         some = sorted(config.clusters.k)
-        most, few = (min(some, key=lambda k: abs(k - wanted)) for wanted in (_PLAIN, 16))
         without = {f"lambda.{term}": getattr(config.train, term)[0] for term in self.terms if config.train.steps > 0}
         low, high = config.rounds.log_drop
+        flat = config.rounds.flat[0]
+        branch = {
+            "rank": config.branch.middle_rank,
+            "alpha": config.branch.middle_alpha,
+            "residual": config.branch.residuals[0],
+        }
+        middle = {f"log_drop.{name}": (low + high) / 2 for name in self.decomposed}
         roles: dict[Role, dict[str, Any]] = {
             "off": {},
-            "truncate": {f"log_drop.{name}": (low + high) / 2 for name in self.decomposed},
-            "branch": {
-                "rank": config.branch.middle_rank,
-                "alpha": config.branch.middle_alpha,
-                "residual": config.branch.residuals[0],
-            },
+            "truncate": {**middle, "flat": flat, **(branch if flat == "branch" else {})},
+            "branch": branch,
         }
         found = []
         for role in self.roles:
-            for entries in dict.fromkeys((most, few) if role == "off" else (most,)):
+            wanted = _PLAIN if role == "off" else _OTHER
+            for entries in dict.fromkeys(min(some, key=lambda k: abs(k - near)) for near in wanted):
                 clusters = {f"{_INNER}{name}": entries for name in self.clustered}
                 found.append({**without, "role": role, **roles[role], **clusters})
         return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from alphasmith.objectives.errors import NonFiniteError
-from alphasmith.objectives.joint.branch.placement import branch_layers
+from alphasmith.objectives.joint.branch.placement import BranchedLayer, branch_layers
 from alphasmith.objectives.joint.branch.rows import collect_rows
 from alphasmith.objectives.joint.branch.settings import BranchSettings
 from alphasmith.objectives.joint.drop import DropCondition, Verdict
 from alphasmith.objectives.joint.low_rank.classes import layer_classes
+from alphasmith.objectives.joint.packed.inputs import parameter_inputs
 from alphasmith.objectives.joint.packed.packing import ClassClusters, PackedModel, PackedSettings, model_bytes, pack
 from alphasmith.objectives.joint.packed.restoring import restore
-from alphasmith.objectives.joint.packed.tuning import TuningSettings, finetune_tables, task_steps
+from alphasmith.objectives.joint.packed.tuning import TuningSettings, finetune_tables, task_steps, with_trained
 from alphasmith.objectives.joint.ports import JointTask, Measured
 from alphasmith.objectives.joint.rounds.loop import run_rounds
 from alphasmith.objectives.joint.rounds.outcome import Round, RoundsOutcome
@@ -33,6 +34,7 @@ from alphasmith.objectives.media import data_digest
 from alphasmith.objectives.media.batch import Batch, call, device_of
 from alphasmith.objectives.model.plain_operators import rewrite
 from alphasmith.objectives.model.private_copy import private_copy
+from alphasmith.objectives.text import counted
 from alphasmith.search.compression._cache import AS_IT_IS, StageCache, stage_key
 from alphasmith.search.compression._space import Choice, Space
 from alphasmith.search.compression._study import DroppedError, Point
@@ -52,10 +54,12 @@ class _Made:
     """A model before its weights are clustered.
 
     Attributes:
+        key: Of its stage.
         model: It.
-        facts: What is known of it, JSON-able: ``rounds``, ``ending``, ``kept``, ``notes``.
+        facts: What is known of it, JSON-able: ``rounds``, ``ending``, ``kept``, ``flat``, ``reasons``, ``notes``.
     """
 
+    key: str = ""
     model: nn.Module
     facts: Mapping[str, Any]
 
@@ -67,7 +71,7 @@ class Compressed:
     Attributes:
         packed: What is stored of it.
         model: Restored from that.
-        facts: What its stages say: ``rounds``, ``ending``, ``kept``, ``notes``.
+        facts: What its stages say: ``rounds``, ``ending``, ``kept``, ``flat``, ``reasons``, ``notes``.
     """
 
     packed: PackedModel
@@ -115,6 +119,7 @@ class ModelStages:
         self.original = private_copy(model).eval()
         self._task, self.condition, self._config, self._cache = task, condition, config, cache
         self._stop, self._told, self._clock = stop, told, clock
+        self._read: tuple[str, Mapping[str, torch.Tensor]] | None = None
         self.digest = model_digest(model, task)
         self.float_bytes = model_bytes(model)
         self.baseline = task.measure(self.original, "study")
@@ -193,11 +198,23 @@ class ModelStages:
             clusters=ClassClusters(**choice.clusters),
             start=clusters.start,
             coding=clusters.coding,
+            float16=clusters.halves,
             channels=clusters.channels,
             seed=self._config.study.seed,
         )
-        packed = self._tuned(made, pack(made.model, settings))
+        packed = self._tuned(made, pack(made.model, settings, covariances=self._inputs(made)))
         return Compressed(packed=packed, model=restore(self.original, packed), facts=made.facts)
+
+    def _inputs(self, made: _Made) -> Mapping[str, torch.Tensor] | None:
+        """What the matrices of a model read, where its indices are to make up for errors; that of the last model is remembered."""
+        if self._config.clusters.match == "nearest":
+            return None
+        if self._read is None or self._read[0] != made.key:
+            count = min(_SAMPLES, len(self._task.train))
+            device = device_of(made.model)
+            batches = (self._task.train.batch([number]).to(device) for number in range(count))
+            self._read = made.key, parameter_inputs(made.model, batches)
+        return self._read[1]
 
     def _tuned(self, made: _Made, packed: PackedModel) -> PackedModel:
         """Tables trained on the task, where that was asked for and makes the first metric better on the study split."""
@@ -206,16 +223,27 @@ class ModelStages:
             return packed
         goal = self._task.metrics[0]
         seed = self._config.study.seed
-        loss = task_steps(self._task, batch_size=self._config.train.batch_size, seed=seed)
+        size = self._config.train.batch_size
+        # Digests of all codebooks stand for the clusters and for everything they were made with.
+        key = stage_key(
+            "tables", made.key, {"stored": packed.structure.to_json(), "steps": steps, "batch": size, "seed": seed}
+        )
+        loss = task_steps(self._task, batch_size=size, seed=seed)
 
         def judge(model: nn.Module) -> float:
             value = self._task.measure(model, "study").values[goal.name]
             return -math.inf if value is None else value if goal.goal == "max" else -value
 
-        settings = TuningSettings(steps=steps, seed=seed)
-        found = finetune_tables(made.model, packed, loss, settings, judge=judge, stop=self._stop)
-        leave(self._stop)
-        return found.packed
+        settings = TuningSettings(steps=steps, floats=True, seed=seed)
+
+        def trained() -> tuple[PackedModel, dict[str, Any]]:
+            self._told(f"{counted(steps, 'update')} of {counted(len(packed.structure.codebooks), 'table')}")
+            found = finetune_tables(made.model, packed, loss, settings, judge=judge, stop=self._stop)
+            leave(self._stop)
+            return found.packed, {"kept": found.kept}
+
+        found, facts = self._cache.made(key, trained, self._stop)
+        return with_trained(packed, found.structure, found.tensors) if facts["kept"] else packed
 
     def example(self) -> Batch:
         """One training sample, on the original's device."""
@@ -240,7 +268,7 @@ class ModelStages:
     def _trained(self, choice: Choice) -> tuple[str, _Made]:
         train = self._config.train
         if not train.steps:
-            return self.digest, _Made(model=self.original, facts={})
+            return self.digest, _Made(key=self.digest, model=self.original, facts={})
         settings = RegularisedSettings(
             updates=self._updates(train.steps),
             sparsity=SparsitySettings(kind=train.kind, encoder=choice.encoder, recurrent=choice.recurrent),
@@ -277,28 +305,11 @@ class ModelStages:
 
         key = stage_key("rounds", parent, {**asdict(settings), "limits": asdict(self.condition)})
         made = self._made(key, make)
+        if choice.flat == "branch" and made.facts["flat"]:
+            return self._branched(key, made, choice, why=made.facts["flat"])
         if made.facts["kept"]:
             return made
-        if made.facts["rounds"]["status"] == "no_rank_fell" and "branch" in self._config.study.roles:
-            return self._fallen_back(parent, trained, choice, made)
         raise DroppedError(str(made.facts["ending"]))
-
-    def _fallen_back(self, parent: str, trained: _Made, choice: Choice, rounds: _Made) -> _Made:
-        """Branches in place of truncation, which made no layer smaller at the energy asked for: its spectra are flat."""
-        branch = self._config.branch
-        instead = replace(
-            choice,
-            role="branch",
-            rank=branch.middle_rank,
-            alpha=branch.middle_alpha,
-            residual=branch.residuals[0],
-        )
-        made = self._branched(parent, trained, instead)
-        told = (
-            f"branches of rank {instead.rank} in place of truncation: at the energy asked for no layer becomes smaller"
-        )
-        notes = [*made.facts.get("notes", ()), told]
-        return _Made(model=made.model, facts={**made.facts, "rounds": rounds.facts["rounds"], "notes": notes})
 
     def _judged(self, found: RoundsOutcome, trained: _Made) -> _Made:
         """The last model that kept within the limits."""
@@ -311,10 +322,13 @@ class ModelStages:
             "rounds": _rounds_entry(found).model_dump(mode="json"),
             "notes": [*trained.facts.get("notes", ()), *found.notes],
             "kept": found.kept,
+            "flat": {layer.name: layer.reason for layer in found.flat},
+            "reasons": _reasons(found),
         }
         return _Made(model=found.model, facts=facts)
 
-    def _branched(self, parent: str, trained: _Made, choice: Choice) -> _Made:
+    def _branched(self, parent: str, given: _Made, choice: Choice, *, why: Mapping[str, str] | None = None) -> _Made:
+        """Layers as branch and residual: all, or those that ``why`` names."""
         branch = self._config.branch
         by_class = choice.clusters
         settings = BranchSettings(
@@ -328,16 +342,23 @@ class ModelStages:
         )
 
         def make() -> _Made:
-            self._told(f"branches of rank {choice.rank} at alpha {choice.alpha:.2f}")
-            model = private_copy(trained.model).eval()
+            where = (
+                "" if why is None else f" in place of truncation for {counted(len(why), 'layer')} with a flat spectrum"
+            )
+            self._told(f"branches of rank {choice.rank} at alpha {choice.alpha:.2f}{where}")
+            model = private_copy(given.model).eval()
             rewrite(model)
             count = min(_SAMPLES, len(self._task.train))
             batches = (self._task.train.batch([number]).to(device_of(model)) for number in range(count))
             rows = collect_rows(model, batches, count=_ROWS, seed=self._config.study.seed)
-            branch_layers(model, rows, settings)
-            return _Made(model=model, facts=trained.facts)
+            layers = branch_layers(model, rows, settings, why=why)
+            reasons = {**given.facts.get("reasons", {}), **_reasons_of_branches(layers, why or {})}
+            notes = [*given.facts.get("notes", ())]
+            if why is not None:
+                notes.append(_fallen_back(layers, why, choice))
+            return _Made(model=model, facts={**given.facts, "reasons": reasons, "notes": notes})
 
-        key = stage_key("branch", parent, asdict(settings))
+        key = stage_key("branch", parent, {**asdict(settings), "why": None if why is None else dict(why)})
         return self._made(key, make)
 
     def _made(self, key: str, make: Callable[[], _Made]) -> _Made:
@@ -349,7 +370,7 @@ class ModelStages:
             return pack(made.model, AS_IT_IS), dict(made.facts)
 
         packed, facts = self._cache.made(key, stored, self._stop)
-        return _Made(model=restore(self.original, packed), facts=facts)
+        return _Made(key=key, model=restore(self.original, packed), facts=facts)
 
     def _updates(self, steps: int) -> Updates:
         train = self._config.train
@@ -385,6 +406,37 @@ def _ended(ending: str, trouble: str) -> None:
         raise Interrupted("asked to stop")
     if ending == "diverged":
         raise NonFiniteError(trouble)
+
+
+def _reasons(found: RoundsOutcome) -> dict[str, str]:
+    """Layer -> why it stays dense in the round whose model is the result, or in the first one."""
+    number = max(found.kept, 1)
+    return {
+        layer.name: layer.reason
+        for done in found.rounds
+        if done.number == number
+        for layer in done.layers
+        if layer.reason
+    }
+
+
+def _reasons_of_branches(layers: Sequence[BranchedLayer], why: Mapping[str, str]) -> dict[str, str]:
+    """Layer -> why it is a branch, or why it is none although it was to become one."""
+    found = {}
+    for layer in layers:
+        if layer.name in why:
+            told = f"stays dense, with a flat spectrum ({layer.reason})" if layer.reason else why[layer.name]
+            found[layer.name] = told
+        elif layer.reason and not why:
+            found[layer.name] = layer.reason
+    return found
+
+
+def _fallen_back(layers: Sequence[BranchedLayer], why: Mapping[str, str], choice: Choice) -> str:
+    """In a line, which layers became branches in place of truncation."""
+    names = [layer.name for layer in layers if layer.name in why and not layer.reason]
+    told = f"branches of rank {choice.rank} at alpha {choice.alpha:.2f} in place of truncation, for flat spectra: "
+    return told + (", ".join(names) or "none, since a branch saves nothing there")
 
 
 def _rounds_entry(found: RoundsOutcome) -> RoundsEntry:

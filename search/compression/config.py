@@ -10,9 +10,11 @@ from pydantic import AfterValidator, Field, model_validator
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import (
+    CodebookMatch,
     CodebookStart,
     ConvForm,
-    IndexCoding,
+    FlatForm,
+    PackedCoding,
     ResidualForm,
     SignalMetric,
     SparsityKind,
@@ -130,6 +132,8 @@ class RoundsConfig(Section):
         metric: By what singular values are weighed.
         conv_form: How kernels of two axes become matrices.
         log_drop: Range of log10 of the share of energy that the first round may lose.
+        flat: What becomes of layers that no saving rank keeps the energy of, to choose from: ``branch``: as in role ``branch``;
+            ``dense``: nothing.
     """
 
     most: int = Field(default=4, ge=1, le=100)
@@ -138,6 +142,7 @@ class RoundsConfig(Section):
     metric: SvdMetric = "whitened"
     conv_form: ConvForm = "channel"
     log_drop: tuple[float, float] = _LOG_DROP
+    flat: Annotated[tuple[FlatForm, ...], AfterValidator(_distinct)] = ("branch", "dense")
 
     @model_validator(mode="after")
     def _ordered(self) -> RoundsConfig:
@@ -198,16 +203,21 @@ class ClustersConfig(Section):
     Attributes:
         k: Entries of a table to choose from, for every class of layer by itself.
         start: Where the clustering starts from.
-        coding: How indices are stored.
+        match: How a weight finds its entry: the ``nearest``, or ``compensated``: errors make up for each other on what the layer reads
+            of the training samples (fB12).
+        coding: How indices are stored; ``smallest``: for every tensor the way that takes fewer bytes.
+        halves: Store tables, and what stays float, in 16 bits where these are fine enough for them.
         channels: Output channels that share a table; None: one table a tensor.
-        finetune: Updates of the tables afterwards, indices fixed; 0: none.
+        finetune: Updates of the tables and of what stays float afterwards, indices fixed; kept where they help. 0: none.
     """
 
     k: Annotated[tuple[Annotated[int, Field(ge=2, le=65536)], ...], AfterValidator(_distinct)] = (4, 8, 16, 32, 64, 256)
     start: CodebookStart = "optimal"
-    coding: IndexCoding = "huffman"
+    match: CodebookMatch = "compensated"
+    coding: PackedCoding = "smallest"
+    halves: bool = True
     channels: int | None = Field(default=None, gt=0, lt=2**31)
-    finetune: int = Field(default=0, ge=0, le=10**7)
+    finetune: int = Field(default=100, ge=0, le=10**7)
 
 
 class StudyConfig(Section):

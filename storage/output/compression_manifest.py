@@ -197,7 +197,7 @@ class CompressedLayerEntry(Part):
     kept: Annotated[float | None, Field(ge=0, le=1)] = None
     """Share of the squared singular values that its factors have; null: not known."""
     reason: str = ""
-    """Why it is in no other form."""
+    """Why it is a branch in place of truncation, or in no other form."""
     tensors: tuple[CompressedTensorEntry, ...]
 
 
@@ -283,7 +283,7 @@ def layer_entries(
     Args:
         packed: With its report.
         kept: Layer -> share of the squared singular values that its factors have.
-        reasons: Layer -> why it is in no other form.
+        reasons: Layer -> why it is a branch in place of truncation, or in no other form.
     """
     of_layer: dict[str, list[PackedTensor]] = {}
     for tensor in packed.report:

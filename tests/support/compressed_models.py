@@ -19,7 +19,7 @@ SETTINGS = {
     "train": {"steps": 12, "learning_rate": 1e-3},
     "rounds": {"steps": 6, "most": 2, "log_drop": [-2.5, -1.0]},
     "branch": {"ranks": [0, 4], "refits": 2},
-    "clusters": {"k": [4, 16, 256]},
+    "clusters": {"k": [4, 16, 256], "finetune": 4},
     "study": {"trials": 7, "inner": 3},
 }
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.joint.codebook._compensation import compensated
 from alphasmith.objectives.joint.codebook._entropy import HuffmanIndices, huffman_decode, huffman_encode, huffman_size
 from alphasmith.objectives.joint.codebook._packing import MOST_BITS, index_bits, pack, packed_size, unpack
 from alphasmith.objectives.joint.codebook.clustering import MOST_ENTRIES, Clustering, cluster, match
@@ -169,16 +170,21 @@ def encode_weights(weights: Mapping[str, Tensor], settings: CodebookSettings) ->
     return Codebooks(weights=found, aliases=aliases, kept=kept)
 
 
-def encode_weight(weight: Tensor, settings: CodebookSettings, *, name: str = "weight") -> CodebookWeight:
-    """Cluster one weight and store it as tables and indices, whether or not that saves bytes. Source: claim B-6, fB9.
+def encode_weight(
+    weight: Tensor, settings: CodebookSettings, *, covariance: Tensor | None = None, name: str = "weight"
+) -> CodebookWeight:
+    """Cluster one weight and store it as tables and indices, whether or not that saves bytes. Source: claim B-6, fB9, fB12.
 
     Args:
         weight: (O, ...) floating, at least one element.
         settings: How.
+        covariance: (D, D) mean of x x^T over the rows that the weight (O, D) is multiplied with: indices make up for each other's errors.
+            None: every weight takes the nearest entry.
         name: What to call it in errors and notes.
 
     Raises:
-        InputError: A setting is out of range, or the weight has no elements, or no floating type of 16 bits or more.
+        InputError: A setting is out of range, the covariance is of another size, or the weight has no elements, or no floating type of 16
+            bits or more.
         NonFiniteError: It holds NaN or infinity.
     """
     _check(weight, settings, name)
@@ -187,7 +193,7 @@ def encode_weight(weight: Tensor, settings: CodebookSettings, *, name: str = "we
     made = [_clustered(part, settings, name) for part in parts]
     rounded = _halved([one.table for one in made]) if settings.half_tables else None
     stored = rounded or [one.table for one in made]
-    found = [match(part, table.float()) for part, table in zip(parts, stored, strict=True)]
+    found = [_matched(part, table.float(), covariance) for part, table in zip(parts, stored, strict=True)]
     indices = np.concatenate([one.reshape(-1).numpy().astype(np.uint16) for one in found])
     entries = max(table.numel() for table in stored)
     bits = index_bits(entries)
@@ -196,8 +202,8 @@ def encode_weight(weight: Tensor, settings: CodebookSettings, *, name: str = "we
         "sizes": torch.tensor([table.numel() for table in stored], dtype=torch.int32),
     }
     error = sum(one.error for one in made)
-    if rounded:
-        pairs = zip(parts, rounded, found, strict=True)
+    if rounded or covariance is not None:
+        pairs = zip(parts, stored, found, strict=True)
         error = sum(float((part - table.float()[one]).double().square().sum()) for part, table, one in pairs)
     tables = sum(tensor.nbytes for tensor in tensors.values())
     tensors |= _coded(indices, settings.coding, bits, entries)
@@ -354,6 +360,10 @@ def _stored_indices(entry: CodebookEntry, tensors: Mapping[str, Tensor], count: 
 
 def _corrupt(name: str, problem: str) -> InputError:
     return InputError(name, problem, "export the model again, or take an intact copy")
+
+
+def _matched(part: Tensor, table: Tensor, covariance: Tensor | None) -> Tensor:
+    return match(part, table) if covariance is None else compensated(part, table, covariance)
 
 
 def _clustered(part: Tensor, settings: CodebookSettings, name: str) -> Clustering:

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.joint.codebook.clustering import MOST_ENTRIES
-from alphasmith.objectives.joint.codebook.tensors import CodebookEntry, CodebookSettings, CodebookWeight, encode_weight
+from alphasmith.objectives.joint.codebook.tensors import (
+    CodebookEntry,
+    CodebookSettings,
+    CodebookWeight,
+    decode_weight,
+    encode_weight,
+)
 from alphasmith.objectives.joint.packed._classes import LayerClass, layer_classes
 from alphasmith.objectives.joint.packed._layout import ModelLayout, read_layout
-from alphasmith.objectives.literals import CodebookStart, StoredAs
+from alphasmith.objectives.joint.packed._lossless import SqueezedEntry, squeeze
+from alphasmith.objectives.literals import CodebookStart, PackedCoding, StoredAs
 from alphasmith.objectives.stored_types import misfit
 from alphasmith.objectives.text import error_line, matches
-
-#: How indices are stored: one way for all, or for every tensor the one that takes fewer bytes.
-PackedCoding = Literal["packed", "huffman", "smallest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class PackedSettings:
         start: Where the clustering starts from.
         coding: How indices are stored.
         float16: Store float32 tensors that stay float, and the tables, as float16 where that is fine enough for them.
+        squeeze: Store buffers in fewer bytes without changing a bit, where that is possible.
         minimum: Tensors of fewer elements stay float; 0: whether a codebook saves bytes decides alone.
         channels: Output channels that share a table; None: one table a tensor.
         keep_zero: Hold one entry at 0; None: where a tenth of the weights is zero.
@@ -70,6 +75,7 @@ class PackedSettings:
     start: CodebookStart = "optimal"
     coding: PackedCoding = "smallest"
     float16: bool = False
+    squeeze: bool = True
     minimum: int = 0
     channels: int | None = None
     keep_zero: bool | None = None
@@ -81,12 +87,13 @@ class PackedSettings:
 class PackedStructure(BaseModel):
     """What is stored of a model beside its tensors, as JSON.
 
-    Tensors are named ``codebook/NAME/PART`` and ``plain/NAME``.
+    Tensors are named ``codebook/NAME/PART``, ``squeezed/NAME`` and ``plain/NAME``.
 
     Attributes:
         version: Of this layout of JSON and tensors.
         layout: What was done to the modules of the architecture.
         codebooks: Name -> codebook, with its digest.
+        squeezed: Name -> shape and type of a tensor whose bytes are stored as LZMA2.
         halves: Names of float32 tensors that are stored as float16.
         strides: Name -> strides of a tensor whose elements do not lie in the order of its axes.
         aliases: Name of a tied tensor -> the name that it is stored under.
@@ -97,6 +104,7 @@ class PackedStructure(BaseModel):
     version: Literal[1] = 1
     layout: ModelLayout = ModelLayout()
     codebooks: dict[str, CodebookEntry] = {}
+    squeezed: dict[str, SqueezedEntry] = {}
     halves: tuple[str, ...] = Field(default=(), strict=False)
     strides: dict[str, tuple[int, ...]] = Field(default={}, strict=False)
     aliases: dict[str, str] = {}
@@ -192,8 +200,11 @@ class PackedModel:
         """Bytes of all that is stored, by part."""
         parts = {"tables": 0, "indices": 0, "floats": 0, "integers": 0}
         for name, tensor in self.tensors.items():
-            if name.startswith("codebook/"):
+            kind, _, rest = name.partition("/")
+            if kind == "codebook":
                 part = "tables" if name.rpartition("/")[2] in ("table", "sizes") else "indices"
+            elif kind == "squeezed" and rest in self.structure.squeezed:
+                part = "floats" if "float" in self.structure.squeezed[rest].dtype else "integers"
             else:
                 part = "floats" if tensor.is_floating_point() or tensor.is_complex() else "integers"
             parts[part] += tensor.nbytes
@@ -210,7 +221,7 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in _owners(_tensors(model))[0].values())
 
 
-def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
+def pack(model: nn.Module, settings: PackedSettings, *, covariances: Mapping[str, Tensor] | None = None) -> PackedModel:
     """Store a model: what saves bytes as a codebook, factors rather than their products, everything else as it is.
 
     Args:
@@ -219,6 +230,9 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
             :func:`~alphasmith.objectives.joint.branch.placement.branch_layers`, in any mixture; not modified.
             Buffers that are not persistent are taken from the architecture when it is restored.
         settings: How.
+        covariances: Parameter -> (D, D) mean of x x^T over what it is multiplied with, see
+            :func:`~alphasmith.objectives.joint.packed.inputs.parameter_inputs`: the indices of these make up for each other's errors
+            (fB12). What the second factor of a layer reads follows from the first. None: every weight takes the nearest entry.
 
     Returns:
         The packed model; :func:`~alphasmith.objectives.joint.packed.restoring.restore` gives the model back.
@@ -234,6 +248,8 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
     layout = read_layout(model)
     tensors: dict[str, Tensor] = {}
     codebooks: dict[str, CodebookEntry] = {}
+    squeezed: dict[str, SqueezedEntry] = {}
+    known = dict(covariances or {})
     halves: list[str] = []
     strides: dict[str, tuple[int, ...]] = {}
     report: list[PackedTensor] = []
@@ -243,8 +259,15 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
             raise NonFiniteError(f"{name}: NaN or infinity in the parameter")
         # What a branch stores has its own types, under a digest.
         plain = _plain(name, value, settings.float16 and layer not in layout.branches)
-        book, reason = _codebook(name, value, kind, plain, settings, weight=name in parameters)
-        if book is None:
+        read = known.get(name)
+        book, reason = _codebook(name, value, kind, plain, settings, covariance=read, weight=name in parameters)
+        if read is not None and name.endswith(".right"):
+            known[f"{layer}.left"] = _read_behind(name, value, book, read)
+        constant = book is None and name not in parameters and layer not in layout.branches
+        small = _squeezed(value, plain) if settings.squeeze and constant else None
+        if small is not None:
+            squeezed[name], tensors[f"squeezed/{name}"] = small
+        elif book is None:
             tensors[f"plain/{name}"] = plain
             halves += [name] * (plain.dtype != value.dtype)
         else:
@@ -252,13 +275,22 @@ def pack(model: nn.Module, settings: PackedSettings) -> PackedModel:
             codebooks[name] = book.entry
         if order := _order(value):
             strides[name] = order
-        told = {"name": name, "layer": layer, "kind": kind, "numbers": value.numel(), "float_bytes": value.nbytes}
-        report.append(
-            _told(told, value, plain, reason) if book is None else _told_codebook(told, value, book, kind, settings)
-        )
+        told: dict[str, Any] = {
+            "name": name,
+            "layer": layer,
+            "kind": kind,
+            "numbers": value.numel(),
+            "float_bytes": value.nbytes,
+        }
+        if small is not None:
+            report.append(PackedTensor(**told, stored="squeezed", stored_bytes=small[1].nbytes, reason=reason))
+        elif book is None:
+            report.append(_told(told, value, plain, reason))
+        else:
+            report.append(_told_codebook(told, value, book, kind, settings))
     structure = PackedStructure(
-        layout=layout, codebooks=codebooks, halves=tuple(halves), strides=strides, aliases=aliases
-    )
+        layout=layout, codebooks=codebooks, squeezed=squeezed, halves=tuple(halves), strides=strides, aliases=aliases,
+    )  # fmt: skip
     return PackedModel(structure=structure, tensors=tensors, report=tuple(report))
 
 
@@ -311,7 +343,14 @@ def _plain(name: str, value: Tensor, float16: bool) -> Tensor:
 
 
 def _codebook(
-    name: str, value: Tensor, kind: LayerClass, plain: Tensor, settings: PackedSettings, *, weight: bool
+    name: str,
+    value: Tensor,
+    kind: LayerClass,
+    plain: Tensor,
+    settings: PackedSettings,
+    *,
+    covariance: Tensor | None,
+    weight: bool,
 ) -> tuple[CodebookWeight | None, str]:
     """The codebook of a tensor, or None and why it has none."""
     k = settings.clusters.of(kind)
@@ -332,12 +371,25 @@ def _codebook(
         k=k, start=settings.start, keep_zero=settings.keep_zero, channels=settings.channels, coding=coding,
         iterations=settings.iterations, seed=settings.seed, half_tables=settings.float16,
     )  # fmt: skip
-    made = encode_weight(value, given, name=name)
+    made = encode_weight(value, given, covariance=covariance, name=name)
     if settings.coding == "smallest" and made.huffman_bytes < made.packed_bytes:
         made = made.in_coding("huffman")
     if made.stored_bytes >= plain.nbytes:
         return None, f"its codebook takes {made.stored_bytes} bytes in place of {plain.nbytes}"
     return made, ""
+
+
+def _squeezed(value: Tensor, plain: Tensor) -> tuple[SqueezedEntry, Tensor] | None:
+    """A buffer in fewer bytes bit by bit, unless it takes fewer yet as float16."""
+    made = squeeze(value)
+    return made if made is not None and made[1].nbytes <= plain.nbytes else None
+
+
+def _read_behind(name: str, value: Tensor, book: CodebookWeight | None, read: Tensor) -> Tensor:
+    """(r, r) mean of x x^T over what the second factor of a layer reads; ``read`` is that of the first one's inputs."""
+    first = value if book is None else decode_weight(name, book.entry, book.tensors)
+    rows = first.detach().to("cpu", torch.float64).flatten(1)
+    return rows @ read.to(rows) @ rows.T
 
 
 def _order(value: Tensor) -> tuple[int, ...]:

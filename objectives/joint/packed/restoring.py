@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.joint.codebook.tensors import decode_weight
 from alphasmith.objectives.joint.packed._layout import rebuild
+from alphasmith.objectives.joint.packed._lossless import expand
 from alphasmith.objectives.joint.packed.packing import PackedModel
 from alphasmith.objectives.model.private_copy import private_copy
 
@@ -64,13 +65,15 @@ def unpack(packed: PackedModel) -> dict[str, Tensor]:
         name, _, part = rest.rpartition("/")
         if kind == "codebook" and name in parts:
             parts[name][part] = value
-        elif kind == "plain" and rest and rest not in parts:
+        elif kind == "squeezed" and rest in structure.squeezed and rest not in parts:
+            found[rest] = expand(rest, structure.squeezed[rest], value)
+        elif kind == "plain" and rest and rest not in parts and rest not in structure.squeezed:
             found[rest] = value
         else:
             raise InputError(key, "is a tensor that the structure does not name", "take an intact copy")
     for name, entry in structure.codebooks.items():
         found[name] = decode_weight(name, entry, parts[name])
-    for name in (*structure.halves, *structure.strides, *structure.aliases.values()):
+    for name in (*structure.squeezed, *structure.halves, *structure.strides, *structure.aliases.values()):
         if name not in found:
             raise InputError(name, "is not among the stored tensors", "take an intact copy")
     for name in structure.halves:

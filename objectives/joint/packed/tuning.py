@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.joint.codebook.tensors import indices_of, with_table
-from alphasmith.objectives.joint.packed.packing import PackedModel
+from alphasmith.objectives.joint.packed.packing import PackedModel, PackedStructure
 from alphasmith.objectives.joint.packed.restoring import load_packed
 from alphasmith.objectives.joint.ports import JointTask
 from alphasmith.objectives.model.private_copy import private_copy
@@ -141,6 +141,21 @@ def finetune_tables(
     )
 
 
+def with_trained(packed: PackedModel, structure: PackedStructure, tensors: Mapping[str, Tensor]) -> PackedModel:
+    """A packed model with tables that were trained, which its report says.
+
+    Args:
+        packed: Before the training.
+        structure: After it.
+        tensors: After it.
+    """
+    report = tuple(
+        replace(one, sqnr=None, notes=(*one.notes, "its table was trained")) if one.name in structure.codebooks else one
+        for one in packed.report
+    )
+    return replace(packed, structure=structure, tensors=tensors, report=report)
+
+
 class _Tuning:
     def __init__(self, work: nn.Module, packed: PackedModel, settings: TuningSettings) -> None:
         self._work, self._packed, self._settings = work, packed, settings
@@ -193,12 +208,7 @@ class _Tuning:
         for name, parameter in self._floats.items():
             key = f"plain/{name}"
             tensors[key] = parameter.detach().to("cpu", tensors[key].dtype, copy=True)
-        told = tuple(
-            replace(one, sqnr=None, notes=(*one.notes, "its table was trained")) if one.name in books else one
-            for one in self._packed.report
-        )
-        made = structure.model_copy(update={"codebooks": books})
-        return replace(self._packed, structure=made, tensors=tensors, report=told)
+        return with_trained(self._packed, structure.model_copy(update={"codebooks": books}), tensors)
 
     def _one(self, loss: LossStep, step: int) -> str:
         for parameter in (*self._weights.values(), *self._floats.values()):

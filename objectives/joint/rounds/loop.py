@@ -19,6 +19,7 @@ from alphasmith.objectives.joint.low_rank.classes import layer_classes
 from alphasmith.objectives.joint.low_rank.covariances import input_covariances
 from alphasmith.objectives.joint.low_rank.factorization import FactoredLayer, LowRankSettings, factorize
 from alphasmith.objectives.joint.low_rank.norms import FoldedNorms, fold_norms, row_scales
+from alphasmith.objectives.joint.low_rank.spectrum import FlatLayer, fallback_layers
 from alphasmith.objectives.joint.ports import JointTask, Measured
 from alphasmith.objectives.joint.rounds._updates import update
 from alphasmith.objectives.joint.rounds.outcome import Round, RoundsOutcome, RoundsStatus, UpdatePoint
@@ -140,6 +141,7 @@ class _Rounds:
             start=self._start,
             rewriting=self._rewriting,
             folded=self._folded,
+            flat=self._flat(status),
             notes=tuple(dict.fromkeys(self._notes)),
         )
 
@@ -192,19 +194,34 @@ class _Rounds:
 
     def _lower(self, number: int) -> tuple[FactoredLayer, ...]:
         """Decompose at the energies and ranks of a round."""
+        asked, weights = self._asked(self._work, number)
+        layers = factorize(self._work, asked, **weights)
+        self._notes += [note for layer in layers for note in layer.notes]
+        return layers
+
+    def _flat(self, status: RoundsStatus) -> tuple[FlatLayer, ...]:
+        """The layers of the result that truncation does not make smaller at the energies of its round."""
+        if not self._kept and status != "no_rank_fell":
+            return ()
+        model = self._best if self._kept else self._work
+        asked, weights = self._asked(model, max(self._kept, 1))
+        return fallback_layers(model, asked, **weights)
+
+    def _asked(self, model: nn.Module, number: int) -> tuple[LowRankSettings, dict[str, Mapping[str, Tensor]]]:
+        """What a round asks of the decomposition of a model, and what errors count by."""
         settings = self._settings
         exclude = list(settings.exclude)
         covariances: Mapping[str, Tensor] = {}
         if settings.metric != "plain":
-            covariances = input_covariances(self._work, self._samples())
-            unread = sorted(set(layer_classes(self._work)) - set(covariances))
+            covariances = input_covariances(model, self._samples())
+            unread = sorted(set(layer_classes(model)) - set(covariances))
             # The spatial form knows no such metric; what the samples do not reach has no inputs to count by.
-            unread = [name for name in unread if getattr(self._work.get_submodule(name), "form", "") != "spatial"]
+            unread = [name for name in unread if getattr(model.get_submodule(name), "form", "") != "spatial"]
             exclude += unread
             self._notes += [f"{name} is not reached by the training samples and stays as it is" for name in unread]
         rows = {}
         for layer, norm in self._rows.items():
-            scales = row_scales(self._work.get_submodule(norm))
+            scales = row_scales(model.get_submodule(norm))
             if scales is not None:
                 rows[layer] = scales
         made = LowRankSettings(
@@ -214,9 +231,7 @@ class _Rounds:
             conv_form=settings.conv_form,
             exclude=exclude,
         )
-        layers = factorize(self._work, made, covariances=covariances, rows=rows)
-        self._notes += [note for layer in layers for note in layer.notes]
-        return layers
+        return made, {"covariances": covariances, "rows": rows}
 
     def _samples(self) -> list[Batch]:
         count = min(self._settings.calibration, len(self._task.train))

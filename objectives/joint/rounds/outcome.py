@@ -11,6 +11,7 @@ from torch import nn
 from alphasmith.objectives.joint.drop import Verdict
 from alphasmith.objectives.joint.low_rank.factorization import FactoredLayer
 from alphasmith.objectives.joint.low_rank.norms import FoldedNorms
+from alphasmith.objectives.joint.low_rank.spectrum import FlatLayer
 from alphasmith.objectives.joint.ports import Measured
 from alphasmith.objectives.joint.sparsity.targets import SparsityTargets
 from alphasmith.objectives.literals import LayerClass
@@ -132,6 +133,8 @@ class RoundsOutcome:
         start: Metrics of the model given.
         rewriting: How the tensors of the rounds' models relate to those of the model given.
         folded: What became of normalizations; None where they stay.
+        flat: Layers of ``model`` that stay dense because no saving rank keeps the energy of its round; those of the first round
+            where no rank fell in it, of the model given with recurrent layers and attention modules taken apart.
         notes: What people should know, a line each.
     """
 
@@ -144,4 +147,5 @@ class RoundsOutcome:
     start: Measured
     rewriting: Rewriting
     folded: FoldedNorms | None
+    flat: tuple[FlatLayer, ...] = ()
     notes: tuple[str, ...] = ()

@@ -114,7 +114,8 @@ def test_it_begins_with_plain_trials_and_then_shares_costly_choices() -> None:
     trials = run(study, Formula(), space)
     plain = len(space.plain())
     assert [trial.params["role"] for trial in trials[:plain]] == ["off", "off", "truncate", "branch"]
-    assert [trial.params["k.conv"] for trial in trials[:2]] == [256, 16]
+    assert [trial.params["k.conv"] for trial in trials[:plain]] == [256, 8, 16, 16]
+    assert trials[2].params["flat"] == "branch"
     for start in range(plain, 16, 3):
         group = [costly(trial.params) for trial in trials[start : start + 3]]
         assert all(one == group[0] for one in group), start
