@@ -15,6 +15,7 @@
 - ``progress``: progress of a run: bars on a terminal, plain lines elsewhere, nothing for scripts
 - ``site``: the search of one site: parametrizations, proposals, exact scores, result
 - ``study``: one Optuna study of anything: candidates, space, sampler, record
+- ``toml_values``: TOML files and ``section.field=value`` overrides as nested values that a configuration is made from
 - ``training``: a compressed model trained further on labelled media
 - ``work``: sites handed out: plan, sources, stage, accepted results, the session under a lease
 """

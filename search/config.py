@@ -6,7 +6,6 @@ import difflib
 import re
 import shlex
 import textwrap
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from fractions import Fraction
@@ -32,8 +31,10 @@ from alphasmith.objectives.quantization.scheme import (
     WeightFormat,
     WeightGranularity,
 )
-from alphasmith.objectives.reading import is_text, path_problem, read_text, usable_path, value_problem
-from alphasmith.objectives.text import is_control, one_line
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
+from alphasmith.objectives.reading import is_text, path_problem
+from alphasmith.objectives.text import is_control, matches, one_line
+from alphasmith.search.toml_values import read_toml
 
 #: Where a run goes unless a configuration says otherwise.
 DEFAULT_STORAGE = "sqlite:///alphasmith.db"
@@ -43,7 +44,6 @@ SamplerName = Literal["tpe", "qmc", "random", "cmaes", "gp"]
 PrunerName = Literal["paired", "none", "median", "successive_halving", "hyperband"]
 
 #: Largest configuration file [bytes].
-_MOST_TOML = 2**20
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -231,17 +231,58 @@ class DataConfig(Section):
 
 
 class SchemeConfig(Section):
-    """The quantization scheme, see ``alphasmith.objectives.quantization.scheme.Scheme``."""
+    """The quantization scheme, see ``alphasmith.objectives.quantization.scheme.Scheme``.
+
+    Attributes:
+        sites: ``fnmatch`` pattern of site names -> name of the scheme of these sites, ``float`` to leave them in float; the first
+            pattern that a name matches counts, and sites that match none have the scheme of the other fields.
+    """
 
     weights: WeightFormat = "int8"
     weight_granularity: WeightGranularity = "channel"
     group_size: int | None = Field(default=None, gt=0, lt=2**31)
     activations: ActivationFormat = "int8"
     activation_granularity: ActivationGranularity = "static"
+    sites: dict[Label, Label] = {}
 
     def build(self) -> Scheme:
-        """The validated scheme; InputError names a contradiction."""
-        return Scheme(**self.model_dump())
+        """The validated scheme of the sites that are not named; InputError names a contradiction."""
+        for name in self.sites.values():
+            Scheme.parse(name)
+        scheme = Scheme(**self.model_dump(exclude={"sites"}))
+        if scheme.is_float and not self.sites:
+            raise InputError(
+                "scheme.weights", "'none' quantizes nothing", "use int8, int4 or fp8, or name sites in scheme.sites"
+            )
+        return scheme
+
+    def of(self, site: str) -> Scheme:
+        """The scheme of a site.
+
+        Args:
+            site: Its name.
+        """
+        named = next((name for pattern, name in self.sites.items() if matches(site, [pattern])), None)
+        return self.build() if named is None else Scheme.parse(named)
+
+    def by_site(self, sites: Iterable[str]) -> SiteSchemes:
+        """The scheme of every site.
+
+        Args:
+            sites: Names of all sites.
+
+        Raises:
+            InputError: A pattern matches none of them.
+        """
+        names = list(sites)
+        for pattern in self.sites:
+            if not any(matches(name, [pattern]) for name in names):
+                raise InputError(
+                    "scheme.sites",
+                    f"no site matches {pattern!r}",
+                    f"use names or patterns of sites such as {names[0]!r}",
+                )
+        return SiteSchemes.build(self.build(), {name: self.of(name) for name in names})
 
 
 class GroupsConfig(Section):
@@ -464,97 +505,6 @@ class RunConfig(Configuration):
         """
         paths = (("model", "path"), ("model", "factory_path"), ("data", "path"), (None, "out"))
         return cls.build(read_toml(path, paths, overrides))
-
-
-def read_toml(
-    path: Path | str, paths: Iterable[tuple[str | None, str]], overrides: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Values of a TOML file, then ``a.b=c`` overrides over them.
-
-    Args:
-        path: The file.
-        paths: (section or None, field) of what is a path: relative ones are relative to the file.
-        overrides: What is set over it.
-
-    Raises:
-        InputError: Field ``CONFIG``: it cannot be read or is no TOML; field ``--set``: an override is not of that form.
-    """
-    path = usable_path("CONFIG", path)
-    text = read_text(path, field="CONFIG", remedy="give the path of a TOML file", most=_MOST_TOML)
-    try:
-        values = _plain_toml(text)
-    except ValueError as error:
-        raise InputError("CONFIG", f"{path} is not valid TOML ({error})", "correct that line") from error
-    _anchor_paths(values, path.parent, paths)
-    return apply_overrides(values, overrides)
-
-
-def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of nested ``values`` with every ``"a.b=c"`` set; c is a TOML value, or else a string.
-
-    Raises:
-        InputError: An override without ``=`` or through a value that is not a table.
-    """
-    result: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if override.splitlines() != [override]:
-            raise InputError("--set", f"{override[:100]!r} has a line break", "give one value; repeat --set for more")
-        if not equals or not key.strip():
-            raise InputError("--set", f"{override!r} has no '='", "write it as section.field=value")
-        *sections, last = key.strip().split(".")
-        table = result
-        for section in sections:
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise InputError("--set", f"{section!r} in {key!r} is not a section", "write it as section.field=value")
-        table[last] = _toml_value(text.strip())
-    return result
-
-
-def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with ``changes`` on top, field by field also within sections."""
-    both = {
-        name: {**values[name], **change}
-        if isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
-        else change
-        for name, change in changes.items()
-    }
-    return {**values, **both}
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return _plain_toml(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-    except ValueError as error:
-        raise InputError("--set", f"{text[:60]!r} {error}", "write a TOML value") from error
-
-
-def _plain_toml(text: str) -> dict[str, Any]:
-    """TOML as values.
-
-    Raises:
-        ValueError: It is not TOML, or nothing that a configuration can hold; says what is wrong.
-    """
-    try:
-        values = tomllib.loads(text)
-    except RecursionError:
-        raise ValueError("is nested too deep") from None
-    problem = value_problem(values)
-    if problem:
-        raise ValueError(problem)
-    return values
-
-
-def _anchor_paths(values: dict[str, Any], folder: Path, paths: Iterable[tuple[str | None, str]]) -> None:
-    for section, key in paths:
-        table = values if section is None else values.get(section)
-        if isinstance(table, dict) and isinstance(table.get(key), str):
-            given = table[key]
-            if not path_problem(given):  # else the field says what is wrong with it
-                table[key] = str(folder / Path(given).expanduser())
 
 
 def _named(values: Mapping[Any, Any]) -> dict[str, Any]:

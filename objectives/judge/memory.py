@@ -24,6 +24,7 @@ from alphasmith.objectives.calibration.statistics import CHUNK_BYTES, CHUNK_ELEM
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch, call
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.text import size_text
 
@@ -64,7 +65,7 @@ class MemoryDemand:
     Attributes:
         batch: An example, as small as the model accepts.
         batch_size: Samples per batch of the run; None: that of ``batch``.
-        scheme: Number formats of the quantized model.
+        schemes: Number formats of the quantized model, site by site.
         splits: Calibrations kept at a time: calibration and held-out.
         model_copies: Models alive at a time; candidates and folding work in place on one.
         evaluators: Sites scored at a time.
@@ -80,7 +81,7 @@ class MemoryDemand:
 
     batch: Batch
     batch_size: int | None = None
-    scheme: Scheme = field(default_factory=Scheme)
+    schemes: SiteSchemes = field(default_factory=lambda: SiteSchemes(Scheme()))
     splits: int = 2
     model_copies: int = 1
     evaluators: int = 1
@@ -226,10 +227,10 @@ class _Predictor:
         self._copy64 = sum(8 * t.numel() if t.is_floating_point() else t.nbytes for t in tensors)
         watched = [(site, part_layouts(model, site)) for site in sites if not unwatchable(site)]
         self._channels = sum(site.channels for site, _ in watched)
-        self._layouts = [parts for _, parts in watched]
+        self._layouts = [(parts, demand.schemes.of(site.name)) for site, parts in watched]
         weights = dict(model.named_parameters(remove_duplicate=False))
         self._weights = [
-            (operator, weights[operator.weight].numel())
+            (operator, weights[operator.weight].numel(), demand.schemes.of(site.name))
             for site, _ in watched
             for operator in site.operators
             if not operator.raw and operator.weight in weights
@@ -244,9 +245,9 @@ class _Predictor:
         """The plan for one reservoir size."""
         _validate(rows=rows)
         demand = self._demand
-        kept = [_kept_bytes(part, rows) for parts in self._layouts for part in parts]
-        payload = sum(_payload_bytes(count, demand.scheme) for _, count in self._weights)
-        payload += _payload_bytes(demand.stacked, demand.scheme)
+        kept = [_kept_bytes(part, rows) for parts, _ in self._layouts for part in parts]
+        payload = sum(_payload_bytes(count, scheme) for _, count, scheme in self._weights)
+        payload += _payload_bytes(demand.stacked, demand.schemes.default)
         kept_dense = self._dense_bytes() if dense else 0
         copy64 = self._copy64 if float64 and self._copy64 <= demand.float64_limit else 0
         # Calibration copies one tensor at a time without its padding, and converts it chunk by chunk.
@@ -263,7 +264,9 @@ class _Predictor:
             * (demand.splits * _STATISTICS_PER_CHANNEL + (PERCENTILE_BINS * _FLOAT if demand.percentiles else 0)),
             activations=self._forward + copies,
             evaluator=demand.evaluators
-            * max((sum(_evaluator_bytes(p, rows, demand.scheme) for p in parts) for parts in self._layouts), default=0),
+            * max(
+                (sum(_evaluator_bytes(p, rows, scheme) for p in parts) for parts, scheme in self._layouts), default=0
+            ),
             candidate=payload + max(kept_dense + quantized_forward, kept_dense + _REBUILT * self._largest_weight),
             proof=payload
             + max(copy64 + (2 if copy64 else 1) * self._forward, self._largest_fold + _FOLDED * self._largest_weight),
@@ -274,9 +277,8 @@ class _Predictor:
 
     def _dense_bytes(self) -> int:
         """Dequantized weights of the operators that integer products do not serve."""
-        scheme = self._demand.scheme
-        integers = scheme.integer_operands
-        return _FLOAT * sum(n for operator, n in self._weights if not (integers and operator.kind == "linear"))
+        simulated = [n for o, n, scheme in self._weights if not (scheme.integer_operands and o.kind == "linear")]
+        return _FLOAT * sum(simulated)
 
 
 def activation_bytes(model: nn.Module, batch: Batch) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from alphasmith.objectives.calibration.site_data import SiteData, SitePart
 from alphasmith.objectives.calibration.site_layout import read_energies
 from alphasmith.objectives.quantization.scheme import QMAX, Scheme
-from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
 #: Largest values of a channel that its tail is fitted to, at most these shares of its rows and of what its samples reach.
 _EXCESSES, _SHARE, _SAMPLE_SHARE = 16, 0.125, 0.25
@@ -58,6 +58,8 @@ class UnseenClipping:
 
     def __init__(self, data: SiteData, scheme: Scheme) -> None:
         self.idle = not scheme.static
+        # A range with a zero point has two ends, each set by its own side; a symmetric one has one size.
+        self._two_ends = scheme.asymmetric
         self.shape = 0.0
         self._data = data
         if self.idle:
@@ -80,7 +82,7 @@ class UnseenClipping:
         if self.idle:
             return logs.new_zeros(logs.shape[0])
         tails, moved = self._tails.to(logs.device), self._moved(logs, shift)
-        peak = (_log(tails.largest - moved).amax(dim=0) - logs).amax(dim=1, keepdim=True)
+        peak = self._sizes(tails.largest - moved, logs).amax(dim=-1, keepdim=True)
         reach = torch.as_tensor(factor, dtype=logs.dtype, device=logs.device).reshape(-1, 1) * (peak + logs).exp()
         beyond = reach + moved - tails.largest
         inside = beyond.clamp_max(0)
@@ -100,18 +102,17 @@ class UnseenClipping:
             power: Sharpness of the maximum.
         """
         tails, moved = self._tails.to(logs.device), self._moved(logs, shift)
-        peaks = power * (_log(tails.largest - moved).amax(dim=0) - logs)
-        peak = peaks.logsumexp(dim=1, keepdim=True)
+        peaks = power * self._sizes(tails.largest - moved, logs)
+        peak = peaks.logsumexp(dim=-1, keepdim=True)
         reach = factor * (peak / power + logs).exp()
         beyond = reach + moved - tails.largest
         left = tails.left(beyond)
         error = left * tails.square * tails.read
         # Of a wider range: minus twice the mean that is left of an excess.
-        slope = (
-            -error * (1 - 2 * tails.shape) / (tails.scale + tails.shape * beyond.clamp_min(0)).clamp_min(_NOTHING)
-        ).sum(dim=0)
-        outward = slope * reach
-        return error.sum(dim=(0, 2)), outward - outward.sum(dim=1, keepdim=True) * (peaks - peak).exp()
+        slope = -error * (1 - 2 * tails.shape) / (tails.scale + tails.shape * beyond.clamp_min(0)).clamp_min(_NOTHING)
+        outward = slope * reach if self._two_ends else slope.sum(dim=0, keepdim=True) * reach
+        by_scale = outward - outward.sum(dim=-1, keepdim=True) * (peaks - peak).exp()
+        return error.sum(dim=(0, 2)), by_scale.sum(dim=0)
 
     @torch.no_grad()
     def best_factor(self, smoothing: Smoothing) -> float:
@@ -139,7 +140,9 @@ class UnseenClipping:
 
     def _rounding(self, logs: Tensor, factors: Tensor, shift: Tensor | None) -> Tensor:
         """(n,) squared error of rounding under factors (n,); what is far below a step loses itself, no more."""
-        peak = (self._data.input_range.peaks(shift).to(logs) / logs.exp()).amax()
+        found = self._data.input_range
+        low, high = ChannelRange(found.low.to(logs), found.high.to(logs)).edges(logs[0].exp(), shift)
+        peak = high - low if self._two_ends else torch.maximum(high, -low)
         noise = (2 * ((factors * peak / self._steps).log().unsqueeze(1) + logs)).exp() / 12
         own = self._square.to(logs)
         if shift is not None:
@@ -147,6 +150,11 @@ class UnseenClipping:
         norm = (noise.square() + own.square()).clamp_min(_NOTHING).sqrt()
         total: Tensor = (noise / norm * own * self._read.to(logs)).sum(dim=1)
         return total
+
+    def _sizes(self, largest: Tensor, logs: Tensor) -> Tensor:
+        """Log magnitudes that set the range, after scaling, of every side (2, n, C), or of the larger one (1, n, C)."""
+        sizes = _log(largest)
+        return (sizes if self._two_ends else sizes.amax(dim=0, keepdim=True)) - logs
 
     def _moved(self, logs: Tensor, shift: Tensor | None) -> Tensor:
         """(2, n or 1, C) what the shift takes from either side."""

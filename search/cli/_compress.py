@@ -13,7 +13,7 @@ import click
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import counted
 from alphasmith.search.cli._options import PATH, interruptible, json_option, print_answer, storage_option
-from alphasmith.search.config import apply_overrides
+from alphasmith.search.toml_values import apply_overrides
 
 if TYPE_CHECKING:
     from alphasmith.search.compression.compress import CompressionResult

@@ -18,7 +18,7 @@ from alphasmith.search.cli._options import (
     print_answer,
     storage_option,
 )
-from alphasmith.search.config import apply_overrides, merged
+from alphasmith.search.toml_values import apply_overrides, merged
 
 if TYPE_CHECKING:
     from alphasmith.search.interruption import Interruption

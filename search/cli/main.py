@@ -28,9 +28,10 @@ from alphasmith.search.cli._options import (
 )
 from alphasmith.search.cli._processing import classify, generate
 from alphasmith.search.cli._serve import serve
-from alphasmith.search.config import RunConfig, apply_overrides
+from alphasmith.search.config import RunConfig
 from alphasmith.search.idle_threads import passive_waiting
 from alphasmith.search.interruption import Interrupted
+from alphasmith.search.toml_values import apply_overrides
 
 if TYPE_CHECKING:
     from alphasmith.search.launch.recorder import RunResult

@@ -21,10 +21,10 @@ from alphasmith.search.compression._stages import ModelStages
 from alphasmith.search.compression._study import directions
 from alphasmith.search.compression._task import CompressedTask, condition_of, open_task
 from alphasmith.search.compression.config import CompressConfig
-from alphasmith.search.config import merged
 from alphasmith.search.devices import usable_device
 from alphasmith.search.inputs.permission import check_named
 from alphasmith.search.progress import Progress
+from alphasmith.search.toml_values import merged
 from alphasmith.storage.runs.compressions import CompressionRecord, CompressionSpec
 
 

@@ -28,9 +28,10 @@ from alphasmith.search.compression._study import CONSTRAINT, ORIGINAL, TESTED, f
 from alphasmith.search.compression._study import counted as counted_trials
 from alphasmith.search.compression._workers import try_all
 from alphasmith.search.compression.config import CompressConfig
-from alphasmith.search.config import DEFAULT_STORAGE, merged
+from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.search.interruption import Interrupted, never
 from alphasmith.search.progress import Progress, Silent
+from alphasmith.search.toml_values import merged
 from alphasmith.storage.database.connection import Database, check_writable, opened
 from alphasmith.storage.output.compressed_folder import CompressedFolder, compression_in
 from alphasmith.storage.output.compression_manifest import CompressionManifest

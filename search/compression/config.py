@@ -29,8 +29,8 @@ from alphasmith.search.config import (
     Section,
     UserPath,
     WorkersConfig,
-    read_toml,
 )
+from alphasmith.search.toml_values import read_toml
 
 #: What may become of the weights beside their codebooks. ``off``: nothing; ``truncate``: factors alone (claim B-5), in rounds
 #: with training; ``branch``: factors of the smoothed weights beside what is left of these.

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.config import HardwareConfig
 
-_BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}
+_BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5, "fp8": 1.0, "none": 4.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def target_budget(config: HardwareConfig) -> HardwareBudget:
 
 
 def required_budget(
-    sites: Sequence[Site], *, scheme: Scheme, parameters: int, activation_bytes: int, forwards_per_second: float
+    sites: Sequence[Site], *, schemes: SiteSchemes, parameters: int, activation_bytes: int, forwards_per_second: float
 ) -> HardwareBudget:
     """What the quantized model needs of its target.
 
@@ -82,18 +82,21 @@ def required_budget(
 
     Args:
         sites: All sites of the model.
-        scheme: The quantization scheme.
+        schemes: The quantization scheme of every site.
         parameters: Number of parameters of the model.
         activation_bytes: Activations alive in one forward [bytes].
         forwards_per_second: Rate at which the target runs the model [1/s].
     """
-    operators = [o for s in sites for o in s.operators if not o.raw or o.stacked]
-    kernels = [o.in_channels // o.groups * o.out_channels * _product(o.kernel) * max(o.stacked, 1) for o in operators]
-    rest = max(parameters - sum(kernels), 0)
-    weight_bytes = int(sum(kernels) * _BYTES_PER_WEIGHT[scheme.weights]) + 4 * rest
+    operators = [(o, schemes.of(s.name)) for s in sites for o in s.operators if not o.raw or o.stacked]
+    kernels = [
+        (o.in_channels // o.groups * o.out_channels * _product(o.kernel) * max(o.stacked, 1), scheme)
+        for o, scheme in operators
+    ]
+    rest = max(parameters - sum(count for count, _ in kernels), 0)
+    weight_bytes = int(sum(count * _BYTES_PER_WEIGHT[scheme.weights] for count, scheme in kernels)) + 4 * rest
     return HardwareBudget(
         memory=weight_bytes + activation_bytes,
-        gpu_threads=max((o.out_channels for o in operators), default=1),
+        gpu_threads=max((o.out_channels for o, _ in operators), default=1),
         bandwidth=int(weight_bytes * forwards_per_second),
     )
 

@@ -26,6 +26,7 @@ from alphasmith.objectives.judge.memory import (
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.media.batches import largest
 from alphasmith.objectives.model.plain_operators import Rewriting
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sites.coverage import Coverage, coverage
 from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Discovery, Site, Weight
@@ -117,9 +118,10 @@ def survey(config: RunConfig, task: Task) -> Survey:
     found = discover(model, example, experts=config.sites.experts, exclude=config.sites.exclude)
     found = with_stacks_that_answer(model, example, found)
     sites = tuple(_as_configured(site, config) for site in found.sites)
+    schemes = site_schemes(config, sites)
     required = required_budget(
         sites,
-        scheme=config.scheme.build(),
+        schemes=schemes,
         parameters=task.loaded.parameter_count,
         activation_bytes=activation_bytes(model, example),
         forwards_per_second=config.hardware.forwards_per_second,
@@ -173,8 +175,9 @@ def _budget(found: Survey, config: RunConfig) -> int:
 
 def _weights_alone(found: Discovery, config: RunConfig) -> tuple[str, ...]:
     """One line on stacks of matrices, whose inputs nobody sees; none where inputs stay float anyway."""
-    names = [operator.weight for site in found.sites for operator in site.operators if operator.stacked]
-    if not names or config.scheme.build().activations == "none":
+    quantized = [site for site in found.sites if config.scheme.of(site.name).activations != "none"]
+    names = [operator.weight for site in quantized for operator in site.operators if operator.stacked]
+    if not names:
         return ()
     return (f"of matrices stacked in one tensor only the weights are quantized, not their inputs: {listed(names, 3)}",)
 
@@ -246,7 +249,7 @@ def prepare(
     demand = MemoryDemand(
         batch=found.example,
         batch_size=max(largest(task.calibration), largest(task.held_out)),
-        scheme=config.scheme.build(),
+        schemes=site_schemes(config, found.sites),
         percentiles="percentile" in search.statistic,
         outputs=_output_bytes(found, task, config),
         float64_limit=FLOAT64_LIMIT,
@@ -309,6 +312,11 @@ def prepare(
     )
 
 
+def site_schemes(config: RunConfig, sites: Sequence[Site]) -> SiteSchemes:
+    """The scheme of every site of a run."""
+    return config.scheme.by_site(site.name for site in sites)
+
+
 def producers_first(sites: Sequence[Site]) -> list[Site]:
     """Sites ordered so that one which scales rows of another's weights comes before it.
 
@@ -361,6 +369,8 @@ def _floats(sites: Sequence[Site], calibration: Calibration, config: RunConfig) 
         for operator in site.operators:
             if matches(operator.name, config.sites.skip):
                 floats[operator.name] = "sites.skip names it"
+            elif config.scheme.of(site.name).is_float:
+                floats[operator.name] = "the scheme of its site is float"
             elif site.name not in calibration.sites and not operator.stacked:
                 alone = "no unpadded calibration row reached it" if len(site.operators) == 1 else ""
                 floats[operator.name] = alone or calibration.missing.get(site.name, site.reason)
@@ -368,7 +378,7 @@ def _floats(sites: Sequence[Site], calibration: Calibration, config: RunConfig) 
 
 
 def _all_skipped(site: Site, config: RunConfig) -> bool:
-    return all(matches(o.name, config.sites.skip) for o in site.operators)
+    return config.scheme.of(site.name).is_float or all(matches(o.name, config.sites.skip) for o in site.operators)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.reading import usable_path
 from alphasmith.objectives.text import listed
 from alphasmith.search.config import DEFAULT_OUT, DEFAULT_STORAGE, RunConfig, resume_command
-from alphasmith.search.inputs.preparation import Survey
+from alphasmith.search.inputs.preparation import Survey, site_schemes
 from alphasmith.search.inputs.task import Task
 from alphasmith.search.inputs.versions import versions
 from alphasmith.search.interruption import Interrupted
@@ -194,7 +194,7 @@ def new_run(
             model_digest=task.loaded.digest,
             data_digest=task.data_digest,
             config=stored_values(config),
-            scheme=config.scheme.build().name,
+            scheme=site_schemes(config, found.sites).name,
             hardware={"rho": found.scarcity.rho, "explanation": found.scarcity.explanation},
             scope=config.search.scope,
             versions=versions(),
@@ -319,7 +319,8 @@ def _changed(record: RunRecord, then: str, now: str) -> str:
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
     sections = {name: value for name, value in values.items() if name not in _PLACES}
     return {
-        name: {key: v for key, v in value.items() if f"{name}.{key}" not in _PLACES}
+        # Nothing named is what an earlier version, which could name nothing, recorded.
+        name: {key: v for key, v in value.items() if f"{name}.{key}" not in _PLACES and v != {}}
         if isinstance(value, Mapping)
         else value
         for name, value in sections.items()

@@ -11,14 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from alphasmith.objectives.literals import CandidateKind
-from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import DEAD_CHANNEL_RULE, SCALE_MAX, SCALE_MIN, Smoothing
 from alphasmith.objectives.stored_types import floating_names, told
 from alphasmith.objectives.text import number
 from alphasmith.search.config import RunConfig
 from alphasmith.search.inputs.hardware import HardwareBudget
-from alphasmith.search.inputs.preparation import PreparedModel
+from alphasmith.search.inputs.preparation import PreparedModel, site_schemes
 from alphasmith.search.inputs.task import Task
 from alphasmith.search.launch._outcome import Products, SearchOutcome
 from alphasmith.search.model.refinement import RefinementResult, Step
@@ -108,7 +107,7 @@ def build_manifest(
             baked=tuple(BakedEntry(**asdict(baked)) for baked in prepared.survey.rewriting.baked),
         ),
         data_digest=task.data_digest,
-        scheme=SchemeEntry.of(Scheme(**config.scheme.model_dump())),
+        scheme=SchemeEntry.of(site_schemes(config, prepared.sites)),
         conventions=ConventionsEntry(
             statistic=search.statistic[0],
             percentile=search.percentile if "percentile" in search.statistic else None,

@@ -22,12 +22,12 @@ from alphasmith.objectives.literals import OutputLoss, Variant
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
-from alphasmith.search.config import DEFAULT_STORAGE, RunConfig, merged
+from alphasmith.search.config import DEFAULT_STORAGE, RunConfig
 from alphasmith.search.devices import search_device, thread_budget
 from alphasmith.search.engines.choose import make_engine
 from alphasmith.search.engines.types import Engine, ModelWork
 from alphasmith.search.inputs.permission import check_code, named_in
-from alphasmith.search.inputs.preparation import PreparedModel, RunInputs, begin, survey
+from alphasmith.search.inputs.preparation import PreparedModel, RunInputs, begin, site_schemes, survey
 from alphasmith.search.inputs.task import Task, load_task
 from alphasmith.search.interruption import leave, never
 from alphasmith.search.launch._lookup import (
@@ -56,6 +56,7 @@ from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
 from alphasmith.search.study.candidates import TrialResult
 from alphasmith.search.study.types import StudyContext
 from alphasmith.search.study.writer import Writer
+from alphasmith.search.toml_values import merged
 from alphasmith.search.work.plan import plan_sites
 from alphasmith.search.work.session import RunHandle
 from alphasmith.search.work.site_results import SiteResults
@@ -253,7 +254,7 @@ def _finish(
             prepared.survey.model,
             prepared.sites,
             input_ranges(prepared),
-            config.scheme.build(),
+            site_schemes(config, prepared.sites),
             skip_patterns(config, prepared),
             keep_dense=prepared.plan.dense > 0,
         )
@@ -368,8 +369,11 @@ def _search_sites(launch: _Launch, writer: Writer) -> dict[str, SiteResult]:
         handle,
         source,
         settings,
+        scheme=config.scheme.of,
         engine=launch.engine,
-        keeper=SiteResults(handle.board, handle.kept, scheme=settings.scheme.name, position=source.position),
+        keeper=SiteResults(
+            handle.board, handle.kept, scheme=lambda site: config.scheme.of(site).name, position=source.position
+        ),
         writer=writer,
         progress=launch.progress,
         stop=launch.stop,
@@ -415,7 +419,7 @@ def _search_whole(
             model=prepared.survey.model,
             sites=prepared.sites,
             ranges=input_ranges(prepared),
-            scheme=config.scheme.build(),
+            scheme=launch.candidate.schemes,
             skip=skip_patterns(config, prepared),
             batches=tuple(task.judging),
             loss=loss,

@@ -145,7 +145,9 @@ def _search(
         with named(record.id, handle.storage), handle, thread_budget(config.search.threads), Writer() as writer:
             order = _planned(handle, wait, progress, stop, sleep)
             source = PublishedSites(handle.kept, order)
-            keeper = SiteResults(handle.board, handle.kept, scheme=record.scheme, position=source.position)
+            keeper = SiteResults(
+                handle.board, handle.kept, scheme=lambda site: config.scheme.of(site).name, position=source.position
+            )
             settings = SiteSettings(
                 scheme=config.scheme.build(),
                 groups=config.groups,
@@ -156,6 +158,7 @@ def _search(
                 handle,
                 source,
                 settings,
+                scheme=config.scheme.of,
                 engine=engine,
                 keeper=keeper,
                 writer=writer,

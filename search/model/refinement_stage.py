@@ -11,6 +11,7 @@ from alphasmith.objectives.calibration.site_data import SiteData, to_device
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.judge.site_objective import SiteObjective
 from alphasmith.objectives.literals import Variant
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sensitivity.rival_contributions import rival_contributions
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import Smoothing
@@ -94,7 +95,7 @@ def refine_sites(
             judge,
             reserve,
             config.search,
-            static=config.scheme.build().static,
+            static=judge.candidate.schemes.static,
             contexts=context,
             on_score=heard,
             contributions=contributions,
@@ -243,14 +244,14 @@ def _rescore(
             smoothings = {other: results[other].smoothing for other in source.depends_on(name)}
             rows = source.rows(name, smoothings)
             search, held_out = (
-                _with_ours(losses, _loss(data, result, config, device))
+                _with_ours(losses, _loss(data, result, config.scheme.of(name), device))
                 for losses, data in zip((result.search, result.held_out), rows, strict=True)
             )
             results[name] = replace(result, search=search, held_out=held_out)
 
 
-def _loss(data: SiteData, result: SiteResult, config: RunConfig, device: torch.device) -> float:
-    return SiteObjective(to_device(data, device), config.scheme.build()).loss(result.smoothing.to(device))
+def _loss(data: SiteData, result: SiteResult, scheme: Scheme, device: torch.device) -> float:
+    return SiteObjective(to_device(data, device), scheme).loss(result.smoothing.to(device))
 
 
 def _with_ours(losses: Losses, ours: float) -> Losses:

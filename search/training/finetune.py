@@ -22,10 +22,11 @@ from alphasmith.objectives.text import error_line, number
 from alphasmith.objectives.training.fake_quantized import FakeQuantized
 from alphasmith.objectives.training.loop import TrainingData, train
 from alphasmith.objectives.training.outcome import TrainingOutcome, TrainingPoint
-from alphasmith.search.config import DEFAULT_STORAGE, merged, resume_command
+from alphasmith.search.config import DEFAULT_STORAGE, resume_command
 from alphasmith.search.interruption import Interrupted, never
 from alphasmith.search.processing.opening import ModelPlace
 from alphasmith.search.progress import Progress, Silent
+from alphasmith.search.toml_values import merged
 from alphasmith.search.training._checkpoints import CheckpointFolder
 from alphasmith.search.training._parent import Parent, ends_in_probabilities, open_parent
 from alphasmith.search.training._result import Trained, write_result

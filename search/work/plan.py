@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from alphasmith.search.config import RunConfig
@@ -28,15 +27,18 @@ def plan_sites(
     Raises:
         InputError: The run was planned for other sites.
     """
-    scheme = config.scheme.build().name
     planned = {ticket.site: ticket for ticket in handle.board.tickets()}
     digests = {
         name: planned[name].digest if name in planned else site_digest(source.site(name), source.tensors)
         for name in source.order
     }
-    winners: Mapping[str, SiteWinner] = {}
-    if config.search.reuse and not planned:
-        winners = reusable_winners(handle.database, digests.values(), scheme, not_run=handle.id)
+    schemes = {name: config.scheme.of(name).name for name in source.order}
+    winners: dict[tuple[str, str], SiteWinner] = {}
+    for scheme in dict.fromkeys(schemes.values()) if config.search.reuse and not planned else ():
+        alike = [digests[name] for name in source.order if schemes[name] == scheme]
+        found = reusable_winners(handle.database, alike, scheme, not_run=handle.id)
+        winners |= {(scheme, digest): winner for digest, winner in found.items()}
+    winner_of = {name: winners.get((schemes[name], digests[name])) for name in source.order}
     shared = handle.shared
     if shared and not planned:
         publish_sites(prepared, source, handle.kept)
@@ -47,12 +49,12 @@ def plan_sites(
                 position=place,
                 depends_on=source.depends_on(name),
                 digest=digests[name],
-                reused=planned[name].reused if name in planned else _reused(winners.get(digests[name])),
+                reused=planned[name].reused if name in planned else _reused(winner_of[name]),
             )
             for place, name in enumerate(source.order)
         ]
     )
-    reused = [w for d in digests.values() if (w := winners.get(d)) is not None]
+    reused = [winner for winner in winner_of.values() if winner is not None]
     if reused:
         runs = ", ".join(sorted({w.run for w in reused}))
         progress.note(

@@ -19,11 +19,13 @@ class SiteResults:
     Args:
         board: Tickets of the run.
         kept: Objects of the run in the artifact store.
-        scheme: Name of the quantization scheme.
+        scheme: Site -> name of its quantization scheme.
         position: Site name -> place in forward order.
     """
 
-    def __init__(self, board: Board, kept: RunArtifacts, *, scheme: str, position: Callable[[str], int]) -> None:
+    def __init__(
+        self, board: Board, kept: RunArtifacts, *, scheme: Callable[[str], str], position: Callable[[str], int]
+    ) -> None:
         self._board = board
         self._kept = kept
         self._scheme = scheme
@@ -44,7 +46,7 @@ class SiteResults:
             attempt=claim.attempt,
             worker=self._board.worker,
             digest=claim.ticket.digest,
-            scheme=self._scheme,
+            scheme=self._scheme(site.name),
             winner=candidate_json(result.candidate),
             loss=result.held_out_loss,
             artifact_id=artifact.artifact_id,

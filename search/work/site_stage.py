@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from alphasmith.objectives.errors import AlphasmithError
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.engines.types import Engine, SearchEnd, SiteWork
 from alphasmith.search.interruption import Interrupted
@@ -41,7 +42,8 @@ class SiteStage:
     Args:
         handle: The run, its tickets and its studies.
         source: Rows and weights.
-        settings: What is the same at every site.
+        settings: What is the same at every site; its scheme is not used.
+        scheme: Site -> its scheme.
         engine: Searches.
         keeper: Keeps results.
         writer: The one thread that writes trials and results.
@@ -56,6 +58,7 @@ class SiteStage:
         source: SiteSource,
         settings: SiteSettings,
         *,
+        scheme: Callable[[str], Scheme],
         engine: Engine,
         keeper: SiteResults,
         writer: Writer,
@@ -66,6 +69,7 @@ class SiteStage:
         self._handle = handle
         self._source = source
         self._settings = settings
+        self._scheme = scheme
         self._engine = engine
         self._board = handle.board
         self._keeper = keeper
@@ -161,6 +165,7 @@ class SiteStage:
             held_out=held_out,
             settings=replace(
                 self._settings,
+                scheme=self._scheme(name),
                 shiftable=site.shiftable,
                 reused=None if reused is None else candidate_of(reused["candidate"]),
             ),

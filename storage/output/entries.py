@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import (
     CandidateKind,
     ChannelStatistic,
@@ -33,6 +34,7 @@ from alphasmith.objectives.quantization.scheme import (
     WeightFormat,
     WeightGranularity,
 )
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.storage.runs.entries import Losses, Part, SiteRecord, Volatile
 
 
@@ -41,6 +43,13 @@ def _relative(path: str) -> str:
     if not pure.parts or pure.is_absolute() or ".." in pure.parts:
         raise ValueError(f"{path!r} is not a path inside the output folder")
     return path
+
+
+def _scheme_name(name: str) -> str:
+    try:
+        return Scheme.parse(name).name
+    except InputError as error:
+        raise ValueError(error.problem) from error
 
 
 def _to_utc(moment: datetime) -> datetime:
@@ -112,30 +121,43 @@ class ModelEntry(Part):
 
 
 class SchemeEntry(Part):
-    """The quantization scheme, see ``objectives.scheme.Scheme``."""
+    """The quantization scheme, see ``objectives.scheme.Scheme``, and those of sites that have another one."""
 
     name: str
-    """Short name."""
+    """Short name; where sites have another scheme, with their number, e.g. ``w8a8-channel-static+4``."""
     weights: WeightFormat
     weight_granularity: WeightGranularity
     group_size: PositiveInt | None = None
     activations: ActivationFormat
     activation_granularity: ActivationGranularity
+    sites: dict[str, Annotated[str, AfterValidator(_scheme_name)]] = Field(default_factory=dict)
+    """Site -> name of its scheme, of the sites that have another one than the other fields say; ``float`` is left in float."""
 
     @classmethod
-    def of(cls, scheme: Scheme) -> Self:
-        """Entry for a scheme."""
+    def of(cls, schemes: Scheme | SiteSchemes) -> Self:
+        """Entry for a scheme, or for those of the sites."""
+        schemes = SiteSchemes.given(schemes)
+        scheme = schemes.default
         return cls(
-            name=scheme.name,
+            name=schemes.name,
             weights=scheme.weights,
             weight_granularity=scheme.weight_granularity,
             group_size=scheme.group_size,
             activations=scheme.activations,
             activation_granularity=scheme.activation_granularity,
+            sites={site: other.name for site, other in schemes.others},
         )
 
+    def site_schemes(self) -> SiteSchemes:
+        """The scheme of every site.
+
+        Raises:
+            InputError: The fields contradict each other.
+        """
+        return SiteSchemes.build(self.scheme(), {site: Scheme.parse(name) for site, name in self.sites.items()})
+
     def scheme(self) -> Scheme:
-        """The scheme it stands for.
+        """The scheme of the sites that are not named.
 
         Raises:
             InputError: The fields contradict each other.

@@ -24,7 +24,8 @@ from alphasmith.objectives.errors import AlphasmithError
 from alphasmith.objectives.media import MediaSource, load_media
 from alphasmith.search.checkpoints.load import load_quantized, load_smoothed
 from alphasmith.search.checkpoints.verification import undo
-from alphasmith.search.config import RunConfig, apply_overrides
+from alphasmith.search.config import RunConfig
+from alphasmith.search.toml_values import apply_overrides
 from alphasmith.storage.files.durable import digest_file
 from alphasmith.storage.output.manifest import parse_manifest, read_manifest
 from tests.fuzz.mutations import odd_values, spoilt_bytes, spoilt_json, spoilt_value

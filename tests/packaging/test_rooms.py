@@ -40,6 +40,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"study_views"},
     ],
     "search": [
+        {"toml_values"},
         {"config", "idle_threads", "interruption"},
         {"progress", "devices"},
         {"study"},

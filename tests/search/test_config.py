@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.quantization.scheme import Scheme
-from alphasmith.search.config import RunConfig, SchemeConfig, apply_overrides, parse_bytes
+from alphasmith.search.config import RunConfig, SchemeConfig, parse_bytes
+from alphasmith.search.toml_values import apply_overrides
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,16 @@ from alphasmith.search.config import RunConfig, SchemeConfig, apply_overrides, p
         ({"scheme": 8}, "scheme", "w8a8-channel-static"),
         ({"scheme": None}, "scheme", "w8a8-channel-static"),
         ({"scheme": Scheme}, "scheme", "w8a8-channel-static"),
+        ({"scheme": {"activations": "uint4"}}, "scheme.activations", "uint8"),
+        ({"scheme": {"weights": "fp8", "activations": "uint8"}}, "scheme.activations", "uint8"),
+        (
+            {"scheme": {"activations": "int16", "activation_granularity": "token"}},
+            "scheme.activation_granularity",
+            "static",
+        ),
+        ({"scheme": "float"}, "scheme.weights", "quantizes nothing"),
+        ({"scheme": {"sites": {"a": "w8au4-channel-static"}}}, "scheme", "u8"),
+        ({"scheme": {"sites": ["a"]}}, "scheme.sites", "dictionary"),
     ],
 )
 @pytest.mark.parametrize("make", [RunConfig.build, lambda values: RunConfig(**values)], ids=["build", "RunConfig"])
@@ -53,6 +64,19 @@ def test_errors_name_the_field_and_a_remedy(
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_sites_have_the_scheme_of_the_first_pattern_that_matches() -> None:
+    config = RunConfig.build({"scheme": {"sites": {"*.down": "w8au8-channel-static", "a.*": "float"}}}).scheme
+    assert config.of("a.down").name == "w8au8-channel-static"
+    assert config.of("a.up").is_float
+    assert config.of("b.up") == Scheme()
+    by_site = config.by_site(["a.down", "a.up", "b.up"])
+    assert [by_site.of(site) for site in ("a.down", "a.up", "b.up")] == [
+        config.of(s) for s in ("a.down", "a.up", "b.up")
+    ]
+    with pytest.raises(InputError, match=r"scheme\.sites: no site matches 'a\.\*'"):
+        config.by_site(["b.down"])
 
 
 def test_a_section_alone_is_refused_likewise() -> None:

@@ -24,6 +24,7 @@ from alphasmith.objectives.judge.memory import (
 )
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sites.types import Operator, Site
 from alphasmith.objectives.text import size_text
 
@@ -111,7 +112,7 @@ def test_the_quantized_model_is_as_large_as_its_format() -> None:
     weights = 16 * 64 + 64 * 8
 
     def candidate(scheme: Scheme) -> int:
-        return predicted_peak(model, sites, rows=64, demand=_demand(batch, scheme=scheme)).candidate
+        return predicted_peak(model, sites, rows=64, demand=_demand(batch, schemes=SiteSchemes(scheme))).candidate
 
     integers = candidate(Scheme())
     assert integers - candidate(Scheme(weights="int4")) == weights // 2
@@ -136,7 +137,9 @@ def test_what_only_saves_time_is_given_up_before_rows() -> None:
     torch.manual_seed(0)  # module initialisers take no generator
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(100)))
     sites = [_site(str(i), 64, 64) for i in range(100)]
-    demand = _demand(Batch(args=(torch.zeros(2, 64),)), scheme=Scheme(activations="none"), float64_limit=2**30)
+    demand = _demand(
+        Batch(args=(torch.zeros(2, 64),)), schemes=SiteSchemes(Scheme(activations="none")), float64_limit=2**30
+    )
     full = predicted_peak(model, sites, rows=64, demand=demand)
     assert full.dense > 0
     assert full.float64 > 0

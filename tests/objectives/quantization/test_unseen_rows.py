@@ -17,6 +17,7 @@ from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 
 STATIC = Scheme.parse("w8a8-channel-static")
+ASYMMETRIC = Scheme.parse("w8au8-channel-static")
 CHANNELS = 32
 
 
@@ -89,12 +90,14 @@ def test_another_unit_changes_neither_the_loss_nor_the_range(exponent: float, se
     assert there.best_factor(scaled) == pytest.approx(here.best_factor(ones), rel=1e-6)
 
 
-@given(st.integers(0, 2**16), st.booleans(), st.sampled_from([8, 64]))
-@settings(max_examples=20, deadline=None)
-def test_the_slope_is_that_of_the_smooth_form_which_nears_the_exact_one(seed: int, shifted: bool, power: int) -> None:
+@given(st.integers(0, 2**16), st.booleans(), st.sampled_from([8, 64]), st.sampled_from([STATIC, ASYMMETRIC]))
+@settings(max_examples=30, deadline=None)
+def test_the_slope_is_that_of_the_smooth_form_which_nears_the_exact_one(
+    seed: int, shifted: bool, power: int, scheme: Scheme
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     data = linear_site_data(heavy(200, generator), torch.randn(8, CHANNELS, generator=generator))
-    unseen = UnseenClipping(data, STATIC)
+    unseen = UnseenClipping(data, scheme)
     logs = 0.2 * torch.randn(3, CHANNELS, dtype=torch.float64, generator=generator)
     shift = data.mean() if shifted else None
     error, slope = unseen.noise(logs, 1.1, shift, power)
@@ -106,12 +109,24 @@ def test_the_slope_is_that_of_the_smooth_form_which_nears_the_exact_one(seed: in
     assert torch.allclose(unseen.noise(logs, 1.1, shift, 4096)[0], unseen.error(logs, 1.1, shift), rtol=0.05)
 
 
-def test_the_wider_the_range_the_less_is_clipped() -> None:
+@pytest.mark.parametrize("scheme", [STATIC, ASYMMETRIC], ids=lambda s: s.name)
+def test_the_wider_the_range_the_less_is_clipped(scheme: Scheme) -> None:
     generator = torch.Generator().manual_seed(2)
     data = linear_site_data(normal(300, generator), torch.randn(8, CHANNELS, generator=generator))
     factors = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.3, 2.0], dtype=torch.float64)
-    errors = UnseenClipping(data, STATIC).error(torch.zeros(6, CHANNELS, dtype=torch.float64), factors)
+    errors = UnseenClipping(data, scheme).error(torch.zeros(6, CHANNELS, dtype=torch.float64), factors)
     assert bool((errors.diff() < 0).all())
+
+
+def test_every_end_of_an_asymmetric_range_clips_its_own_side() -> None:
+    """Of rows that a ReLU made, nothing is clipped below; of mirrored rows the same as of the rows."""
+    generator = torch.Generator().manual_seed(5)
+    x, w = normal(300, generator).relu(), torch.randn(8, CHANNELS, generator=generator)
+    logs = 0.1 * torch.randn(1, CHANNELS, dtype=torch.float64, generator=generator)
+    found = [UnseenClipping(linear_site_data(sign * x, w), ASYMMETRIC).error(logs, 1.1) for sign in (1, -1)]
+    assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-9)
+    symmetric = UnseenClipping(linear_site_data(x, w), STATIC).error(logs, 1.1)
+    assert float(found[0]) == pytest.approx(float(symmetric), rel=1e-6)
 
 
 def test_more_rows_that_were_seen_leave_less_to_be_clipped() -> None:

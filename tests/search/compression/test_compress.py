@@ -22,8 +22,8 @@ from alphasmith.objectives.joint.ports import JointMetric, Measured
 from alphasmith.search import CompressionResult, compress, load_compressed
 from alphasmith.search.cli import commands
 from alphasmith.search.compression.compress import pick, resume_compression
-from alphasmith.search.config import merged
 from alphasmith.search.interruption import Interrupted
+from alphasmith.search.toml_values import merged
 from alphasmith.storage.database.connection import opened, optuna_storage
 from alphasmith.storage.output.compressed_folder import CompressedFolder
 from alphasmith.storage.runs.compressions import CompressionStore

@@ -23,10 +23,10 @@ from alphasmith.search.cli.main import main as command
 from alphasmith.search.compression import _workers
 from alphasmith.search.compression.compress import resume_compression
 from alphasmith.search.compression.worker import work
-from alphasmith.search.config import merged
 from alphasmith.search.engines.types import SearchEnd
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.progress import Silent
+from alphasmith.search.toml_values import merged
 from alphasmith.storage.database.connection import opened, optuna_storage
 from alphasmith.storage.output.reservation import Reservation
 from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore

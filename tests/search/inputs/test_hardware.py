@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.quantization.scheme import FLOAT, Scheme
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sites.types import Operator, Site
 from alphasmith.search.config import HardwareConfig
 from alphasmith.search.inputs.hardware import HardwareBudget, detect, required_budget, scarcity, target_budget
@@ -69,7 +70,9 @@ def test_requirements_follow_the_scheme() -> None:
     )
 
     def need(scheme: Scheme) -> HardwareBudget:
-        return required_budget([site], scheme=scheme, parameters=150, activation_bytes=10, forwards_per_second=2.0)
+        schemes = SiteSchemes.build(Scheme(), {"a": scheme})
+        return required_budget([site], schemes=schemes, parameters=150, activation_bytes=10, forwards_per_second=2.0)
 
     assert need(Scheme()) == HardwareBudget(memory=128 + 4 * 22 + 10, gpu_threads=16, bandwidth=2 * (128 + 88))
     assert need(Scheme(weights="int4")).memory == 64 + 88 + 10
+    assert need(FLOAT).memory == 4 * 128 + 88 + 10

@@ -175,6 +175,7 @@ def stage(
             ),
             source,
             WORK.settings,
+            scheme=lambda _: WORK.settings.scheme,
             engine=cast(Engine, engine),
             keeper=cast(SiteResults, keeper),
             writer=writer,
