@@ -3,7 +3,7 @@
 One layer: ``alphasmith.search_site(x, w, scheme="w8a8-channel-static")``. A whole model: ``alphasmith.run(config, model=...,
 batches=...)``, gone on with by ``alphasmith.resume``; its output folder is read by ``load_smoothed`` and ``load_quantized``, and its
 compressed model is trained further by ``alphasmith.finetune``. ``alphasmith.compress`` makes a model smaller by sparse, low-rank and
-codebook forms together.
+codebook forms together; ``alphasmith.export`` writes a result in a format that other software loads.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from alphasmith.search import (
         Classifier,
         CompressionResult,
+        ExportResult,
         Generator,
         RunConfig,
         RunResult,
         SiteResult,
         TrainingResult,
         compress,
+        export,
         finetune,
         load_compressed,
         load_quantized,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Classifier",
     "CompressionResult",
+    "ExportResult",
     "Generator",
     "RunConfig",
     "RunResult",
@@ -42,6 +45,7 @@ __all__ = [
     "TrainingResult",
     "__version__",
     "compress",
+    "export",
     "finetune",
     "load_compressed",
     "load_quantized",

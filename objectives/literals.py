@@ -66,3 +66,6 @@ TaskLoss = Literal["si_sdr", "mr_stft", "mse", "cross_entropy"]
 LayerClass = Literal["conv", "recurrent_ih", "recurrent_hh", "linear"]
 #: When the performance-drop condition holds: as soon as one metric is out of its tolerance, or only when all are.
 DropRule = Literal["any", "all"]
+
+#: Formats of other tools that a result is written in.
+ExportFormat = Literal["compressed-tensors"]

@@ -6,6 +6,7 @@
 - ``config``: the configuration of a run: frozen, validated, read from TOML, keyword arguments or both
 - ``devices``: what a search runs on: its device, and how many CPU threads a piece of work deserves
 - ``engines``: where candidates are evaluated: in this process, in worker processes, on a Ray cluster
+- ``exports``: formats that other tools read
 - ``idle_threads``: how idle threads of the numeric libraries wait, settled before torch is imported
 - ``inputs``: what a run works on: model and data, sites, hardware, calibration
 - ``interruption``: interrupts: the first Ctrl-C stops a run in good order, the second one at once
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from alphasmith.search.compression.artifact import load_compressed
     from alphasmith.search.compression.compress import CompressionResult, compress
     from alphasmith.search.config import RunConfig
+    from alphasmith.search.exports.export import ExportResult, export
     from alphasmith.search.launch.pipeline import resume, run
     from alphasmith.search.launch.recorder import RunResult
     from alphasmith.search.processing.classifier import Classifier
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Classifier",
     "CompressionResult",
+    "ExportResult",
     "Generator",
     "RunConfig",
     "RunResult",
     "SiteResult",
     "TrainingResult",
     "compress",
+    "export",
     "finetune",
     "load_compressed",
     "load_quantized",
@@ -60,12 +64,14 @@ __all__ = [
 _HOMES = {
     "Classifier": "processing.classifier",
     "CompressionResult": "compression.compress",
+    "ExportResult": "exports.export",
     "Generator": "processing.generator",
     "RunConfig": "config",
     "RunResult": "launch.recorder",
     "SiteResult": "site.result",
     "TrainingResult": "training.finetune",
     "compress": "compression.compress",
+    "export": "exports.export",
     "finetune": "training.finetune",
     "load_compressed": "compression.artifact",
     "load_quantized": "checkpoints.load",

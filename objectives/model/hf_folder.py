@@ -73,6 +73,19 @@ def build_architecture(path: Path) -> nn.Module:
     return model
 
 
+def empty_architecture(path: Path) -> nn.Module:
+    """The model that a folder's ``config.json`` describes, on the device ``meta``: its modules and shapes, without memory.
+
+    Args:
+        path: Folder with ``config.json``.
+
+    Raises:
+        InputError: As :func:`build_architecture`.
+    """
+    with torch.device("meta"):
+        return build_architecture(path)
+
+
 def architecture_names(model: nn.Module) -> frozenset[str]:
     """Names of the tensors of a fresh model of the same class and configuration, without its memory.
 

@@ -83,7 +83,7 @@ def verify(
     reason = _not_provable(manifest)
     if reason:
         return answer | {"skipped": reason}
-    config = _original(manifest, model, data, factory, factory_path)
+    config = original_config(manifest, model, data, factory, factory_path)
     given = [name for name in (factory, factory_path, model) if name is not None]
     check_code(config, [*allow_code, *given], str(folder / FILE_NAME))
     task = load_task(config)
@@ -116,7 +116,7 @@ def _same_bits(
         elif factory is None and manifest.model.kind == "module":
             return {"skipped": "the model was handed over by a script: name a function that builds it with --factory"}
         else:
-            config = _original(manifest, model, None, factory, factory_path)
+            config = original_config(manifest, model, None, factory, factory_path)
             given = [name for name in (factory, factory_path, model) if name is not None]
             check_code(config, [*allow_code, *given], str(result.path / FILE_NAME), ("batches", "metric"))
             source = config.model
@@ -259,10 +259,18 @@ def _not_provable(manifest: Manifest) -> str:
     return ""
 
 
-def _original(
+def original_config(
     manifest: Manifest, model: Path | None, data: Path | None, factory: str | None, factory_path: Path | None
 ) -> RunConfig:
-    """The run's configuration with the original where it is now, without the metric, which nothing here needs."""
+    """The run's configuration with the original where it is now, without the metric and without permission for code of a folder.
+
+    Args:
+        manifest: Of the run.
+        model: The original model folder; None: where it was.
+        data: The run's media; None: where they were.
+        factory: Function that builds the original; None: that of the run.
+        factory_path: Folder of its module; None: that of the run.
+    """
     values: dict[str, Any] = dict(manifest.config)
     source, media = dict(values["model"]), dict(values["data"])
     given = {"path": model, "factory": factory, "factory_path": factory_path}

@@ -132,6 +132,9 @@ def verify_text(answer: Mapping[str, Any]) -> str:
     first = f"{answer['artifacts']} files have the digests of the manifest"
     if "compression" in answer:
         return f"{first}\n{answer['tensors']} tensors of compression {answer['compression']} are read back"
+    if "format" in answer:
+        told = "on record" if answer["compared"] == "record" else f"of {answer['run']}"
+        return f"{first}\ncodes and scales of {answer['operators']} operators are those {told}"
     if "training" in answer:
         told = answer.get("skipped") or "the integer model has the same bits when it is loaded again"
         return f"{first}\n{told}\nequivalence does not apply: training {answer['training']} changed the model"

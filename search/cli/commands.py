@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
-from alphasmith.search.cli._status import progress_facts
+from alphasmith.search.cli.watching.status import progress_facts
 from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.storage.database.connection import check_exists, opened
 from alphasmith.storage.output.manifest import Manifest, read_manifest

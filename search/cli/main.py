@@ -16,6 +16,7 @@ from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, Inpu
 from alphasmith.objectives.text import one_line
 from alphasmith.search.cli._compress import compress, join_compression, print_compression, resume_compression
 from alphasmith.search.cli._db import db
+from alphasmith.search.cli._export import export
 from alphasmith.search.cli._finetune import finetune, print_training, resume_training
 from alphasmith.search.cli._options import (
     PATH,
@@ -76,6 +77,7 @@ app.add_command(generate)
 app.add_command(serve)
 app.add_command(finetune)
 app.add_command(compress)
+app.add_command(export)
 
 
 @app.command()
@@ -212,7 +214,7 @@ def show(run: str, storage: str | None, watch: bool, interval: float, as_json: b
     """Show one run: what was asked, what was found at every site; with --watch how far it is. Or one training, or one compression."""
     from alphasmith.search.cli import answers, commands
     from alphasmith.search.cli import tables as texts
-    from alphasmith.search.cli._watch import watch_run
+    from alphasmith.search.cli.watching.watch import watch_run
     from alphasmith.storage.runs.compressions import is_compression_id
     from alphasmith.storage.runs.trainings import is_training_id
 
@@ -270,14 +272,20 @@ def delete(run: str, storage: str | None, yes: bool, as_json: bool) -> None:
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--model", type=PATH, help="The original model folder, when it has moved.")
 @click.option("--data", type=PATH, help="The run's media, when they have moved.")
+@click.option("--run", metavar="RUN", help="Of an export: the run to compare its codes and scales with.")
+@storage_option
 @factory_options
 @allow_code_option
 @json_option
-def verify(folder: Path, as_json: bool, **places: Any) -> None:
-    """Check every digest and prove that the smoothed model computes what the original does. Of a compression: every digest."""
+def verify(folder: Path, as_json: bool, run: str | None, storage: str | None, **places: Any) -> None:
+    """Check every digest and prove that the smoothed model computes what the original does.
+
+    Of a compression: every digest. Of an export: every digest, and that codes and scales are the run's.
+    """
     from alphasmith.search.checkpoints import verification
     from alphasmith.search.cli import answers
     from alphasmith.storage.output.compressed_folder import is_compressed
+    from alphasmith.storage.output.export_record import is_export
 
     if is_compressed(folder):
         from alphasmith.search.compression.artifact import verify_compressed
@@ -285,6 +293,14 @@ def verify(folder: Path, as_json: bool, **places: Any) -> None:
         checked = verify_compressed(folder)
         print_answer(checked, as_json, lambda: answers.verify_text(checked))
         return
+    if is_export(folder):
+        from alphasmith.search.exports.verification import verify_export
+
+        checked = verify_export(folder, run=run, storage=storage)
+        print_answer(checked, as_json, lambda: answers.verify_text(checked))
+        return
+    if run is not None:
+        raise InputError("--run", f"is for exports, and {folder} is none", "leave it out")
     answer = verification.verify(folder, **places)
     print_answer(answer, as_json, lambda: answers.verify_text(answer))
 

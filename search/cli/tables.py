@@ -22,8 +22,8 @@ from alphasmith.objectives.text import (
     with_times,
 )
 from alphasmith.search.cli._layout import GAP, output_width, sentences, table
-from alphasmith.search.cli._status import progress_facts, progress_lines
 from alphasmith.search.cli.answers import trainings_text
+from alphasmith.search.cli.watching.status import progress_facts, progress_lines
 
 if TYPE_CHECKING:
     from alphasmith.search.cli.commands import ShownRun

@@ -46,6 +46,9 @@ from alphasmith.storage.runs.records import TrialRecord
 
 #: Files of a Hugging Face folder, beside configuration and weights, that a smoothed copy needs to be used like the original.
 _COMPANIONS = (
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "README.md",
     "added_tokens.json",
     "chat_template.*",
     "generation_config.json",

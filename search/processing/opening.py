@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,23 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphasmith.objectives.errors import InputError, IntegrityError
+from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import MediaKind
 from alphasmith.objectives.media import MediaSource, media_kind
 from alphasmith.objectives.media.items import ItemLimits, ItemReader
 from alphasmith.objectives.media.text import has_tokenizer
 from alphasmith.objectives.model.loading import LoadedModel, load_model, wrap_module
 from alphasmith.objectives.quantization.operator import QuantizedOperator
-from alphasmith.objectives.reading import usable_path
+from alphasmith.search.checkpoints.find import as_written, find_result
 from alphasmith.search.checkpoints.load import load_quantized
-from alphasmith.search.config import DEFAULT_STORAGE, RunConfig
+from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import usable_device
 from alphasmith.search.inputs.permission import check_code
-from alphasmith.storage.database.connection import opened
 from alphasmith.storage.output.manifest import FILE_NAME
 from alphasmith.storage.output.result_folder import ResultFolder
-from alphasmith.storage.runs.run_store import RunStore
-from alphasmith.storage.runs.trainings import TrainingStore, is_training_id
 
 #: What transformers calls the main input of a model -> what that is.
 MAIN_INPUTS: Mapping[str, MediaKind] = {
@@ -165,19 +161,6 @@ class IntegerModel:
             return None  # the run's media have moved
 
 
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Around the reading of a result: one that is not as it was written is refused like everything else that the user can mend.
-
-    Raises:
-        InputError: Field ``RUN``: a file has changed.
-    """
-    try:
-        yield
-    except IntegrityError as error:
-        raise InputError("RUN", str(error), "restore the folder, or run again") from error
-
-
 def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
     """Load the integer model of a result; the digests of all that decides what is computed are compared.
 
@@ -191,7 +174,7 @@ def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
     """
     device = usable_device(place.device, "--device")
     with as_written():
-        result = _result_of(place)
+        result = find_result(place.source, place.storage)
         config = _config_of(result)
         loaded: LoadedModel | None = None
         if place.model is not None:
@@ -211,33 +194,6 @@ def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
         folder=None if loaded is None else loaded.folder,
         architecture=None if loaded is None else loaded.model,
     )
-
-
-def _result_of(place: ModelPlace) -> ResultFolder:
-    folder = _folder_of(place)
-    if not (folder / FILE_NAME).is_file():
-        raise InputError("RUN", f"{folder} is no result: it has no {FILE_NAME}", "give the output folder of a run")
-    return ResultFolder(folder)
-
-
-def _folder_of(place: ModelPlace) -> Path:
-    """The output folder that a source names, or that the run has which it names."""
-    source = place.source
-    path = usable_path("RUN", source)
-    if path.is_dir():
-        return path
-    if isinstance(source, Path) or path.exists() or "/" in source or os.sep in source:
-        raise InputError("RUN", f"{source} is no folder", "give a run id, or the output folder of a run")
-    kind = "training" if is_training_id(source) else "run"
-    with opened(place.storage or DEFAULT_STORAGE) as database:
-        record = (TrainingStore(database) if kind == "training" else RunStore(database)).get(source)
-    if record.status != "finished":
-        told = f"{kind} {record.id} is {record.status}, not finished"
-        raise InputError("RUN", told, f"alphasmith resume {record.id}")
-    if not record.folder or not Path(record.folder).is_dir():
-        told = f"the output folder of {kind} {record.id}, {record.folder}, is not here"
-        raise InputError("RUN", told, "give the folder where it is now")
-    return Path(record.folder)
 
 
 def _config_of(result: ResultFolder) -> RunConfig:

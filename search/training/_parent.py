@@ -10,9 +10,10 @@ from torch import nn
 
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.model.labels import is_classifier
+from alphasmith.search.checkpoints.find import as_written
 from alphasmith.search.checkpoints.load import load_smoothed
 from alphasmith.search.processing.answers import are_distributions
-from alphasmith.search.processing.opening import IntegerModel, ModelPlace, as_written, open_model
+from alphasmith.search.processing.opening import IntegerModel, ModelPlace, open_model
 from alphasmith.storage.files.durable import digest_file
 from alphasmith.storage.output.manifest import FILE_NAME
 

@@ -6,6 +6,7 @@
 - ``compressed_folder``: the output folder of a joint compression: written once, read only as it was written
 - ``compression_manifest``: the manifest of a joint compression
 - ``entries``: the parts of a manifest; ``manifest`` puts them together
+- ``export_record``: ``export.json``: what an exported folder is, and what it was made from
 - ``manifest``: the manifest: the JSON that explains a result completely
 - ``output_folder``: the output folder of a run: appears whole or not at all
 - ``reservation``: a place for a result, reserved by one process while it works towards it
@@ -19,6 +20,7 @@ __all__ = [
     "compressed_folder",
     "compression_manifest",
     "entries",
+    "export_record",
     "manifest",
     "output_folder",
     "reservation",

@@ -50,7 +50,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"work"},
         {"model"},
         {"checkpoints", "compression", "launch"},
-        {"processing"},
+        {"exports", "processing"},
         {"training"},
         {"cli"},
     ],

@@ -248,3 +248,10 @@ def written_texts(file: Path, count: int = 40) -> Path:
     lines = [" ".join(words[(i * k + k) % len(words)] for k in range(1, 4 + i % 5)) + "." for i in range(1, count + 1)]
     file.write_text("\n".join(json.dumps({"text": line}) for line in lines) + "\n")
     return file
+
+
+def result_of_folder(folder: Path, model: Path, data: Path, values: Mapping[str, Any] = {}, **media: object) -> Path:
+    """Output folder of a small run of a model folder, in ``folder``; ``media`` are further fields of ``data``."""
+    few = {"samples": 16, "held_out": 6, "proof": 2, "path": str(data), **media}
+    config = {"search": {"trials": 4}, **values, "model": {"path": str(model)}, "data": few}
+    return run(settings(folder, config)).folder

@@ -20,10 +20,10 @@ import pytest
 from sqlalchemy import make_url
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.search.cli import _status as progress_texts
 from alphasmith.search.cli import answers, commands
 from alphasmith.search.cli import tables as texts
-from alphasmith.search.cli._watch import watch_run
+from alphasmith.search.cli.watching import status as progress_texts
+from alphasmith.search.cli.watching.watch import watch_run
 from alphasmith.search.config import resume_command
 from alphasmith.search.launch.worker import WorkSummary
 from alphasmith.storage.database.connection import Database, initialise, open_database, optuna_storage

@@ -17,31 +17,22 @@ from tests.support.processed import (
     tone_classifier,
     written_videos,
 )
-from tests.support.run_cases import launch, saved_llama, settings, written_texts
+from tests.support.run_cases import launch, result_of_folder, saved_llama, written_texts
 from tests.support.writers import save_tokenizer, t5
-
-FEW = {"search": {"trials": 4}, "data": {"samples": 16, "held_out": 6, "proof": 2}}
-
-
-def _of_folder(folder: Path, model: Path, data: Path, **values: object) -> Path:
-    from alphasmith.search import run
-
-    config = {**FEW, "model": {"path": str(model)}, "data": {**FEW["data"], "path": str(data), **values}}
-    return run(settings(folder, config)).folder
 
 
 @pytest.fixture(scope="session")
 def image_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a vision transformer of three classes."""
     folder = tmp_path_factory.mktemp("image")
-    return _of_folder(folder, saved_classifier(folder / "model"), spotted_pictures(folder / "data", 24))
+    return result_of_folder(folder, saved_classifier(folder / "model"), spotted_pictures(folder / "data", 24))
 
 
 @pytest.fixture(scope="session")
 def text_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a BERT of three named classes that reads letters."""
     folder = tmp_path_factory.mktemp("text")
-    return _of_folder(folder, saved_reader(folder / "model"), written_texts(folder / "texts.jsonl"))
+    return result_of_folder(folder, saved_reader(folder / "model"), written_texts(folder / "texts.jsonl"))
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +43,7 @@ def writer_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings_of_tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     settings_of_tokenizer["chat_template"] = "{% for m in messages %}{{ m.content }}.{% endfor %}"
     (model / "tokenizer_config.json").write_text(json.dumps(settings_of_tokenizer))
-    return _of_folder(folder, model, written_texts(folder / "texts.jsonl"))
+    return result_of_folder(folder, model, written_texts(folder / "texts.jsonl"))
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +55,7 @@ def mute_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = json.loads(place.read_text()) if place.is_file() else {}
     tokens = json.loads((model / "config.json").read_text())["vocab_size"]
     place.write_text(json.dumps({**told, "eos_token_id": list(range(tokens))}))
-    return _of_folder(folder, model, written_texts(folder / "texts.jsonl"))
+    return result_of_folder(folder, model, written_texts(folder / "texts.jsonl"))
 
 
 @pytest.fixture(scope="session")
@@ -76,18 +67,19 @@ def translator_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(folder / "model")
     pairs = [{"text": f"row {i} of {7 * i} groups", "target": f"{i} in {7 * i}"} for i in range(24)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return _of_folder(folder, folder / "model", folder / "texts.jsonl", label="target")
+    return result_of_folder(folder, folder / "model", folder / "texts.jsonl", label="target")
 
 
 @pytest.fixture(scope="session")
 def video_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a video transformer of two named classes."""
     folder = tmp_path_factory.mktemp("video")
-    return _of_folder(folder, saved_watcher(folder / "model"), written_videos(folder / "clips"))
+    return result_of_folder(folder, saved_watcher(folder / "model"), written_videos(folder / "clips"))
 
 
 @pytest.fixture(scope="session")
 def sound_result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a convolutional model of sound that a script handed over."""
     folder = tmp_path_factory.mktemp("sound")
-    return launch(folder, tone_classifier(), sounds(), FEW).folder
+    few = {"search": {"trials": 4}, "data": {"samples": 16, "held_out": 6, "proof": 2}}
+    return launch(folder, tone_classifier(), sounds(), few).folder

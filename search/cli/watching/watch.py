@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alphasmith.objectives.text import duration, one_line, visible
-from alphasmith.search.cli._status import (
+from alphasmith.search.cli.watching.status import (
     advice,
     is_over,
     planned_sites,

@@ -1,0 +1,66 @@
+"""``alphasmith export``: a result in the format of another tool."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from alphasmith.objectives.text import listed, size_text
+from alphasmith.search.cli._options import PATH, json_option, print_answer, storage_option
+
+if TYPE_CHECKING:
+    from alphasmith.search.exports.export import ExportResult
+
+
+@click.command()
+@click.argument("source", metavar="RUN|DIR")
+@click.option("--format", "format_", metavar="compressed-tensors", required=True, help="What to write.")
+@click.option("--out", metavar="DIR2", type=PATH, required=True, help="Where it goes; must be empty.")
+@storage_option
+@click.option(
+    "--unsmoothed-sites",
+    is_flag=True,
+    help="Write sites with a division at run time as if no alpha had been found, where the format has no place for it.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export in DIR2.")
+@click.option("--data", type=PATH, help="With --unsmoothed-sites: the run's media, when they have moved.")
+@click.option(
+    "--allow-code",
+    metavar="MODULE:FUNCTION|DIR",
+    multiple=True,
+    help="With --unsmoothed-sites: let code that the manifest names run; repeatable.",
+)
+@json_option
+def export(source: str, format_: str, out: Path, as_json: bool, **places: Any) -> None:
+    """Write the integer model of a run or training in the format of another tool.
+
+    compressed-tensors: a folder that transformers and vLLM load.
+    """
+    from alphasmith.search.exports.export import export as exported
+
+    result = exported(source, format_, out, **places)
+    record = json.loads(result.record.to_json())
+    answer = {"folder": str(result.folder), "bytes": result.bytes, "record": record}
+    print_answer(answer, as_json, lambda: _text(result))
+
+
+def _text(result: ExportResult) -> str:
+    record = result.record
+    lines = [
+        f"{record.format} in {result.folder}: {len(record.operators)} quantized operators, {size_text(result.bytes)}",
+    ]
+    if record.left:
+        reasons = sorted({one.reason for one in record.left})
+        lines.append(f"float here: {listed([one.name for one in record.left])} ({listed(reasons)})")
+    for site in record.unsmoothed:
+        without, found = (_number(value) for value in (site.loss_unsmoothed, site.loss))
+        lines.append(f"unsmoothed: {site.name}, loss {without} in place of {found}")
+    lines += [f"note: {note}" for note in record.notes]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"

@@ -1,0 +1,11 @@
+"""Formats that other tools read.
+
+- ``_card``: the model card of an export
+- ``_compressed_tensors``: checkpoints in the layout of compressed-tensors, which transformers and vLLM load
+- ``_plain_sites``: operators as if no alpha had been found, for formats without a division at run time
+- ``_source``: what an export is made from, read only as it was written
+- ``export``: ``alphasmith export``: a result in the format of another tool, whole or not at all
+- ``verification``: an exported folder against its record and against the run that it came from
+"""
+
+__all__ = ["export", "verification"]

@@ -1,0 +1,142 @@
+"""The model card of an export: what was done to the model, what it costs, and how it is loaded."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+
+from alphasmith.objectives.text import listed
+from alphasmith.storage.output.export_record import ExportRecord
+from alphasmith.storage.output.manifest import Manifest
+
+#: Where a model card is looked for, and where that of the original model is kept.
+CARD = "README.md"
+ORIGINAL_CARD = f"ORIGINAL_{CARD}"
+
+_LOADING = {
+    "compressed-tensors": """Needs `pip install transformers compressed-tensors`:
+
+```python
+from transformers import CLASS
+
+model = CLASS.from_pretrained("FOLDER")
+```
+
+Language models: `vllm serve FOLDER`.""",
+}
+
+
+def model_card(
+    manifest: Manifest, record: ExportRecord, *, architecture: str, original: str | None, licences: Sequence[str]
+) -> str:
+    """The card as Markdown, with the licence of the original model.
+
+    Args:
+        manifest: Of the result.
+        record: Of the export, without files.
+        architecture: Class of transformers that the model is of.
+        original: The card of the original model, or None.
+        licences: Names of the licence files that travel with the model.
+    """
+    front = "\n".join(("---", *_front(record, original), "---"))
+    parts = [front, f"# {manifest.model.name}, {record.scheme}", *_done(manifest, record), *_losses(manifest)]
+    parts += ["## Loading", _LOADING[record.format].replace("CLASS", architecture)]
+    if record.notes or record.left or record.unsmoothed:
+        parts += ["## What differs", "\n".join(f"- {line}" for line in _differs(record))]
+    parts += ["## Licence", _licence(original, licences), "## Provenance", _provenance(manifest, record)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(record: ExportRecord, original: str | None) -> Iterator[str]:
+    licence = _stated(original, "license")
+    if licence:
+        yield f"license: {licence}"
+    yield "tags:"
+    yield f"- {record.format}"
+    yield "- quantized"
+
+
+def _stated(original: str | None, field: str) -> str:
+    """A field of the front matter of a card; empty: it has none."""
+    block = re.match(r"---\n(.*?)\n---", original or "", flags=re.DOTALL)
+    found = re.search(rf"^{field}:[ ]*([\w.+-]+)[ ]*$", block.group(1), flags=re.MULTILINE) if block else None
+    return found.group(1) if found else ""
+
+
+def _done(manifest: Manifest, record: ExportRecord) -> Iterator[str]:
+    count = len(record.operators)
+    yield (
+        f"Quantized to {record.scheme} with smoothing coefficients that Alphasmith searched: every channel j of an input is "
+        "divided by s_j = a_j^alpha / w_j^(1 - alpha), the weights are multiplied by it, and channels of one group share an "
+        f"alpha. {count} operators are quantized."
+    )
+    smoothed = [site for site in manifest.sites if site.mode != "left" and site.winner not in (None, "identity")]
+    alphas = [group.alpha for site in smoothed for group in site.groups if group.alpha is not None]
+    if alphas:
+        yield (
+            f"Alphas of {len(alphas)} groups at {len(smoothed)} sites: from {min(alphas):.2f} to {max(alphas):.2f}, "
+            f"median {statistics.median(alphas):.2f}."
+        )
+    if manifest.training is not None:
+        yield f"The quantized model was trained further ({manifest.training.id})."
+
+
+def _losses(manifest: Manifest) -> Iterator[str]:
+    output = manifest.output
+    columns = [
+        ("no smoothing", output.naive, "naive"),
+        ("alpha 0.5", output.alpha_half, "alpha_half"),
+        ("one alpha for the model", output.one_alpha, "one_alpha"),
+        ("best alpha per site", output.best_single, "best_single"),
+        ("this model", output.ours if output.kept == "ours" else None, "ours"),
+    ]
+    told = {"mse": "relative squared error", "kl": "KL divergence [nats]", "task": "loss of the task metric"}
+    names = " | ".join(name for name, _, _ in columns)
+    rows = [f"| | float | {names} |", "|---" * (len(columns) + 2) + "|"]
+    if any(value is not None for _, value, _ in columns):
+        rows.append(f"| {told[output.loss]} at the output | 0 | {' | '.join(_number(v) for _, v, _ in columns)} |")
+    for metric in output.metrics:
+        values = " | ".join(_number(getattr(metric, field)) for _, _, field in columns)
+        rows.append(f"| {metric.name} | {_number(metric.float_model)} | {values} |")
+    if len(rows) > 2:
+        yield "## Quality"
+        trained = "" if manifest.training is None else " before it was trained further"
+        yield f"On held-out samples, exact 8-bit products{trained}:"
+        yield "\n".join(rows)
+    if output.kept != "ours":
+        yield f"What was kept is the baseline {output.kept}: the search found nothing better at the output."
+
+
+def _differs(record: ExportRecord) -> Iterator[str]:
+    for site in record.unsmoothed:
+        yield (
+            f"site {site.name} is written as if no alpha had been found: its loss is {_number(site.loss_unsmoothed)}, "
+            f"{_number(site.loss)} with what was found"
+        )
+    if record.left:
+        yield f"float here, quantized in the run: {listed([one.name for one in record.left])}"
+    yield from record.notes
+
+
+def _licence(original: str | None, licences: Sequence[str]) -> str:
+    stated = _stated(original, "license")
+    if licences:
+        return f"That of the original model: see {listed(licences)}."
+    if stated:
+        return f"That of the original model: {stated}."
+    return "That of the original model, whose folder does not state it."
+
+
+def _provenance(manifest: Manifest, record: ExportRecord) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()))
+    rows = [f"- run {record.run}", f"- weights of the original (sha256): {manifest.model.digest}"]
+    rows += [f"- calibration data (sha256): {manifest.data_digest}", f"- {versions}"]
+    rows += [
+        "- every operator's codes and scales have a digest in `export.json`; check them with `alphasmith verify FOLDER`"
+    ]
+    return "\n".join(rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
