@@ -1,7 +1,7 @@
 """Checkpoints in the layout of compressed-tensors, which transformers and vLLM load: written with safetensors and JSON alone.
 
 An operator ``X`` becomes ``X.weight`` (integers or fp8) or ``X.weight_packed`` (32-bit words), ``X.weight_scale`` and, for static
-activations, ``X.input_scale``; all else is as in the float checkpoint, and ``quantization_config`` in ``config.json`` says which is
+activations, ``X.input_scale`` (and ``X.input_zero_point``); all else is as in the float checkpoint, and ``quantization_config`` in ``config.json`` says which is
 which. Layout: compressed-tensors 0.20.
 """
 
@@ -24,6 +24,8 @@ Layout = Literal["int-quantized", "float-quantized", "pack-quantized"]
 
 #: Bits of a word that packed codes share.
 _WORD = 32
+#: Codes with a zero point are -128..127 there, 0..255 here.
+_ZERO = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +62,8 @@ def layout_of(scheme: Scheme) -> Layout:
         found = "float-quantized" if scheme.weights == "fp8" else "int-quantized"
         if scheme.weights == "int4":
             refusal = "int4 weights are held with float activations alone"
+        if scheme.activations == "int16":
+            refusal = "activations are held with 8 bits"
     if found != "pack-quantized" and scheme.weight_granularity == "group":
         refusal = "8-bit weights are held per tensor or per channel"
     if refusal:
@@ -132,6 +136,7 @@ def read_operator(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> D
     else:
         codes = tensors[f"{name}.weight"]
     static = scheme.static
+    zero = tensors[f"{name}.input_zero_point"] if static and scheme.asymmetric else None
     return DeployedOperator(
         name=name,
         kind="linear",
@@ -140,6 +145,7 @@ def read_operator(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> D
         codes=codes,
         scale=tensors[f"{name}.weight_scale"],
         input_scale=tensors[f"{name}.input_scale"] if static else None,
+        input_zero=None if zero is None else (zero.to(torch.int16) + _ZERO).to(torch.uint8),
         explicit=False,
     )
 
@@ -243,6 +249,8 @@ def _stored(operator: DeployedOperator, layout: Layout) -> Iterator[tuple[str, T
     yield "weight_scale", operator.scale.reshape(1) if operator.scale.dim() == 0 else operator.scale
     if operator.input_scale is not None:
         yield "input_scale", operator.input_scale.reshape(1)
+    if operator.input_zero is not None:
+        yield "input_zero_point", (operator.input_zero.to(torch.int16) - _ZERO).to(torch.int8).reshape(1)
 
 
 def _quantization(
@@ -278,17 +286,18 @@ def _quantization(
 
 
 def _arguments(
-    bits: int, scheme: Scheme, strategy: str, group_size: int | None, *, dynamic: bool = False
+    bits: int, scheme: Scheme, strategy: str, group_size: int | None, *, dynamic: bool = False, symmetric: bool = True
 ) -> dict[str, Any]:
     kind = "float" if scheme.weights == "fp8" else "int"
-    told = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+    told = {"num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}
     return told if group_size is None else told | {"group_size": group_size}
 
 
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     if scheme.activations == "none":
         return None
-    return _arguments(8, scheme, "tensor" if scheme.static else "token", None, dynamic=not scheme.static)
+    strategy = "tensor" if scheme.static else "token"
+    return _arguments(8, scheme, strategy, None, dynamic=not scheme.static, symmetric=not scheme.asymmetric)
 
 
 def _bits(scheme: Scheme) -> int:
@@ -296,10 +305,10 @@ def _bits(scheme: Scheme) -> int:
 
 
 def _notes(layouts: Mapping[Scheme, Layout]) -> Iterator[str]:
-    if any(s.activations == "int8" and not s.static for s in layouts):
+    if any(layout == "int-quantized" and not scheme.static for scheme, layout in layouts.items()):
         yield (
-            "per-token scales: compressed-tensors divides the largest magnitude by 127.5, Alphasmith by 127, so that codes of "
-            "activations differ by rounding; compare metrics, not bits"
+            "per-token scales are the library's own (compressed-tensors divides the largest magnitude by 127.5, Alphasmith by "
+            "127), so that codes of activations differ by rounding; compare metrics, not bits"
         )
     if "int-quantized" in layouts.values():
         yield (

@@ -16,7 +16,8 @@ from torch import Tensor
 from alphasmith.objectives.calibration.calibrate import calibrate
 from alphasmith.objectives.calibration.weight_matrix import as_matrix
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.quantization.quantizers import activation_scale, quantize_weight
+from alphasmith.objectives.quantization.quantizers import activation_grid, quantize_weight
+from alphasmith.objectives.smoothing import ChannelRange
 from alphasmith.search.checkpoints.load import load_smoothed
 from alphasmith.search.checkpoints.verification import original_config
 from alphasmith.search.exports._source import DeployedOperator, ExportSource
@@ -57,17 +58,26 @@ def plain_operators(
     return {operator.name: _plain(operator, source, ranges.get(operator.name)) for operator in chosen}
 
 
-def _plain(operator: DeployedOperator, source: ExportSource, absmax: Tensor | None) -> DeployedOperator:
+def _plain(operator: DeployedOperator, source: ExportSource, span: tuple[Tensor, Tensor] | None) -> DeployedOperator:
     weight = source.float_tensors[f"{operator.name}.weight"].to(torch.float32)
     quantized = quantize_weight(as_matrix(weight, "linear", operator.transposed, 1), operator.scheme)
-    scale = None if absmax is None else activation_scale(absmax, operator.scheme.activations)
-    return replace(operator, codes=quantized.values, scale=quantized.scale, input_scale=scale, explicit=False)
+    scale = zero = None
+    if span is not None:
+        scale, zero = activation_grid(*span, operator.scheme.activations)
+    return replace(
+        operator,
+        codes=quantized.values,
+        scale=quantized.scale,
+        input_scale=scale,
+        input_zero=None if zero is None else zero.to(torch.uint8),
+        explicit=False,
+    )
 
 
 def _ranges(
     source: ExportSource, names: Collection[str], data: Path | None, allow_code: Collection[str | Path]
-) -> dict[str, Tensor]:
-    """Largest magnitude () of the input of operators, over the run's calibration data."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest value () of the input of operators, over the run's calibration data."""
     if not names:
         return {}
     manifest, folder = source.result.manifest, source.result.path
@@ -80,10 +90,15 @@ def _ranges(
     found = survey(config, task)
     sites = [site for site in found.sites if {o.name for o in site.operators} & set(names)]
     calibration = calibrate(found.model, sites, task.calibration, rows=1, seed=0)
-    peaks = {o.name: calibration.input_range(site).peaks().max() for site in sites for o in site.operators}
-    lost = sorted(set(names) - peaks.keys())
+    found_ranges = {site.name: calibration.input_range(site) for site in sites}
+    spans = {o.name: _span(found_ranges[site.name]) for site in sites for o in site.operators}
+    lost = sorted(set(names) - spans.keys())
     if lost:
         raise InputError(
             "--unsmoothed-sites", f"{lost[0]} is not found again in smoothed/", "run with sites.explicit=never"
         )
-    return peaks
+    return spans
+
+
+def _span(found: ChannelRange) -> tuple[Tensor, Tensor]:
+    return found.low.min(), found.high.max()

@@ -36,6 +36,7 @@ class DeployedOperator:
         codes: (O, D) int8, or float8_e4m3fn; int4 codes one per element.
         scale: float32: () per tensor, (O, 1) per channel, (O, groups) per group.
         input_scale: () float32 of static activations, else None.
+        input_zero: () uint8 code that stands for 0, of static activations with a zero point, else None.
         explicit: Whether the input is divided by scales, or shifted, at run time.
     """
 
@@ -46,32 +47,18 @@ class DeployedOperator:
     codes: Tensor
     scale: Tensor
     input_scale: Tensor | None
+    input_zero: Tensor | None
     explicit: bool
 
     @property
     def digest(self) -> str:
         """SHA-256 over name, scheme, codes and scales: equal for equal integer operators, in whatever file they are."""
-        return operator_digest(self.name, self.scheme, self.codes, self.scale, self.input_scale)
-
-
-def operator_digest(name: str, scheme: Scheme, codes: Tensor, scale: Tensor, input_scale: Tensor | None) -> str:
-    """SHA-256 over an integer operator.
-
-    Args:
-        name: Of its module.
-        scheme: Its number formats.
-        codes: (O, D).
-        scale: float32, in the order of memory; shape does not count.
-        input_scale: One number, or None.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256(f"{name}\n{scheme.name}\n{tuple(codes.shape)}\n".encode())
-    for tensor in (codes, scale, input_scale):
-        if tensor is not None:
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        digest = hashlib.sha256(f"{self.name}\n{self.scheme.name}\n{tuple(self.codes.shape)}\n".encode())
+        # Scales count in the order of memory: formats give them shapes of their own.
+        for tensor in (self.codes, self.scale, self.input_scale, self.input_zero):
+            if tensor is not None:
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class ExportSource:
@@ -171,6 +158,7 @@ class ExportSource:
             codes=values if scheme.weights != "int4" else unpack_int4(values, self._columns(name, values)),
             scale=scale,
             input_scale=own("input_scale"),
+            input_zero=own("input_zero"),
             explicit=own("smooth") is not None or own("shift") is not None,
         )
 

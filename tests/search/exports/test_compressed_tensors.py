@@ -35,7 +35,14 @@ needs_library = pytest.mark.skipif(
 )
 #: What is equal to the bit after a reload; per-token steps are another library's own.
 EXACT = ("w8a8-channel-static", "w4a16-g8")
-SLOW = ("w8a8-tensor-static", "wfp8afp8-channel-static", "wfp8afp8-channel-token", "w8a16-channel", "w4a16-channel")
+SLOW = (
+    "w8au8-channel-static",
+    "w8a8-tensor-static",
+    "wfp8afp8-channel-static",
+    "wfp8afp8-channel-token",
+    "w8a16-channel",
+    "w4a16-channel",
+)
 IDS = torch.arange(24).reshape(2, 12) % 27
 
 
@@ -146,7 +153,9 @@ def test_what_the_format_has_no_place_for_is_refused_by_name_or_written_without(
     )
 
 
-@pytest.mark.parametrize("scheme", ["w4a8-g32-token", "w4a8-channel-static", "w8a8-g64-token", "w8a16-tensor"])
+@pytest.mark.parametrize(
+    "scheme", ["w8ai16-channel-static", "w4a8-g32-token", "w4a8-channel-static", "w8a8-g64-token", "w8a16-tensor"]
+)
 def test_schemes_that_the_format_lacks_are_named(scheme: str) -> None:
     with pytest.raises(InputError, match=f"cannot hold {scheme}"):
         layout_of(Scheme.parse(scheme))
