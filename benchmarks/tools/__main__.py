@@ -1,7 +1,7 @@
 """Alphasmith against other tools on real models: every tool with its own code and defaults, one evaluator.
 
     python -m benchmarks.tools [--models MiniLM SmolLM2 ...] [--tools NAME ...] [--scheme w8a8-channel-static] [--seed 0] [--short]
-                               [--resume | --tables] [--check] [--environments FOLDER] [--home FOLDER] [--work FOLDER]
+                               [--without-run] [--resume | --tables] [--check] [--environments FOLDER] [--home FOLDER] [--work FOLDER]
                                [--patience SECONDS] [--threads N] [--out [docs/other_tools.md]]
 
 Each tool is installed into an environment of its own (``benchmarks/tools/requirements``); one that does not install, breaks down or
@@ -39,6 +39,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="*", default=names, choices=names)
     parser.add_argument("--scheme", default="w8a8-channel-static")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--without-run", action="store_true", help="judge the tools alone, without the run of Alphasmith"
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing: the comparisons that are in --work")
     parser.add_argument("--short", action="store_true", help="less data to calibrate and to judge on")
     parser.add_argument("--resume", action="store_true", help="take the findings and replies that are in --work")
@@ -63,6 +66,7 @@ def main() -> int:
         threads=arguments.threads,
         resume=arguments.resume,
         patience=arguments.patience,
+        with_run=not arguments.without_run,
     )
     tools = tuple(tool for tool in TOOLS if tool.name in arguments.tools)
     comparisons: list[Comparison] = []

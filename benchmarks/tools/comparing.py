@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Setting:
         threads: CPU threads.
         resume: Take findings and replies that are there.
         patience: How long a tool may take on a model [s].
+        with_run: Compare with the run of Alphasmith; else the tools alone are judged, beside no smoothing and alpha 0.5.
     """
 
     environments: Path
@@ -46,6 +48,7 @@ class Setting:
     threads: int
     resume: bool
     patience: float
+    with_run: bool = True
 
 
 def folder_of(request: Request, work: Path) -> Path:
@@ -68,27 +71,25 @@ def compared(request: Request, tools: tuple[Tool, ...], setting: Setting) -> Com
     """
     versions: dict[str, str] = {}
     where = machine()
-    found = finding(request, setting.work, threads=setting.threads, resume=setting.resume)
+    found: Finding | None = None
+    if setting.with_run:
+        found = finding(request, setting.work, threads=setting.threads, resume=setting.resume)
     with tempfile.TemporaryDirectory() as work:
         folder = model_folder(request.model, request.home)
         judge = make_judge(request.model, folder, SHORT if request.short else Sizes(), Path(work))
         config, batches = configured(request, folder, Path(work))
         bench = Bench(config, batches, judge)
-        if not _same_data(found, bench):
-            raise RuntimeError(f"{request.model}: the run was judged on other data; run it anew, without --resume")
-        swept = bench.sweep()
-        rows = [Row(name=name, judged=found.judged.get(known)) for known, name in _PLAIN.items()]
-        alpha = f"alpha {swept.alpha:g}"
-        rows.append(Row(name="one alpha, swept", judged=swept.judged, wall=swept.wall, cpu=swept.cpu, note=alpha))
+        rows = list(_plain_rows(bench, found))
         for tool in tools:
             rows.append(row_of(tool, folder_of(request, setting.work) / tool.folder_name, bench, setting, versions))
             print(rows[-1].name, rows[-1].judged and rows[-1].judged.loss, rows[-1].note, flush=True)
-        rows.append(Row(name=OURS, judged=found.judged["ours"], wall=found.wall, cpu=found.cpu))
+        if found is not None:
+            rows.append(Row(name=OURS, judged=found.judged["ours"], wall=found.wall, cpu=found.cpu))
         comparison = Comparison(
             model=request.model,
             scheme=request.scheme,
             loss=_LOSSES.get(request.model, "relative squared error"),
-            measures=found.measures,
+            measures=judge.measures,
             float_model=bench.float_model,
             rows=tuple(rows),
             versions=versions,
@@ -120,6 +121,25 @@ def kept(request: Request, work: Path) -> Comparison:
 
 def _place(request: Request, work: Path) -> Path:
     return folder_of(request, work) / f"{request.scheme}.pt"
+
+
+def _plain_rows(bench: Bench, found: Finding | None) -> Iterator[Row]:
+    """What people do without a search; the sweep, and all of it where there is no run, is made here.
+
+    Raises:
+        RuntimeError: The run was judged on other data.
+    """
+    if found is None:
+        for alpha, name in ((None, "no smoothing"), (0.5, "alpha 0.5")):
+            yield Row(name=name, judged=bench.judged_at(alpha))
+        return
+    if not _same_data(found, bench):
+        raise RuntimeError(f"{found.request.model}: the run was judged on other data; run it anew, without --resume")
+    for known, name in _PLAIN.items():
+        yield Row(name=name, judged=found.judged.get(known))
+    swept = bench.sweep()
+    note = f"alpha {swept.alpha:g}"
+    yield Row(name="one alpha, swept", judged=swept.judged, wall=swept.wall, cpu=swept.cpu, note=note)
 
 
 def row_of(tool: Tool, place: Path, bench: Bench, setting: Setting, versions: dict[str, str]) -> Row:

@@ -176,6 +176,13 @@ class Bench:
             raise AdapterError(f"its scales cannot be applied: {error}") from None
         return Scored(judged=judged, linears=len(smoothings), unused=unused, loaded=loaded)
 
+    def judged_at(self, alpha: float | None) -> Judged:
+        """The model quantized with one alpha at every site, or without smoothing, as judged."""
+        scales = ModelScales(statistics(self._prepared))
+        with self._candidate(self._prepared.sites, self._ranges) as candidate:
+            candidate.apply({} if alpha is None else scales.single(alpha))
+            return self._judge(candidate.model)
+
     def sweep(self) -> Swept:
         """One alpha for the whole model, of 0.5 to 0.95, by the output loss on the calibration batches."""
         scales = ModelScales(statistics(self._prepared))

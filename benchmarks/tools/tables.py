@@ -58,18 +58,17 @@ class Comparison:
     where: str
 
     @property
-    def ours(self) -> Judged:
-        """Our quantized model as judged."""
-        (judged,) = (row.judged for row in self.rows if row.name == OURS)
-        if judged is None:
-            raise ValueError("our model is not judged")
-        return judged
+    def ours(self) -> Judged | None:
+        """Our quantized model as judged; None where no run was made."""
+        return next((row.judged for row in self.rows if row.name == OURS), None)
 
     def excess(self, row: Row) -> tuple[float, float] | None:
-        """By how much the loss of a contestant is above ours, and the paired standard error; None without scales."""
-        if row.judged is None or row.name == OURS:
+        """By how much the loss of a contestant is above ours, relative to ours, and the paired standard error; None without either."""
+        ours = self.ours
+        if row.judged is None or ours is None or row.name == OURS:
             return None
-        return paired_difference(row.judged.errors, self.ours.errors, self.ours.energy)
+        change, error = paired_difference(row.judged.errors, ours.errors, ours.energy)
+        return change / ours.loss, error / ours.loss
 
     def better(self) -> Iterator[Row]:
         """Contestants whose output loss is below ours by more than the paired standard error."""
@@ -111,11 +110,7 @@ def cells(comparison: Comparison, row: Row) -> tuple[str, ...]:
         empty = ("-",) * (len(header(comparison)) - 2)
         return (row.name, *empty, row.note)
     difference = comparison.excess(row)
-    above = (
-        ""
-        if difference is None
-        else f"{difference[0] / comparison.ours.loss:+.0%} ± {difference[1] / comparison.ours.loss:.0%}"
-    )
+    above = "" if difference is None else f"{difference[0]:+.0%} ± {difference[1]:.0%}"
     metrics = (_figure(m.value(v)) for m, v in zip(comparison.measures, row.judged.values, strict=True))
     seconds = ("-" if s is None else f"{s:.1f}" for s in (row.cpu, row.wall))
     change = "-" if row.change is None else f"{row.change:.1g}"
@@ -125,6 +120,8 @@ def cells(comparison: Comparison, row: Row) -> tuple[str, ...]:
 def verdict(comparison: Comparison) -> str:
     """Whether our model is at or below every contestant, in one sentence."""
     better = [row.name for row in comparison.better()]
+    if comparison.ours is None:
+        return f"No run of Alphasmith was made for this table of {comparison.model}."
     judged = sum(row.judged is not None for row in comparison.rows) - 1
     if not better:
         return f"At {comparison.model} none of the {judged} is below Alphasmith by more than the paired standard error."

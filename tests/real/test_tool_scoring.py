@@ -152,6 +152,16 @@ def comparison(**levels: float) -> Comparison:
     )
 
 
+def test_without_a_run_tools_are_judged_alone(bench: Bench) -> None:
+    none, half = bench.judged_at(None), bench.judged_at(0.5)
+    assert half.loss < none.loss, "the channels of the model are loud"
+    made = comparison(tool=1.5)
+    alone = Comparison(**{**vars(made), "rows": made.rows[:-1]})
+    assert "No run of Alphasmith" in verdict(alone)
+    assert not list(alone.better())
+    assert "%" not in text([alone], [])
+
+
 def test_what_was_made_is_shown_again_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,9 +188,10 @@ def test_a_contestant_below_ours_is_named() -> None:
 def test_what_lies_within_the_scatter_is_not_below() -> None:
     swing = torch.tensor([0.9, -1.0] * 20, dtype=torch.float64)  # below on average, by less than it scatters
     made = comparison()
-    scattered = Judged(made.ours.errors + swing, 100.0, made.ours.values)
+    ours = judged(2.0)
+    scattered = Judged(ours.errors + swing, 100.0, ours.values)
     rows = (Row(name="tool", judged=scattered), *made.rows)
-    assert scattered.loss < made.ours.loss
+    assert scattered.loss < ours.loss
     assert not list(Comparison(**{**vars(made), "rows": rows}).better())
 
 
