@@ -31,7 +31,7 @@ from alphasmith.objectives.media.batch import call
 from alphasmith.objectives.model.plain_operators import rewrite
 from alphasmith.search import compress, load_compressed
 from alphasmith.search.compression.config import Role
-from alphasmith.search.config import merged
+from alphasmith.search.toml_values import merged
 from benchmarks.joint_cases import JOINT_NAMES, JointCase, load_joint_case
 from benchmarks.timing import machine, parser, publish, seconds_of, table, torch_threads
 
