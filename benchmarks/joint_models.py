@@ -105,12 +105,18 @@ def int8(model: nn.Module) -> tuple[nn.Module, int]:
 
 def palettized(model: nn.Module, most: int) -> tuple[nn.Module, int] | None:
     """One number of entries for every table, the largest that fits, k-means, indices coded."""
-    for entries in reversed(ENTRIES):
-        clusters = ClassClusters(conv=entries, recurrent=entries, linear=entries, embedding=entries, other=entries)
+    low, high, found = 0, len(ENTRIES), None
+    while low < high:  # more entries take more bytes
+        middle = (low + high) // 2
+        clusters = ClassClusters(
+            **dict.fromkeys(("conv", "recurrent", "linear", "embedding", "other"), ENTRIES[middle])
+        )
         packed = pack(model, PackedSettings(clusters=clusters, start="k-means++"))
         if packed.stored_bytes <= most:
-            return restore(model, packed), packed.stored_bytes
-    return None
+            low, found = middle + 1, packed
+        else:
+            high = middle
+    return None if found is None else (restore(model, found), found.stored_bytes)
 
 
 def pruned(model: nn.Module, most: int) -> tuple[nn.Module, int] | None:
@@ -153,12 +159,15 @@ def drops_of(case: JointCase, model: nn.Module, before: dict[str, float]) -> dic
     return {name: signs[name] * (before[name] - value) for name, value in after.items() if value is not None}
 
 
-def cut_short(case: JointCase, steps: int | None, finetune: int | None) -> JointCase:
-    """The same case with other numbers of updates, which its line says."""
-    asked = {"train": {"steps": steps}, "rounds": {"steps": steps}, "clusters": {"finetune": finetune}}
-    given = {name: part for name, part in asked.items() if None not in part.values()}
+def cut_short(case: JointCase, steps: int | None, finetune: int | None, entries: list[int] | None = None) -> JointCase:
+    """The same case with other numbers of updates, or of entries to choose from, which its line says."""
+    clusters = {name: value for name, value in (("finetune", finetune), ("k", entries)) if value is not None}
+    given: dict[str, Any] = {"clusters": clusters}
+    if steps is not None:
+        given |= {"train": {"steps": steps}, "rounds": {"steps": steps}}
     told = "" if steps is None else f"; {steps} updates of a training"
     told += "" if finetune is None else f"; {finetune} updates of tables"
+    told += "" if entries is None else f"; tables of {', '.join(map(str, entries))}"
     return replace(case, settings=merged(case.settings, given), data=case.data + told)
 
 
@@ -269,6 +278,7 @@ def main() -> None:
     made.add_argument("--trials", type=int, default=24, help="of every study")
     made.add_argument("--roles", nargs="+", default=list(get_args(Role)), choices=get_args(Role), help="to choose from")
     made.add_argument("--steps", type=int, default=None, help="updates of every training; without: those of the model")
+    made.add_argument("--entries", type=int, nargs="+", default=None, help="of a table, to choose from; without: all")
     made.add_argument("--finetune", type=int, default=None, help="updates of tables; without: those of the model")
     made.add_argument("--work", type=Path, default=None, help="folder that keeps studies and findings")
     given: argparse.Namespace = made.parse_args()
@@ -284,7 +294,7 @@ def main() -> None:
             found = kept(work, name)
             if found is None:
                 try:
-                    case = cut_short(load_joint_case(name, given.data), given.steps, given.finetune)
+                    case = cut_short(load_joint_case(name, given.data), given.steps, given.finetune, given.entries)
                     found = measure(case, given.trials, work, given.roles)
                 except InputError as error:  # such as: no trial keeps within the limits
                     rows[name] = table([name, *[""] * (len(HEADER) - 2), str(error)], []).splitlines()[0]
