@@ -10,6 +10,7 @@ import pandas as pd
 
 from alphasmith.dashboards._page import Section, render, shown
 from alphasmith.dashboards.checked_frames import checked_groups, checked_sites, geometric_mean, ratio
+from alphasmith.dashboards.figures.formats import loss_against_cost
 from alphasmith.dashboards.figures.sites import (
     alpha_heatmap,
     alphas_by_group,
@@ -25,6 +26,8 @@ from alphasmith.dashboards.verdict import (
     OUTPUT_COLUMNS,
     VARIANT_NAMES,
     advice,
+    format_grid,
+    formats_verdict,
     run_verdict,
     swept_alpha,
     training_verdict,
@@ -39,6 +42,8 @@ from alphasmith.storage.runs.records import TrialRecord
 #: Key of a variant's figure -> that of its loss in a search over the whole model.
 _SEARCHED = {"naive": "identity"}
 _CAPTIONS = {
+    "formats": "Every mark is a choice of formats for all sites, measured on the tuning samples; lower and further left is better. Of the front "
+    "any point can be written (alphasmith formats); the diamond is the model in this folder, a cross what was predicted.",
     "training": "The compressed model trained further through its quantizers. The first point is the untrained model; what is kept is "
     "decided on held-out samples, beyond their paired standard error.",
     "shares": "What quantizing one site adds to the loss at the model's output, predicted from gradients on calibration samples, as a part "
@@ -149,6 +154,8 @@ def render_page(
         # Trials of the refinement have losses of the model's output, not of a site.
         of_sites = trials[~trials["site"].isin(AT_OUTPUT)] if "site" in trials.columns else trials
         figures.append(shown("history", _CAPTIONS["history"], trial_history(of_sites)))
+    if manifest.get("formats"):
+        figures.insert(0, shown("formats", _CAPTIONS["formats"], loss_against_cost(manifest["formats"])))
     if manifest.get("training"):
         figures.insert(0, shown("training", _CAPTIONS["training"], training_curve(manifest["training"])))
     rows = site_rows(site_frame)
@@ -163,6 +170,7 @@ def render_page(
         metrics=_metrics(output),
         advice=advice(manifest),
         refinement=_refinement(manifest.get("refinement")),
+        formats=_formats(manifest),
         figures=figures,
         columns=SITE_TABLE,
         rows=rows,
@@ -301,6 +309,19 @@ def _refinement(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     facts += [(f"now {change}", listed(sites, 8)) for change, sites in alike.items()]
     facts += facts_of({key: entry.get(key) for key in ("trials", "seconds")})
     return {"sentence": f"{sentence[0].upper()}{sentence[1:]}.", "facts": facts}
+
+
+def _formats(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The sentence, the front as a table, and how it came about."""
+    entry = manifest.get("formats")
+    if not entry:
+        return None
+    columns, rows = format_grid(entry)
+    told = {
+        key: entry.get(key)
+        for key in ("reason", "target", "limit", "before", "after", "standard_error", "passes", "seconds")
+    }
+    return {"sentence": f"{formats_verdict(manifest)}.", "columns": columns, "rows": rows, "facts": facts_of(told)}
 
 
 def _decisions(guard: Sequence[Mapping[str, Any]]) -> Facts:

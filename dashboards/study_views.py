@@ -19,9 +19,11 @@ from optuna_dashboard import save_note, save_plotly_graph_object
 from alphasmith.dashboards.checked_frames import checked_sites, geometric_mean, ratio
 from alphasmith.dashboards.compression_report import compression_sentence, front_grid
 from alphasmith.dashboards.figures.compression import size_against
+from alphasmith.dashboards.figures.formats import loss_against_cost
 from alphasmith.dashboards.figures.sites import losses_by_site, trial_history
 from alphasmith.dashboards.figures.training import training_curve
 from alphasmith.dashboards.text import Facts, Row, choices_of_site, facts_of, verdict_of_site
+from alphasmith.dashboards.verdict import format_grid, formats_verdict
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.text import counted, number, one_line
 
@@ -117,6 +119,21 @@ def annotate_compression(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(["stored bytes", "latency [s]"] if timed else ["stored bytes"])
+
+
+def annotate_formats(study: optuna.Study, manifest: Mapping[str, Any]) -> None:
+    """Put output loss against cost and a note with the front into the study of the formats of sites.
+
+    Args:
+        study: The study.
+        manifest: Of the run, as JSON values; its section ``formats`` is shown.
+    """
+    columns, rows = format_grid(manifest["formats"])
+    lines = ["## Formats of sites", "", _cell(formats_verdict(manifest)), ""]
+    lines += [f"| {' | '.join(map(_cell, columns))} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows[:_LISTED]]
+    save_plotly_graph_object(study, _card(loss_against_cost(manifest["formats"])), graph_object_id=HISTORY_ID)
+    save_note(study, "\n".join([*lines, ""]))
 
 
 def study_note(title: str, sites: pd.DataFrame, facts: Mapping[str, Any] | None = None) -> str:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from alphasmith.objectives.literals import Variant
+from alphasmith.objectives.quantization.formats import told
 from alphasmith.objectives.sites.coverage import Coverage, CoveredWeight, percent
 from alphasmith.objectives.text import counted, listed, number
 
@@ -125,6 +126,58 @@ def training_verdict(manifest: Content) -> str:
     return f"{told}; before it: {run}" if run else told
 
 
+def formats_verdict(manifest: Content) -> str:
+    """What was chosen among formats of sites, in one sentence without a stop; empty where there was no choice.
+
+    Args:
+        manifest: Of the run.
+
+    Returns:
+        E.g. ``formats: int8-token at 3 of 24 sites: a, b, c; int8-static at the rest; 8 % of multiply-adds in dearer formats; output loss
+        0.0079 -> 0.0052``.
+    """
+    entry = manifest.get("formats")
+    if not entry:
+        return ""
+    point = next(p for p in entry["points"] if p["number"] == entry["picked"])
+    first = next((p for p in entry["points"] if not p["formats"]), None)
+    parts = [f"formats: {told(point['formats'], entry['sites'], entry['own'])}", _cost(entry, point)]
+    if first is not None and first is not point and first["loss"] is not None and point["loss"] is not None:
+        parts.append(f"output loss {number(first['loss'])} -> {number(point['loss'])} on tuning samples")
+    if entry.get("metric") is not None:
+        parts.append(f"metric {number(entry['metric'])}")
+    return "; ".join(parts)
+
+
+def format_grid(entry: Content) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The front of formats as a table, from the cheapest point to the dearest.
+
+    Args:
+        entry: The manifest's ``formats``.
+    """
+    timed = entry["cost_unit"] != "share of multiply-adds"
+    columns = ("point", *(("time",) if timed else ()), "dearer multiply-adds", "output loss", "predicted", "formats")
+    shown = [p for p in entry["points"] if p["on_front"] or p["number"] == entry["picked"]]
+    rows = []
+    for point in sorted(shown, key=lambda p: (p["cost"], p["number"])):
+        kept = " (this one)" if point["number"] == entry["picked"] else ""
+        row = [
+            f"{point['number']}{kept}",
+            *([f"{point['cost']:.3f}"] if timed else []),
+            percent(point["share_of_macs"]),
+        ]
+        row += ["failed" if value is None else number(value) for value in (point["loss"], point["predicted"])]
+        rows.append([*row, told(point["formats"], entry["sites"], entry["own"], named=False)])
+    return columns, rows
+
+
+def _cost(entry: Content, point: Content) -> str:
+    share = f"{percent(point['share_of_macs'])} of multiply-adds in dearer formats"
+    if entry["cost_unit"] == "share of multiply-adds":
+        return share
+    return f"{point['cost']:.3f} times the time of {entry['own']}, {share}"
+
+
 def whole_model(output: Content) -> WholeModel:
     """The table of whole-model results.
 
@@ -209,6 +262,8 @@ def _text(value: float | None, is_metric: bool) -> str:
 
 def _error_sources(manifest: Content) -> list[str]:
     """Where the output error comes from, where that is a few sites."""
+    if (tried := manifest.get("format_advice")) is not None:
+        return [_tried(tried)]
     sites = manifest.get("sites") or ()
     how, key = next((pair for pair in _SHARES if any(s.get(pair[1]) is not None for s in sites)), _SHARES[0])
     shares = {str(site["name"]): float(site[key]) for site in sites if site.get(key) is not None}
@@ -223,6 +278,19 @@ def _error_sources(manifest: Content) -> list[str]:
     makes = f"{few} of {counted(len(sites), 'site')} {'makes' if few == 1 else 'make'} {percent(reached[few - 1])}"
     names = listed(largest[:few], _NAMED)
     return [f"{makes} of the {how} output error: {names}; leave their layers in float (sites.skip){token}"]
+
+
+def _tried(entry: Content) -> str:
+    """What another format at few sites was measured to bring."""
+    few = len(entry["sites"])
+    makes = f"{few} of {counted(entry['of'], 'site')} {'makes' if few == 1 else 'make'} {percent(entry['share'])}"
+    names = listed(entry["sites"], _NAMED)
+    brings = f"output loss {number(entry['before'])} -> {number(entry['after'])}"
+    cost = f"cost {percent(entry['share_of_macs'])} of multiply-adds"
+    return (
+        f"{makes} of the predicted output error: {names}; {entry['format']} at {'it' if few == 1 else 'those'}: {brings}, {cost} "
+        f"(budget.share_of_macs chooses such formats)"
+    )
 
 
 def _room_to_the_limit(sites: Sequence[Content]) -> list[str]:

@@ -32,6 +32,11 @@ RangeStatistic = Literal[SearchedRange, "output"]
 #: What is subtracted from every channel before it is scaled.
 ShiftStatistic = Literal["none", "mean", "middle"]
 
+#: Format of a site: what its activations are rounded to, and how their scale is set; ``float``: nothing of the site is quantized.
+SiteFormat = Literal["int8-static", "uint8-static", "int8-token", "int16-static", "fp8-static", "fp8-token", "float"]
+#: What will serve the model; ``any``: nothing is ruled out.
+Target = Literal["any", "vllm", "onnxruntime", "openvino", "tensorrt"]
+
 #: Where a model comes from: a Hugging Face folder, a factory function, an object in memory, an embedded demo.
 ModelKind = Literal["hf", "factory", "module", "demo"]
 #: What a data set holds.

@@ -1,5 +1,6 @@
 """What is tried, where, and in which order: configuration, hardware, ranges, studies, the run and its command line.
 
+- ``budget``: what the formats of sites may cost
 - ``checkpoints``: what a user does with an output folder: load, verify, undo
 - ``cli``: the command line and its texts
 - ``compression``: joint compression of a model
@@ -7,6 +8,7 @@
 - ``devices``: what a search runs on: its device, and how many CPU threads a piece of work deserves
 - ``engines``: where candidates are evaluated: in this process, in worker processes, on a Ray cluster
 - ``exports``: formats that other tools read
+- ``formats``: formats of sites under a budget: predicted, solved, measured, picked
 - ``idle_threads``: how idle threads of the numeric libraries wait, settled before torch is imported
 - ``inputs``: what a run works on: model and data, sites, hardware, calibration
 - ``interruption``: interrupts: the first Ctrl-C stops a run in good order, the second one at once
@@ -14,6 +16,7 @@
 - ``model``: the model's output: whole-model search, refinement, variants
 - ``processing``: the compressed model at work: media in, classes or text out
 - ``progress``: progress of a run: bars on a terminal, plain lines elsewhere, nothing for scripts
+- ``sections``: what every configuration is made of: sections that validate themselves, and the types of their fields
 - ``site``: the search of one site: parametrizations, proposals, exact scores, result
 - ``study``: one Optuna study of anything: candidates, space, sampler, record
 - ``toml_values``: TOML files and ``section.field=value`` overrides as nested values that a configuration is made from

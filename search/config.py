@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import (
@@ -23,6 +21,8 @@ from alphasmith.objectives.literals import (
     Scope,
     SearchedRange,
     ShiftStatistic,
+    SiteFormat,
+    Target,
 )
 from alphasmith.objectives.quantization.scheme import (
     ActivationFormat,
@@ -32,8 +32,9 @@ from alphasmith.objectives.quantization.scheme import (
     WeightGranularity,
 )
 from alphasmith.objectives.quantization.site_schemes import SiteSchemes
-from alphasmith.objectives.reading import is_text, path_problem
-from alphasmith.objectives.text import is_control, matches, one_line
+from alphasmith.objectives.text import matches, one_line
+from alphasmith.search.budget import BudgetConfig
+from alphasmith.search.sections import MANY, CodeName, Configuration, Label, Section, UserPath, distinct, one_or_more
 from alphasmith.search.toml_values import read_toml
 
 #: Where a run goes unless a configuration says otherwise.
@@ -57,53 +58,15 @@ def parse_bytes(value: object) -> object:
     return int(Fraction(match.group(1).rstrip(".")) * _UNITS[match.group(2)])
 
 
-def one_or_more(value: object) -> object:
-    """A single choice -> a tuple of one; lists pass through to pydantic."""
-    return (value,) if isinstance(value, str) else value
-
-
-def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
-    if not values or len(set(values)) != len(values):
-        raise ValueError(f"{list(values)} is empty or names a choice twice")
-    return values
-
-
-GroupMethods = Annotated[tuple[GroupMethod, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
-ChannelStatistics = Annotated[tuple[ChannelStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
-ShiftStatistics = Annotated[tuple[ShiftStatistic, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
-RangeStatistics = Annotated[tuple[SearchedRange, ...], BeforeValidator(one_or_more), AfterValidator(_distinct)]
+GroupMethods = Annotated[tuple[GroupMethod, ...], BeforeValidator(one_or_more), AfterValidator(distinct)]
+ChannelStatistics = Annotated[tuple[ChannelStatistic, ...], BeforeValidator(one_or_more), AfterValidator(distinct)]
+ShiftStatistics = Annotated[tuple[ShiftStatistic, ...], BeforeValidator(one_or_more), AfterValidator(distinct)]
+RangeStatistics = Annotated[tuple[SearchedRange, ...], BeforeValidator(one_or_more), AfterValidator(distinct)]
 Bytes = Annotated[int, Field(gt=0, lt=2**63), BeforeValidator(parse_bytes)]
-#: Numbers of things: more would not fit into what holds them (columns of databases, indices of tensors).
-MANY = 10**7
 
 
-def _label(value: str) -> str:
-    if any(is_control(character) for character in value):
-        raise ValueError("it holds control characters")
-    return value
-
-
-def _user_path(value: Path) -> Path:
-    problem = path_problem(value)
-    if problem:
-        raise ValueError(f"it {problem}")
-    return value.expanduser()
-
-
-def _given_path(value: object) -> object:
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str) and not is_text(value):
-        raise ValueError("it is not UTF-8")  # pydantic itself fails on it
-    return value
-
-
-#: Text that people and terminals see.
-Label = Annotated[str, AfterValidator(_label)]
-#: ``module:function``.
-CodeName = Annotated[Label, Field(max_length=512)]
-#: A path as it was given; whether anything is there is for whoever uses it.
-UserPath = Annotated[Path, BeforeValidator(_given_path), AfterValidator(_user_path)]
+def _named_once(values: tuple[str, ...]) -> tuple[str, ...]:
+    return distinct(values) if values else values
 
 
 def scheme_fields(value: object) -> object:
@@ -118,45 +81,6 @@ def scheme_fields(value: object) -> object:
             "scheme", f"is a {type(value).__name__}", "give a name such as w8a8-channel-static, or its fields"
         )
     return asdict(value) if isinstance(value, Scheme) else value
-
-
-class Section(BaseModel):
-    """Fields that belong together: frozen, nothing unknown, nothing non-finite; what is wrong is one ``InputError``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    def __init__(self, /, **values: Any) -> None:
-        """Validate; sections may be given as mappings.
-
-        Raises:
-            InputError: Names the dotted field, what is wrong and what to write instead.
-        """
-        sections = {name: _named(value) for name, value in values.items() if isinstance(value, Mapping)}
-        try:
-            super().__init__(**{**values, **sections})
-        except ValidationError as error:
-            raise _as_input_error(type(self), error) from error
-
-
-class Configuration(Section):
-    """All sections that one call takes."""
-
-    @classmethod
-    def build(cls, values: Mapping[str, Any] | Self) -> Self:
-        """Validate nested plain values; a configuration is returned as it is.
-
-        Args:
-            values: One, or its fields.
-
-        Raises:
-            InputError: Names the dotted field, what is wrong and what to write instead.
-        """
-        if isinstance(values, cls):
-            return values
-        if not isinstance(values, Mapping):
-            remedy = f"give a {cls.__name__} or a mapping of its fields"
-            raise InputError("config", f"is a {type(values).__name__}", remedy)
-        return cls(**_named(values))
 
 
 class ModelConfig(Section):
@@ -243,7 +167,7 @@ class SchemeConfig(Section):
     group_size: int | None = Field(default=None, gt=0, lt=2**31)
     activations: ActivationFormat = "int8"
     activation_granularity: ActivationGranularity = "static"
-    sites: dict[Label, Label] = {}
+    sites: dict[Label, Label] = Field(default={})
 
     def build(self) -> Scheme:
         """The validated scheme of the sites that are not named; InputError names a contradiction."""
@@ -410,12 +334,15 @@ class SitesConfig(Section):
         explicit: ``auto``: sites whose scale cannot be folded divide their input by s inside its quantizer.
             ``never``: such sites keep s = 1.
         experts: Smooth the inputs of mixture-of-experts layers, too.
+        formats: What a site may be quantized to, beside or in place of the scheme's own format; a choice for each site is made at the
+            model's output, under ``budget``. Empty: the scheme's own, unless there is a budget: then all that ``target`` serves.
     """
 
     exclude: tuple[Label, ...] = ()
     skip: tuple[Label, ...] = ()
     explicit: Literal["auto", "never"] = "auto"
     experts: bool = False
+    formats: Annotated[tuple[SiteFormat, ...], BeforeValidator(one_or_more), AfterValidator(_named_once)] = ()
 
 
 class ProofConfig(Section):
@@ -465,6 +392,7 @@ class RunConfig(Configuration):
             ``s3://bucket/prefix``; None: a folder beside an SQLite database, else ``alphasmith-artifacts``.
         dtype: Type of the weights in ``smoothed/``: ``own``, the type that the model came in (bfloat16, float16, else float32), or
             ``float32``.
+        target: What will serve the model: ``any``, or a stack that limits the formats of sites to those that it serves.
     """
 
     name: Label = Field(default="", max_length=200)
@@ -473,6 +401,7 @@ class RunConfig(Configuration):
     engine: EngineName = "local"
     artifacts: Annotated[Label, Field(max_length=4096)] | None = None
     dtype: Literal["own", "float32"] = "own"
+    target: Target = "any"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     scheme: Annotated[SchemeConfig, BeforeValidator(scheme_fields)] = SchemeConfig()
@@ -481,11 +410,12 @@ class RunConfig(Configuration):
     search: SearchConfig = SearchConfig()
     sites: SitesConfig = SitesConfig()
     proof: ProofConfig = ProofConfig()
+    budget: BudgetConfig = BudgetConfig()
     workers: WorkersConfig = WorkersConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        self.scheme.build()
+        self.budget.check(self.scheme.build(), self.sites.formats, self.target)
         if self.model.demo and (self.model.path or self.model.factory):
             raise InputError("model.demo", "given together with another model", "keep one of demo, path and factory")
         if self.model.factory_path and not self.model.factory:
@@ -503,39 +433,8 @@ class RunConfig(Configuration):
         Raises:
             InputError: Missing file, broken TOML, unknown or invalid field.
         """
-        paths = (("model", "path"), ("model", "factory_path"), ("data", "path"), (None, "out"))
+        paths = (("model", "path"), ("model", "factory_path"), ("data", "path"), ("budget", "latency"), (None, "out"))
         return cls.build(read_toml(path, paths, overrides))
-
-
-def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """As keyword arguments."""
-    return {str(name): value for name, value in values.items()}
-
-
-def _as_input_error(model: type[BaseModel], error: ValidationError) -> InputError:
-    first = error.errors(include_url=False)[0]
-    # Where a field takes values of several types, the location ends with the type that was tried.
-    field = ".".join(p for p in map(str, first["loc"]) if re.fullmatch(r"\w+", p)) or "config"
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):  # of a section, which does not know its own name, or with the whole name
-        whole = not first["loc"] or cause.field == field
-        return cause if whole else InputError(f"{field}.{cause.field}", cause.problem, cause.remedy)
-    if first["type"] == "extra_forbidden":
-        known = sorted(model.model_fields)
-        near = difflib.get_close_matches(field, known, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known fields here are {', '.join(known)}"
-        return InputError(field, "unknown field", remedy)
-    message = first["msg"].removeprefix("Value error, ")
-    given = textwrap.shorten(_shown(first.get("input")), 100, placeholder=" ...")
-    return InputError(field, f"{message[0].lower()}{message[1:]}, not {given}", "correct the value")
-
-
-def _shown(value: object) -> str:
-    try:
-        return repr(value)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        # Of an integer of thousands of digits there is none, and a script's object may do anything.
-        return f"a {type(value).__name__}"
 
 
 def resume_command(run_id: str, storage: str) -> str:

@@ -1,6 +1,7 @@
 """What is deployed: schemes, quantizers, integer operators, their files.
 
 - ``candidate_model``: one model that becomes candidate after candidate, in place, and the float model again
+- ``formats``: formats of sites by name, which are dearer than others, and what a target serves
 - ``integer_product``: exact products of 8-bit integer matrices: on integer units where they pay, else in float32, the same to the bit
 - ``operator``: one linear or convolution that computes in the deployed number format
 - ``payload``: a quantized model as plain tensors and a JSON-able description, and back, bit for bit
@@ -9,11 +10,13 @@
 - ``scheme``: quantization schemes: bits and granularity of weights and activations (claim A-12)
 - ``site_schemes``: the schemes of a model site by site: one for all, and others for the sites that are named
 - ``stack``: several matrices in one tensor, such as the experts of a mixture, kept quantized
+- ``stored_forms``: operators in other formats, stored beside a quantized model and exchanged without the float one
 - ``unseen_rows``: clipping of rows that nobody has seen: what the rows that set a static range cannot show of its error
 """
 
 __all__ = [
     "candidate_model",
+    "formats",
     "integer_product",
     "operator",
     "payload",
@@ -22,5 +25,6 @@ __all__ = [
     "scheme",
     "site_schemes",
     "stack",
+    "stored_forms",
     "unseen_rows",
 ]

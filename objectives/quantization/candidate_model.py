@@ -106,6 +106,25 @@ class CandidateModel:
         self._plan, self._ranges = plan, ranges
         self.reset()
 
+    @contextmanager
+    def using(self, schemes: Scheme | SiteSchemes) -> Iterator[None]:
+        """Candidates under other schemes inside a ``with`` block, under those of before and the float model after it, whatever happens inside.
+
+        Args:
+            schemes: Of all sites or site by site.
+
+        Raises:
+            InputError: As :meth:`use`.
+            NonFiniteError: Likewise.
+        """
+        before = self.schemes
+        self.use(schemes)
+        try:
+            yield
+        finally:
+            self.reset()
+            self.use(before)
+
     @property
     def smoothings(self) -> Mapping[str, Smoothing] | None:
         """What the last candidate applied does to every site that it changes, never changed later; None after :meth:`reset`."""

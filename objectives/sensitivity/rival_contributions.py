@@ -16,6 +16,7 @@ from alphasmith.objectives.judge.model_objective import real_rows
 from alphasmith.objectives.media.batch import CALL_ERRORS, Batch, call, main_output, unfused_attention
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.plan import same_smoothing
+from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sensitivity._gradients import (
     Operators,
     direction,
@@ -43,6 +44,7 @@ def rival_contributions(
     memory: int | None = None,
     samples: int = _SAMPLES,
     step: Callable[[], None] = lambda: None,
+    schemes: Sequence[SiteSchemes] = (),
 ) -> tuple[dict[str, float], ...]:
     """What every site is predicted to add to the loss at the output under each of several smoothings. Source: formula fA9.
 
@@ -59,6 +61,7 @@ def rival_contributions(
         memory: Most bytes beside the float model: quantized operators, and the graph of one sample; None: no bound.
         samples: Most samples.
         step: Called before every sample; may raise to leave.
+        schemes: Schemes of the sites under each of ``rivals``; empty: the candidate's own. Sites in float are left out.
 
     Returns:
         For each of ``rivals``, site -> contribution in units of the loss; sites of which it is not known are left out, all of them where no
@@ -72,13 +75,18 @@ def rival_contributions(
         raise InputError("batches", "is empty", "give at least one batch of data to process")
     operators: dict[str, Mapping[str, nn.Module]] = {}
     labels: list[dict[str, str]] = []
-    for number, smoothings in enumerate(rivals):
+    under = list(schemes) or [candidate.schemes] * len(rivals)
+    for number, (smoothings, formats) in enumerate(zip(rivals, under, strict=True)):
         labels.append({})
-        for site, made in candidate.alone(smoothings, dense=False).items():
+        with candidate.using(formats):
+            alone = candidate.alone(smoothings, dense=False)
+        for site, made in alone.items():
             equal = (
-                before[site]
-                for before, other in zip(labels[:number], rivals[:number], strict=True)
-                if site in before and same_smoothing(other.get(site), smoothings.get(site))
+                labels[other][site]
+                for other in range(number)
+                if site in labels[other]
+                and under[other].of(site) == formats.of(site)
+                and same_smoothing(rivals[other].get(site), smoothings.get(site))
             )
             label = next(equal, f"{number} {site}")
             operators.setdefault(label, made)

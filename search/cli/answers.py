@@ -10,6 +10,7 @@ from alphasmith.search.cli._layout import table
 
 if TYPE_CHECKING:
     from alphasmith.search.launch.worker import WorkSummary
+    from alphasmith.storage.output.format_entries import FormatsEntry
 
 #: Longest name or reason in the table of runs: a longer one would squeeze the ids [characters].
 _LONGEST_CELL = 100
@@ -36,6 +37,22 @@ def compressions_text(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(rows) != 1 or rows[0].get("manifest") is None:
         return made
     return f"{made}\n\n{compression_text(rows[0]['manifest'], rows[0]['folder'])}"
+
+
+def formats_text(entry: FormatsEntry) -> str:
+    """``alphasmith formats RUN``.
+
+    Args:
+        entry: What the run could choose from.
+    """
+    from alphasmith.dashboards.verdict import format_grid, formats_verdict
+
+    content = {"formats": entry.model_dump(mode="json")}
+    columns, rows = format_grid(content["formats"])
+    lines = [f"{formats_verdict(content)}; {entry.reason}"]
+    lines += [table(columns, rows, title="the front: no other choice is as cheap and as good", texts=("formats",))]
+    lines += ["any of these can be written: alphasmith formats RUN --pick POINT --out DIR"]
+    return "\n\n".join(lines)
 
 
 def compression_text(values: Mapping[str, Any], folder: str) -> str:

@@ -13,12 +13,13 @@ from alphasmith.objectives.errors import AlphasmithError, InputError
 from alphasmith.search.cli.watching.status import progress_facts
 from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.storage.database.connection import check_exists, opened
-from alphasmith.storage.output.manifest import Manifest, read_manifest
+from alphasmith.storage.output.format_entries import FormatsEntry
+from alphasmith.storage.output.manifest import FILE_NAME, Manifest, read_manifest
 from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.status import RunSnapshot, lease_of, live_drivers, look_at
 from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore, is_compression_id
 from alphasmith.storage.runs.entries import Group, SiteRecord
-from alphasmith.storage.runs.records import RunRecord, TrialState, UnreadableRun
+from alphasmith.storage.runs.records import RunRecord, TrialRecord, TrialState, UnreadableRun
 from alphasmith.storage.runs.run_store import RunStore
 from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore, is_training_id
 
@@ -242,6 +243,54 @@ def report(prefix: str, out: Path, storage: str | None) -> None:
         run_id = record.id if training is None else training.run_id
         text = render_report(manifest, [] if run_id is None else store.trials(run_id))
     _write_page(out, text)
+
+
+def formats(run: str, storage: str | None) -> FormatsEntry:
+    """The front of formats of a finished run.
+
+    Args:
+        run: Its id, or its output folder.
+        storage: The database it is in; None: the default one.
+
+    Raises:
+        InputError: No such run, it is not finished, or it made no choice of formats.
+    """
+    found = read_manifest(_result_of(run, storage)[0])
+    if found.formats is None:
+        remedy = "run with sites.formats or a budget, see docs/formats.md"
+        raise InputError("RUN", f"{found.run.id} made no choice of formats", remedy)
+    return found.formats
+
+
+def pick_formats(run: str, point: int, out: Path, storage: str | None) -> dict[str, Any]:
+    """Write the model of another point of the front, see ``checkpoints.formats.pick``.
+
+    Args:
+        run: Id or output folder of the run.
+        point: Number of the point.
+        out: Target; must not exist.
+        storage: The database it is in; None: the default one.
+
+    Raises:
+        InputError: As :func:`formats`; no such point; or ``out`` is taken.
+        IntegrityError: A file has changed.
+    """
+    from alphasmith.search.checkpoints.formats import pick
+
+    folder, trials = _result_of(run, storage)
+    return pick(folder, point, out, trials)
+
+
+def _result_of(run: str, storage: str | None) -> tuple[Path, Sequence[TrialRecord]]:
+    """Folder of a run that is named by it or by its id, and what is on record of its trials."""
+    if (Path(run) / FILE_NAME).is_file():
+        return Path(run), ()
+    with opened(storage or DEFAULT_STORAGE) as database:
+        store = RunStore(database)
+        record = store.get(run)
+        if record.status != "finished":
+            raise InputError("RUN", f"{record.id} is {record.status}", "give a finished run")
+        return Path(record.folder), store.trials(record.id)
 
 
 def _compression_page(prefix: str, storage: str | None) -> str:

@@ -318,6 +318,30 @@ def undo(folder: Path, out: Path, as_json: bool) -> None:
 
 
 @app.command()
+@click.argument("run", metavar="RUN|DIR")
+@click.option("--pick", "picked", metavar="POINT", type=int, help="Write the model of this point of the front.")
+@click.option("--out", metavar="DIR2", type=PATH, help="With --pick: where it goes; must not exist.")
+@storage_option
+@json_option
+def formats(run: str, picked: int | None, out: Path | None, storage: str | None, as_json: bool) -> None:
+    """Show what formats of sites a run could choose from, at which cost; with --pick write the model of another point.
+
+    Neither the model nor the data are needed: the run has kept what its points differ in.
+    """
+    from alphasmith.search.cli import answers, commands
+
+    if (picked is None) != (out is None):
+        missing = "--out" if out is None else "--pick"
+        raise InputError(missing, "is missing", "give --pick POINT and --out DIR2 together, or neither")
+    if picked is None or out is None:
+        entry = commands.formats(run, storage)
+        print_answer(entry.model_dump(mode="json"), as_json, lambda: answers.formats_text(entry))
+        return
+    answer = commands.pick_formats(run, picked, out, storage)
+    print_answer(answer, as_json, lambda: f"point {answer['point']} is written to {answer['out']}")
+
+
+@app.command()
 @config_options
 @json_option
 def hardware(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:

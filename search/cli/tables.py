@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphasmith.dashboards.text import is_outside, verdict_of_refinement
-from alphasmith.dashboards.verdict import advice, run_verdict, swept_alpha, whole_model
+from alphasmith.dashboards.verdict import advice, formats_verdict, run_verdict, swept_alpha, whole_model
 from alphasmith.objectives.sites.coverage import Coverage, CoveredWeight, percent
 from alphasmith.objectives.text import (
     counted,
@@ -121,7 +121,7 @@ def finished_text(manifest: Manifest, trials: int, storage: str, folder: Path, w
     told.update(guard.reason for guard in manifest.guard)
     rest = [*advice(content), *(note for note in manifest.notes if note not in told)]
     return _blocks(
-        sentences([run_verdict(content)], width),
+        sentences([line for line in (run_verdict(content), formats_verdict(content)) if line], width),
         [model_table(output, width), *sentences([swept_alpha(output), *reasons, *_refinement(refinement)], width)],
         [sites_table(manifest.sites, width, weighted=_weighted(manifest.config))],
         [groups_table(manifest.groups, width)],

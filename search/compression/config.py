@@ -20,16 +20,8 @@ from alphasmith.objectives.literals import (
     SparsityKind,
     SvdMetric,
 )
-from alphasmith.search.config import (
-    DEFAULT_OUT,
-    CodeName,
-    Configuration,
-    EngineName,
-    Label,
-    Section,
-    UserPath,
-    WorkersConfig,
-)
+from alphasmith.search.config import DEFAULT_OUT, EngineName, WorkersConfig
+from alphasmith.search.sections import CodeName, Configuration, Label, Section, UserPath
 from alphasmith.search.toml_values import read_toml
 
 #: What may become of the weights beside their codebooks. ``off``: nothing; ``truncate``: factors alone (claim B-5), in rounds

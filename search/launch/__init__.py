@@ -1,5 +1,6 @@
 """One run from first to last line: launch, go on, outcome, manifest, record.
 
+- ``_formats``: formats of sites in a run
 - ``_lookup``: runs found, created and opened from a configuration or a recorded run
 - ``_manifest_builder``: the manifest of a run, put together from what it decided
 - ``_outcome``: what a run decided and made, between the search and the records

@@ -19,6 +19,7 @@ from alphasmith.search.config import RunConfig
 from alphasmith.search.inputs.hardware import HardwareBudget
 from alphasmith.search.inputs.preparation import PreparedModel, site_schemes
 from alphasmith.search.inputs.task import Task
+from alphasmith.search.launch._formats import advice_entry, formats_entry
 from alphasmith.search.launch._outcome import Products, SearchOutcome
 from alphasmith.search.model.refinement import RefinementResult, Step
 from alphasmith.search.model.search import ModelResult
@@ -107,7 +108,9 @@ def build_manifest(
             baked=tuple(BakedEntry(**asdict(baked)) for baked in prepared.survey.rewriting.baked),
         ),
         data_digest=task.data_digest,
-        scheme=SchemeEntry.of(site_schemes(config, prepared.sites)),
+        scheme=SchemeEntry.of(
+            site_schemes(config, prepared.sites) if found.formats is None else found.formats.schemes()
+        ),
         conventions=ConventionsEntry(
             statistic=search.statistic[0],
             percentile=search.percentile if "percentile" in search.statistic else None,
@@ -143,6 +146,8 @@ def build_manifest(
         ),
         guard=_guard(found),
         refinement=None if found.refinement is None else refinement_entry(found.refinement),
+        formats=None if found.formats is None else formats_entry(found.formats, found.format_metric),
+        format_advice=advice_entry(found),
         memory=MemoryEntry(predicted=prepared.plan.total, measured=products.peak),
     ).with_artifacts(artifacts)
 

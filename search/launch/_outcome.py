@@ -20,6 +20,8 @@ from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.stored_types import rounding_limit, told
 from alphasmith.search.config import RunConfig
 from alphasmith.search.devices import search_device
+from alphasmith.search.formats.advice import Advice
+from alphasmith.search.formats.stage import FormatResult, forms_of_front
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.inputs.task import Task
 from alphasmith.search.interruption import leave
@@ -51,6 +53,9 @@ class SearchOutcome:
         swept: Results of the sites under that alpha, where it is what the output guard fell back to.
         doubt: A simpler variant that the held-out samples cannot tell from what would be kept; None where they can.
         shares: What every site adds to the error of the model's output, with what is kept; None: not known.
+        formats: What was chosen among formats of sites; None: every site has the scheme's own.
+        format_metric: Task metric under that choice; None: not measured.
+        format_advice: What other formats at a few sites would bring; None: not looked at, or the error comes from many sites.
         notes: What people should know of the search, e.g. that there are fewer groups than asked for.
     """
 
@@ -65,6 +70,9 @@ class SearchOutcome:
     shares: OutputShares | None = None
     sweep: Sweep | None = None
     swept: Mapping[str, SiteResult] = field(default_factory=dict)
+    formats: FormatResult | None = None
+    format_metric: float | None = None
+    format_advice: Advice | None = None
 
     def kept(self, result: R) -> R:
         """The result of a site or of the model as it was kept: after a fallback, with the baseline in the winner's place."""
@@ -170,6 +178,7 @@ class Products:
         proof: Equivalence of ``folded``.
         types: Name of a tensor of the user's model -> type that it is stored in; the others in float32.
         peak: Measured peak memory beyond the libraries, the model included [bytes].
+        forms: Operators in the formats of other points of the front, see ``quantization.stored_forms``; None: there was no choice.
     """
 
     folded: nn.Module
@@ -179,6 +188,7 @@ class Products:
     proof: Proof
     types: Mapping[str, torch.dtype]
     peak: int
+    forms: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 
 
 def produce(
@@ -208,7 +218,9 @@ def produce(
         InputError: Field ``dtype``: rounding to the model's own type does.
     """
     progress.stage("quantizing", 1)
-    with candidate.applied(found.final) as model:
+    forms = None if found.formats is None else forms_of_front(candidate, found.final, found.formats)
+    written = candidate.schemes if found.formats is None else found.formats.schemes()
+    with candidate.using(written), candidate.applied(found.final) as model:
         summary = candidate.summary()
         tensors, structure = candidate.payload()
     candidate.check_pristine()
@@ -247,6 +259,7 @@ def produce(
         ),
         types=types,
         peak=measured_peak(baseline),
+        forms=forms,
     )
 
 

@@ -30,6 +30,7 @@ from alphasmith.search.inputs.permission import check_code, named_in
 from alphasmith.search.inputs.preparation import PreparedModel, RunInputs, begin, site_schemes, survey
 from alphasmith.search.inputs.task import Task, load_task
 from alphasmith.search.interruption import leave, never
+from alphasmith.search.launch._formats import with_formats
 from alphasmith.search.launch._lookup import (
     Place,
     check_out,
@@ -348,6 +349,7 @@ def _search(launch: _Launch) -> SearchOutcome:
         swept=swept,
     )
     found = with_shares(found, config, task, prepared, candidate, launch.progress, launch.stop)
+    found = with_formats(found, config, task, prepared, candidate, reserve, launch.handle, launch.progress, launch.stop)
     launch.recorder.outcome(found)
     return found
 

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from alphasmith.dashboards.report import render_report
-from alphasmith.dashboards.study_views import annotate_study, study_note
+from alphasmith.dashboards.study_views import annotate_formats, annotate_study, study_note
 from alphasmith.dashboards.text import verdict_of_refinement
 from alphasmith.objectives.model.hf_folder import architecture_names, save_folder
 from alphasmith.objectives.model.plain_operators import bake_plain
@@ -173,6 +173,10 @@ class RunRecorder:
         )
         with self._handle.output() as folder:
             self._write_quantized(folder, products)
+            if products.forms is not None:
+                tensors, structure = products.forms
+                folder.write_tensors("formats/operators.safetensors", tensors)
+                folder.write_json("formats/operators.json", structure)
             self._write_smoothed(folder, products)
             folder.write_tensors("scales.safetensors", scale_tensors(self._prepared.sites, found.final))
             manifest = build_manifest(
@@ -247,6 +251,7 @@ def conclude(handle: RunHandle, manifest: Manifest, trials: Sequence[TrialRecord
     """
     sites, tried = sites_frame(manifest.sites), trials_frame(trials)
     _annotate(handle, manifest, sites, tried)
+    _annotate_formats(handle, manifest)
     handle.check_driving()
     handle.discard_working_objects()  # killed after this, the run needs them no more: its folder is whole
     handle.finish()
@@ -282,6 +287,13 @@ def _annotate(handle: RunHandle, manifest: Manifest, sites: pd.DataFrame, trials
             if step.study == name:
                 facts["outcome"] = verdict_of_refinement(step.model_dump())
         annotate_study(study, sites=shown, trials=mine, note=study_note(of, shown, facts))
+
+
+def _annotate_formats(handle: RunHandle, manifest: Manifest) -> None:
+    """A figure and a note in the study of the formats."""
+    if manifest.formats is not None and manifest.formats.study is not None:
+        study = optuna.load_study(study_name=manifest.formats.study, storage=handle.optuna_storage)
+        annotate_formats(study, manifest.model_dump(mode="json"))
 
 
 def _number(value: float | None) -> str:

@@ -22,7 +22,6 @@ from alphasmith.objectives.quantization.plan import same_smoothing
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.config import SearchConfig
 from alphasmith.search.model._descent import MoveScorer, descend, site_moves
-from alphasmith.search.model._held_out import HeldOutScore, Judgement, held_out_score, judged
 from alphasmith.search.model._settings import (
     OURS,
     Change,
@@ -32,6 +31,7 @@ from alphasmith.search.model._settings import (
     site_kinds,
     smoothings_of,
 )
+from alphasmith.search.model.held_out import HeldOutScore, Judgement, held_out_score, judged
 from alphasmith.search.study.study import RecordedStudy
 from alphasmith.search.study.trial import Trial
 from alphasmith.search.study.types import StudyContext

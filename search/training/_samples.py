@@ -19,9 +19,9 @@ from alphasmith.objectives.media.in_memory import labelled
 from alphasmith.objectives.model.decoding import reads_its_own_text, with_decoder_inputs
 from alphasmith.objectives.model.labels import Classes, is_classifier, required_classes
 from alphasmith.objectives.training.losses import task_of
-from alphasmith.search.config import MANY
 from alphasmith.search.processing.answers import check_classifier, class_names
 from alphasmith.search.processing.opening import IntegerModel
+from alphasmith.search.sections import MANY
 from alphasmith.search.training._draw import Draw, draw
 from alphasmith.search.training._kept import KeptSamples
 from alphasmith.search.training.config import FinetuneConfig, LabelledDataConfig

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import MediaKind
 from alphasmith.objectives.training.settings import TrainingSettings
-from alphasmith.search.config import MANY, Configuration, Label, Section, UserPath
+from alphasmith.search.sections import MANY, Configuration, Label, Section, UserPath
 
 _SETTINGS = TypeAdapter(TrainingSettings)
 _KNOWN = tuple(item.name for item in fields(TrainingSettings))

@@ -7,6 +7,7 @@
 - ``compression_manifest``: the manifest of a joint compression
 - ``entries``: the parts of a manifest; ``manifest`` puts them together
 - ``export_record``: ``export.json``: what an exported folder is, and what it was made from
+- ``format_entries``: the parts of a manifest about formats of sites
 - ``manifest``: the manifest: the JSON that explains a result completely
 - ``output_folder``: the output folder of a run: appears whole or not at all
 - ``reservation``: a place for a result, reserved by one process while it works towards it
@@ -21,6 +22,7 @@ __all__ = [
     "compression_manifest",
     "entries",
     "export_record",
+    "format_entries",
     "manifest",
     "output_folder",
     "reservation",

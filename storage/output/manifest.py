@@ -40,6 +40,7 @@ from alphasmith.storage.output.entries import (
     SkippedEntry,
     WeightEntry,
 )
+from alphasmith.storage.output.format_entries import FormatAdvice, FormatsEntry
 from alphasmith.storage.output.training_entry import TrainingEntry
 from alphasmith.storage.runs.entries import Group, Part, Volatile, VolatileMark
 
@@ -91,6 +92,10 @@ class Manifest(Part):
     guard: tuple[GuardEntry, ...] = ()
     refinement: RefinementEntry | None = None
     """Null where there was none."""
+    formats: FormatsEntry | None = None
+    """Formats of sites that were chosen among. Null: the scheme's own at every site."""
+    format_advice: FormatAdvice | None = None
+    """What other formats at a few sites would bring. Null: nothing was tried, or the error comes from many sites."""
     training: TrainingEntry | None = None
     """Where the compressed model was trained further: all else in this manifest is about the run that it comes from. Null: it was not."""
     memory: MemoryEntry

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from alphasmith.search import RunResult
 from alphasmith.search.config import SearchConfig
 from alphasmith.search.launch import pipeline
-from alphasmith.search.model import _descent, _held_out
+from alphasmith.search.model import _descent, held_out
 from alphasmith.storage.database.connection import open_existing, optuna_storage
 from alphasmith.storage.output.entries import RefinementEntry
 from alphasmith.storage.output.manifest import Manifest, schema
@@ -29,7 +29,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path]:
     """A finished run and its database; every move of the refinement is accepted and kept, whatever its scatter is."""
     folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
-        for judge in (_descent, _held_out):
+        for judge in (_descent, held_out):
             patch.setattr(judge, "paired_difference", lambda *_: (1.0, 0.5))
         patch.setattr(pipeline, "kept_variant", lambda *_: "ours")
         result = launch(folder, with_loud_channels(seeded(Mlp)), vectors(), {"search": {"trials": 6, "refine": True}})
