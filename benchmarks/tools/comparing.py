@@ -15,6 +15,7 @@ from benchmarks.real_judges import SHORT, Sizes, make_judge
 from benchmarks.real_models import finding
 from benchmarks.real_runs import Contestant, Finding, Request, configured
 from benchmarks.timing import machine
+from benchmarks.tools.adapters.contract import read_batches
 from benchmarks.tools.catalogue import Tool
 from benchmarks.tools.environments import InstallError, environment
 from benchmarks.tools.exchange import AdapterError, ToolReply, ask, read_reply, write_request
@@ -155,7 +156,7 @@ def row_of(tool: Tool, place: Path, bench: Bench, setting: Setting, versions: di
     try:
         reply = _reply(tool, place, bench, setting)
         versions.update({n: v for n, v in reply.file.versions.items() if n not in {"torch", "transformers"}})
-        scored = bench.score(reply)
+        scored = bench.score(reply, read_batches(place / "request" / "batches.safetensors")[0])
     except InstallError as error:
         return Row(name=tool.name, note=f"not installed: {_cell(error)}")
     except AdapterError as error:

@@ -31,7 +31,11 @@ from alphasmith.search.progress import Silent
 from benchmarks.real_data import Arguments
 from benchmarks.real_judges import Judge, Judged
 from benchmarks.real_runs import SWEPT, statistics
+from benchmarks.tools.adapters.contract import first_output
 from benchmarks.tools.exchange import AdapterError, ToolReply, relative_difference
+
+#: Relative squared difference of outputs up to which two float models are one: float32 in another order of sums leaves 1e-12.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,6 @@ class Bench:
         self._skip = skip_patterns(small, self._prepared)
         self._ranges = input_ranges(self._prepared)
         self._judge = judge
-        self._first = first_output(self._model, self.batches[0])
         self.float_model = judge(self._model.eval())
 
     @property
@@ -149,20 +152,25 @@ class Bench:
         """Linear -> its input channels."""
         return {name: m.in_features for name, m in self._model.named_modules() if isinstance(m, nn.Linear)}
 
-    def score(self, reply: ToolReply) -> Scored:
+    def score(self, reply: ToolReply, asked: Mapping[str, Tensor]) -> Scored:
         """Quantize with a tool's scales, and judge.
+
+        Args:
+            reply: Of the tool.
+            asked: Arguments of the batch that its outputs answer to.
 
         Raises:
             AdapterError: The tool read another model than ours, or its scales cannot be applied.
         """
-        if reply.before.shape != self._first.shape:
+        wanted = first_output(self._model, dict(asked))
+        if reply.before.shape != wanted.shape:
             raise AdapterError(
-                f"its float model answers with shape {tuple(reply.before.shape)}, ours with {tuple(self._first.shape)}"
+                f"its float model answers with shape {tuple(reply.before.shape)}, ours with {tuple(wanted.shape)}"
             )
-        loaded = relative_difference(reply.before, self._first)
-        if not loaded < 1e-6:
+        loaded = relative_difference(reply.before, wanted)
+        if not loaded < _SAME:
             raise AdapterError(f"its float model is not ours: the outputs differ by {loaded:.2g}")
-        if not reply.change < 1e-6:
+        if not reply.change < _SAME:
             raise AdapterError(
                 f"its smoothed float model is not the float model: the outputs differ by {reply.change:.2g}"
             )
@@ -203,10 +211,3 @@ class Bench:
         candidate = CandidateModel(self._model, sites, ranges, self._scheme, self._skip, keep_dense=dense)
         with candidate.restored():
             yield candidate
-
-
-def first_output(model: nn.Module, batch: Batch) -> Tensor:
-    """What a model answers first, as the adapters take it."""
-    from benchmarks.tools.adapters.contract import first_output as answered
-
-    return answered(model, {n: v for n, v in batch.kwargs.items() if isinstance(v, Tensor)})

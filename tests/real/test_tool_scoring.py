@@ -15,6 +15,7 @@ from alphasmith.objectives.smoothing import Smoothing
 from benchmarks.real_judges import Judged, Measure
 from benchmarks.real_runs import Request
 from benchmarks.tools.__main__ import main
+from benchmarks.tools.adapters.contract import read_batches
 from benchmarks.tools.catalogue import Tool
 from benchmarks.tools.comparing import Setting, keep, row_of
 from benchmarks.tools.exchange import AdapterError, ask, read_reply, write_request
@@ -93,7 +94,8 @@ def test_a_tool_is_scored_end_to_end(bench: Bench, tmp_path: Path) -> None:
     read = read_reply(reply, bench.channels)
     assert 0 <= read.change < 1e-9, "its smoothed float model is the float model"
     assert read.file.cpu > 0
-    scored = bench.score(read)
+    asked = read_batches(request / "batches.safetensors")[0]
+    scored = bench.score(read, asked)
     assert 0 < scored.judged.loss < 0.1
     assert scored.linears == len(bench.channels)
     assert scored.loaded < 1e-9, "it read our model"
@@ -103,9 +105,13 @@ def test_a_tool_is_scored_end_to_end(bench: Bench, tmp_path: Path) -> None:
     assert row.judged.loss == scored.judged.loss, "a reply that is there is taken"
     other = read_reply(reply, bench.channels)
     with pytest.raises(AdapterError, match=r"^its float model is not ours: "):
-        bench.score(type(other)(scales=other.scales, before=other.before * 2, after=other.after * 2, file=other.file))
+        bench.score(
+            type(other)(scales=other.scales, before=other.before * 2, after=other.after * 2, file=other.file), asked
+        )
     with pytest.raises(AdapterError, match=r"^its smoothed float model is not the float model: "):
-        bench.score(type(other)(scales=other.scales, before=other.before, after=other.after * 2, file=other.file))
+        bench.score(
+            type(other)(scales=other.scales, before=other.before, after=other.after * 2, file=other.file), asked
+        )
 
 
 def test_tools_get_all_samples_and_short_batches_first(bench: Bench) -> None:
