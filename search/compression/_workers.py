@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 
 import cloudpickle
+import optuna
 from optuna.trial import FrozenTrial
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
@@ -17,7 +18,7 @@ from alphasmith.search.engines.choose import make_workers
 from alphasmith.search.engines.types import Engine, SearchEnd
 from alphasmith.search.interruption import leave
 from alphasmith.search.study.study_record import StudyMessage, StudyPast
-from alphasmith.storage.database.connection import Database
+from alphasmith.storage.database.connection import Database, StorageError, driver_line
 from alphasmith.storage.queue.leases import Heartbeat, Identity
 from alphasmith.storage.queue.trial_claims import TrialClaims
 from alphasmith.storage.runs.compressions import CompressionRecord, CompressionStore
@@ -106,6 +107,7 @@ def try_here(launch: Launch, database: Database, record: CompressionRecord, *, c
 
     Raises:
         InputError: The database cannot be shared with the processes that work already.
+        StorageError: The database was lost.
         Interrupted: The launch was asked to stop.
     """
     study = CompressionStore(database).study(record)
@@ -114,7 +116,13 @@ def try_here(launch: Launch, database: Database, record: CompressionRecord, *, c
     claims = TrialClaims(database, study, lease=launch.config.workers.lease, identity=identity)
     claims.check_machine()
     with Heartbeat(claims):
-        return run_study(study, launch.space, launch.stages, claims=claims, progress=launch.progress, stop=launch.stop)
+        try:
+            return run_study(
+                study, launch.space, launch.stages, claims=claims, progress=launch.progress, stop=launch.stop
+            )
+        except optuna.exceptions.StorageInternalError as error:
+            told = driver_line(error.__cause__ or error, database.engine.url)
+            raise StorageError(f"{database.masked}: {told}") from error
 
 
 class _Crew:

@@ -6,16 +6,18 @@ A running trial says in an attribute whose it is. Its worker reports in Optuna's
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import ColumnElement, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.storage.database.connection import Database, StorageError
 from alphasmith.storage.database.optuna_private import (
+    ATTRIBUTES,
     HEARTBEATS,
     STATE,
     STUDIED,
@@ -32,6 +34,36 @@ if TYPE_CHECKING:
 
 #: Attribute of a running trial: whose it is.
 WORKER = "worker"
+#: Trials with their heartbeats.
+_BEATEN = STUDIED.outerjoin(HEARTBEATS, HEARTBEATS.c.trial_id == TRIALS.c.trial_id)
+
+
+def living_worker(database: Database, study: str, *, lease: float) -> str | None:
+    """Id of a process that is at a running trial of a study, as far as is seen from here; None: there is none. Changes nothing.
+
+    Args:
+        database: Where the study is.
+        study: Its name.
+        lease: Seconds after which a worker without a heartbeat counts as dead.
+    """
+    here, clock = Identity.here(), LeaseClock(database.backend)
+
+    def operation(session: Session) -> list[str]:
+        source = _BEATEN.join(ATTRIBUTES, (ATTRIBUTES.c.trial_id == TRIALS.c.trial_id) & (ATTRIBUTES.c.key == WORKER))
+        lives = _is_running(study) & ~_is_silent(clock, lease)
+        query = select(ATTRIBUTES.c.value_json).select_from(source).where(lives).order_by(TRIALS.c.number)
+        return [str(json.loads(value)) for value in session.scalars(query)]
+
+    return next((worker for worker in database.transact(operation) if not is_gone(worker, here)), None)
+
+
+def _is_running(study: str) -> ColumnElement[bool]:
+    return (STUDIES.c.study_name == study) & (STATE == "RUNNING")
+
+
+def _is_silent(clock: LeaseClock, lease: float) -> ColumnElement[bool]:
+    """Whether the last sign of life is older than a lease: the last heartbeat, before the first one the beginning."""
+    return func.coalesce(HEARTBEATS.c.heartbeat, TRIALS.c.datetime_start) < clock.after(-lease)
 
 
 class TrialClaims:
@@ -168,16 +200,8 @@ class TrialClaims:
         """Numbers of running trials without a heartbeat for a lease; one that never had any counts from its beginning."""
 
         def operation(session: Session) -> set[int]:
-            last = func.coalesce(HEARTBEATS.c.heartbeat, TRIALS.c.datetime_start)
-            query = (
-                select(TRIALS.c.number)
-                .select_from(STUDIED.outerjoin(HEARTBEATS, HEARTBEATS.c.trial_id == TRIALS.c.trial_id))
-                .where(
-                    STUDIES.c.study_name == self._study.study_name,
-                    STATE == "RUNNING",
-                    last < self._clock.after(-self._lease),
-                )
-            )
+            late = _is_running(self._study.study_name) & _is_silent(self._clock, self._lease)
+            query = select(TRIALS.c.number).select_from(_BEATEN).where(late)
             return set(session.scalars(query))
 
         return self._database.transact(operation)

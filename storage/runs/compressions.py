@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 _ID_TRIES = 5
+#: Of compressions whose configuration says nothing of it [s].
+_LEASE = 60.0
 #: What the study of a compression is called after its id.
 _NAME = "compression"
 _STUDY = re.compile(r"(c-\d{8}-[0-9a-f]{6})/" + _NAME)
@@ -76,6 +78,12 @@ class CompressionRecord(CompressionSpec):
     def study(self) -> str:
         """Name of its Optuna study."""
         return f"{self.id}/{_NAME}"
+
+    @property
+    def lease(self) -> float:
+        """Seconds after which a worker without a heartbeat counts as dead."""
+        workers = self.config.get("workers")
+        return float(workers["lease"]) if isinstance(workers, Mapping) and "lease" in workers else _LEASE
 
 
 def is_compression_id(text: str) -> bool:

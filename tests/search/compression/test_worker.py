@@ -75,13 +75,27 @@ def undisturbed(folder: Path) -> CompressionResult:
     return compress(listener(), task(), settings(folder))
 
 
+class Leaving(Silent):
+    """Wants to leave as soon as a trial has ended."""
+
+    def __init__(self) -> None:
+        self._ended = 0
+
+    def advance(self, text: str = "") -> None:
+        """A trial has ended."""
+        self._ended += 1
+
+    def stop(self) -> bool:
+        """Whether to leave."""
+        return self._ended > 0
+
+
 @pytest.fixture
 def interrupted(tmp_path: Path) -> dict[str, Any]:
-    """A compression whose driver has left."""
-    given = settings(tmp_path)
-    polls = iter(range(10**6))
+    """A compression whose driver has left after the first trial."""
+    given, driver = settings(tmp_path), Leaving()
     with pytest.raises(Interrupted):
-        compress(listener(), task(), given, stop=lambda: next(polls) > 3)
+        compress(listener(), task(), given, progress=driver, stop=driver.stop)
     assert record_of(given).status == "interrupted"
     return given
 
@@ -90,10 +104,9 @@ def test_a_worker_goes_on_without_a_driver_and_finishes_as_an_undisturbed_one(
     interrupted: dict[str, Any], undisturbed: CompressionResult, folder: Path
 ) -> None:
     record = record_of(interrupted)
-    before = len([t for t in trials_of(interrupted["storage"], record.id) if t.state == TrialState.COMPLETE])
-    assert 0 < before < 4
+    assert [t.state for t in trials_of(interrupted["storage"], record.id)] == [TrialState.COMPLETE]
     done = work(record.id[:6], storage=interrupted["storage"], model=listener(), task=task())
-    assert (done.compression, done.trials, done.finished) == (record.id, 4 - before, True)
+    assert (done.compression, done.trials, done.finished) == (record.id, 3, True)
     assert record_of(interrupted).status == "finished"
     found = trials_of(interrupted["storage"], record.id)
     assert told(found) == told(trials_of(settings(folder)["storage"], undisturbed.id))
@@ -250,10 +263,9 @@ def test_worker_processes_share_the_trials_and_may_be_killed(tmp_path: Path) -> 
 def test_workers_of_two_shells_finish_what_a_driver_left(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     named = {"task": {"factory": "compressed_models:made", "factory_path": str(SUPPORT)}, "study": {"trials": 16}}
-    given = settings(tmp_path, **named)
-    polls = iter(range(10**6))
+    given, driver = settings(tmp_path, **named), Leaving()
     with pytest.raises(Interrupted):
-        compress(config=given, stop=lambda: next(polls) > 3)
+        compress(config=given, progress=driver, stop=driver.stop)
     compression = record_of(given).id
     allowed = ("--allow-code", "compressed_models:made", "--allow-code", str(SUPPORT))
     with ThreadPoolExecutor(2) as shells:
@@ -268,3 +280,14 @@ def test_workers_of_two_shells_finish_what_a_driver_left(tmp_path: Path) -> None
     made_before = len({trial.user_attrs["worker"] for trial in trials}) - len(answers)
     assert made_before <= 1
     assert record_of(given).status == "finished"
+
+
+@pytest.mark.slow
+def test_actors_of_a_ray_cluster_share_the_trials(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    given = settings(tmp_path, engine="ray", workers={"count": 2, "threads": 1}, study={"trials": 8})
+    found = compress(listener(), task(), given)
+    assert record_of(given).status == "finished"
+    trials = trials_of(given["storage"], found.id)
+    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(8))
+    assert {int(trial.user_attrs["worker"].split("/")[1]) for trial in trials} & {os.getpid()} == set()

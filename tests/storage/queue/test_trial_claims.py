@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from alphasmith.objectives.errors import InputError
 from alphasmith.storage.database.connection import Database, optuna_storage
 from alphasmith.storage.queue.leases import Identity
-from alphasmith.storage.queue.trial_claims import WORKER, TrialClaims
+from alphasmith.storage.queue.trial_claims import WORKER, TrialClaims, living_worker
 
 NAMES = count()
 
@@ -107,6 +107,23 @@ def test_a_trial_whose_worker_died_before_its_first_heartbeat_is_left_after_a_le
     assert TrialClaims(database, study, lease=60, clock=clock).abandoned() == {}
     clock.now += timedelta(seconds=120)
     assert [*TrialClaims(database, study, lease=lease, clock=clock).abandoned()] == [0]
+
+
+def test_a_worker_is_named_while_it_lives(database: Database, study: optuna.Study) -> None:
+    name = study.study_name
+    assert living_worker(database, name, lease=60) is None
+    far = TrialClaims(database, study, lease=60, identity=elsewhere())
+    mine = far.begin(proposed(), first=0)
+    assert mine is not None
+    assert living_worker(database, name, lease=60) == far.worker
+    assert living_worker(database, name, lease=-3600) is None
+    assert living_worker(database, "another", lease=60) is None
+    study.tell(mine, 1.0)
+    assert living_worker(database, name, lease=60) is None
+    here = Identity.here()
+    gone = TrialClaims(database, study, lease=60, identity=replace(here, started=here.started + 1))
+    assert gone.begin(proposed(), first=1) is not None
+    assert living_worker(database, name, lease=60) is None
 
 
 def test_sqlite_is_shared_by_processes_of_one_machine_only(database: Database, study: optuna.Study) -> None:
