@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.chaos.children import HangError
-from tests.chaos.publication import FAULTS
+from tests.chaos.kinds import FAULTS
 from tests.chaos.scenes import Verdict, World
 from tests.chaos.servers import Missing
 

@@ -279,6 +279,15 @@ def _objects(s: Snapshot) -> Iterator[str]:
             yield f"the object of {row['site']} is damaged"
 
 
+def read(url: str, query: str) -> list[Row]:
+    """Rows of a query; none while the database cannot be read."""
+    try:
+        with _reading(url) as connection:
+            return _rows(connection, query)
+    except FileNotFoundError:
+        return []
+
+
 @contextmanager
 def _reading(url: str) -> Iterator[Connection]:
     backend = urlsplit(url).scheme.partition("+")[0]

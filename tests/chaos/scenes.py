@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from tests.chaos import invariants
 from tests.chaos.children import Child, Zygote, until
@@ -20,6 +20,9 @@ from tests.chaos.invariants import Outcome
 from tests.chaos.servers import PostgreSql, RayCluster, clock_library
 from tests.chaos.spoils import Spoil
 from tests.chaos.subject import MARK, allowed, options
+
+if TYPE_CHECKING:
+    from tests.chaos.compressions import Found
 
 #: ``alone``: in one process; on SQLite, or ``server``: on PostgreSQL. ``processes``: a driver with two worker processes, on
 #: SQLite. ``team``: a driver and two autonomous workers on PostgreSQL. ``model``: one study over the whole model, scored by a
@@ -58,6 +61,7 @@ class World:
         self.moody_zygote = cache(self._moody_zygote)
         self.cluster = cache(lambda: self._stack.enter_context(RayCluster()))
         self.expected = cache(self._expected)
+        self.compressed = cache(self._compressed)
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +103,12 @@ class World:
             self.commits[cast] = int(counted.read_text())
             with invariants.snapshot(scene.url) as found:
                 return invariants.outcome(found)
+
+    def _compressed(self) -> Found:
+        """What an undisturbed compression finds."""
+        from tests.chaos.compressions import undisturbed
+
+        return undisturbed(self)
 
 
 class Scene:

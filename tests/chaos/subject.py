@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,32 @@ SITES = 2 * BLOCKS + 1
 
 #: Functions of this file that records name.
 FUNCTIONS = tuple(f"tests.chaos.subject:{name}" for name in ("model", "data", "metric"))
+
+
+#: What every scene of a compression asks for; the function makes its model and task.
+COMPRESSED = "tests.chaos.subject:compressed"
+COMPRESSION: dict[str, Any] = {
+    "task.factory": COMPRESSED,
+    "train.steps": 4,
+    "rounds.steps": 2,
+    "rounds.most": 2,
+    "branch.ranks": [0, 4],
+    "branch.refits": 1,
+    "clusters.k": [4, 16],
+    "clusters.finetune": 1,
+    "study.trials": 7,
+    "study.inner": 2,
+}
+
+
+def compressed() -> tuple[nn.Module, Any]:
+    """A small model of norms, convolutions and an LSTM, and its task; the same weights every time."""
+    from tests.support.compressed_models import Listener, task
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Listener()
+    return made.eval(), task()
 
 
 def options(**more: object) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import invariants
-from tests.chaos.publication import FAULTS
+from tests.chaos.kinds import FAULTS
 from tests.chaos.scenes import Scene, World
 from tests.chaos.servers import Missing
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +23,6 @@ from alphasmith.search.toml_values import merged
 from alphasmith.storage.database.connection import opened, optuna_storage
 from alphasmith.storage.output.compressed_folder import CompressedFolder
 from alphasmith.storage.runs.compressions import CompressionStore
-from alphasmith.storage.upkeep.check import violations
 from tests.support.compressed_models import SETTINGS, Listener, Tones, listener, task, tones
 from tests.support.run_cases import alphasmith
 
@@ -143,76 +138,6 @@ def test_picking_needs_no_cache(result: CompressionResult, folder: Path, tmp_pat
     found = pick(result.id, result.front[0], tmp_path / "again", storage=url, model=listener(), task=task())
     assert CompressedFolder(found.folder).packed().stored_bytes == result.manifest.bytes.stored
     ours, theirs = (load_compressed(one.folder, Listener()).state_dict() for one in (result, found))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def told(url: str, compression: str) -> list[Any]:
-    """What counts of a compression's study."""
-    with opened(url) as database:
-        study = optuna.load_study(study_name=f"{compression}/compression", storage=optuna_storage(database))
-    ended = [t for t in study.trials if t.state.name != "FAIL"]
-    return [(t.state.name, t.params, t.values, t.user_attrs.get("drop.accuracy")) for t in ended]
-
-
-SCRIPT = """
-import os, signal, sys
-from alphasmith.search import compress
-from alphasmith.search.progress import Silent
-from tests.support.compressed_models import listener, task
-import json
-
-class Deadly(Silent):
-    left = int(sys.argv[2])
-    def note(self, text):
-        self.step()
-    def stage(self, name, total=None):
-        self.step()
-    def advance(self, text=""):
-        self.step()
-    def step(self):
-        Deadly.left -= 1
-        if Deadly.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-compress(listener(), task(), json.loads(sys.argv[1]), progress=Deadly())
-print("finished")
-"""
-
-
-def child(given: dict[str, Any], steps: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(given), str(steps)]
-    root = Path(__file__).parents[3]
-    return subprocess.run(
-        command, cwd=root, env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-@pytest.mark.slow
-def test_killed_in_every_stage_it_ends_with_the_same_front(
-    result: CompressionResult, folder: Path, tmp_path: Path
-) -> None:
-    undisturbed = told(settings(folder)["storage"], result.id)
-    given = settings(tmp_path)
-    kills = 0
-    for steps in range(2, 60, 4):
-        done = child(given, steps)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not (tmp_path / "out").exists()
-        kills += 1
-    else:
-        pytest.fail("it never ended")
-    assert kills >= 4
-    assert "finished" in done.stdout
-    with opened(given["storage"]) as database:
-        (record,) = CompressionStore(database).listing()
-        assert list(violations(database)) == []
-    assert record.status == "finished"
-    assert told(given["storage"], record.id) == undisturbed
-    there = CompressedFolder(tmp_path / "out")
-    assert [entry.number for entry in there.manifest.front] != []
-    ours, theirs = (load_compressed(one, Listener()).state_dict() for one in (result.folder, tmp_path / "out"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
