@@ -60,7 +60,7 @@ class CandidateModel:
     ) -> None:
         self._plan = Plan(model, sites, skip, scheme)
         self._ranges = self._plan.checked_ranges(ranges)
-        self._given_ranges = dict(ranges)
+        self.ranges: Mapping[str, ChannelRange] = dict(ranges)
         self._model = model.eval()
         self._source = named_tensors(model)
         self._digests = {name: bits_digest(tensor) for name, tensor in self._source.items()}
@@ -102,7 +102,7 @@ class CandidateModel:
             return
         self.reset()
         plan = Plan(self._model, self.sites, self._plan.skip, schemes)
-        ranges = plan.checked_ranges(self._given_ranges)
+        ranges = plan.checked_ranges(self.ranges)
         self._plan, self._ranges = plan, ranges
         self.reset()
 

@@ -177,6 +177,11 @@ def hardware_text(answer: Mapping[str, Any]) -> str:
         [
             table(("budget", "memory", "threads", "bandwidth"), rows),
             answer["explanation"],
+            table(
+                ("format", *(f"{rows} row{'s' * (rows != '1')}" for rows in answer["formats"][0]["cost"])),
+                [[f["name"], *(f"{cost:.2f}" for cost in f["cost"].values())] for f in answer["formats"]],
+                title="cost of a forward on the target, over that of static int8",
+            ),
             table(("group at", "alpha from", "to", "because"), ranges, title="alpha ranges"),
             "0 is the group of smallest, 1 that of largest magnitude; a run places its groups by what it measures",
         ]

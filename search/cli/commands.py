@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.cli.watching.status import progress_facts
 from alphasmith.search.config import DEFAULT_STORAGE
 from alphasmith.storage.database.connection import check_exists, opened
@@ -25,11 +26,27 @@ from alphasmith.storage.runs.trainings import TrainingRecord, TrainingStore, is_
 
 if TYPE_CHECKING:
     from alphasmith.search.config import RunConfig
+    from alphasmith.search.inputs.format_cost import SiteShape
     from alphasmith.search.inputs.hardware import HardwareBudget
     from alphasmith.storage.upkeep.garbage import Removal
 
 # What only one command needs is imported there: `list` and `show` must not wait for torch and plotly.
 
+#: Rows of a forward that ``hardware`` compares formats for, and the site where there is no model.
+_ROWS = (1, 512)
+_SQUARE = {"inputs": 4096, "outputs": 4096, "weights": 4096**2}
+#: Formats that it compares; the first is what the others are relative to.
+_FORMATS = (
+    "w8a8-channel-static",
+    "w8au8-channel-static",
+    "w8a8-channel-token",
+    "w8au8-channel-token",
+    "w8ai16-channel-static",
+    "w4a8-g128-static",
+    "w8a16-channel",
+    "w4a16-g128",
+    "float",
+)
 #: Groups whose ranges ``hardware`` shows where every site chooses its own number.
 _SHOWN_GROUPS = 4
 
@@ -190,10 +207,12 @@ def delete(
 
 
 def hardware(config: RunConfig) -> dict[str, Any]:
-    """The detected and the given budget, what the model requires, rho, and the ranges that follow.
+    """The detected and the given budget, what the model requires, rho, the ranges that follow, and what formats cost.
 
-    Without a model in ``config`` nothing is known of what is required, and the ranges are those of fA6 for rho = 0.
+    Without a model in ``config`` nothing is known of what is required, the ranges are those of fA6 for rho = 0, and the costs are
+    those of one square site.
     """
+    from alphasmith.search.inputs.format_cost import SiteShape
     from alphasmith.search.inputs.hardware import detect, scarcity, target_budget
     from alphasmith.search.inputs.preparation import survey
     from alphasmith.search.inputs.task import load_task
@@ -201,14 +220,18 @@ def hardware(config: RunConfig) -> dict[str, Any]:
 
     answer: dict[str, Any] = {"detected": _budget(detect()), "given": _budget(target_budget(config.hardware))}
     rho, explanation = 0.0, "no model given, rho = 0"
+    shapes = {rows: [SiteShape(rows=rows, **_SQUARE)] for rows in _ROWS}
     if config.model.path or config.model.factory or config.model.demo:
         found = survey(config, load_task(config))
         rho, explanation = found.scarcity.rho, found.scarcity.explanation
+        multiplied = [site for site in found.sites if any(not o.raw or o.stacked for o in site.operators)]
+        shapes = {rows: [SiteShape.of(site, rows) for site in multiplied] for rows in _ROWS if multiplied}
         answer["required"] = _budget(found.scarcity.required)
         answer["this_machine"] = {"rho": scarcity(detect(), found.scarcity.required).rho}
     shown = _SHOWN_GROUPS if config.groups.k == "auto" else config.groups.k
     positions = [k / max(shown - 1, 1) for k in range(shown)]
     ranges = group_ranges(positions, rho=rho, kind="wide" if config.groups.ranges == "wide" else "magnitude")
+    answer["formats"] = _format_costs(config, shapes)
     answer["rho"] = rho
     answer["explanation"] = explanation
     answer["ranges"] = [
@@ -217,6 +240,18 @@ def hardware(config: RunConfig) -> dict[str, Any]:
         for r in ranges
     ]
     return answer
+
+
+def _format_costs(config: RunConfig, shapes: Mapping[int, Sequence[SiteShape]]) -> list[dict[str, Any]]:
+    """Cost of every format of activations over that of static int8, with one row at a time and with many. Source: formula fA19."""
+    from alphasmith.search.inputs.format_cost import relative_costs
+    from alphasmith.search.inputs.hardware import HardwareBudget, detect, target_budget
+
+    given = target_budget(config.hardware)
+    target = detect() if given == HardwareBudget() else given
+    schemes = [Scheme.parse(name) for name in _FORMATS]
+    costs = {rows: relative_costs(sites, schemes, target) for rows, sites in shapes.items()}
+    return [{"name": s.name, "cost": {str(rows): found[s.name] for rows, found in costs.items()}} for s in schemes]
 
 
 def report(prefix: str, out: Path, storage: str | None) -> None:

@@ -3,6 +3,7 @@
 - ``_plain_model``: the model that is searched: plain operators in place of what hides its products
 - ``_weighed_rows``: calibration rows with weights in units of the model's output
 - ``calibration_cache``: calibration rows and statistics in the artifact store
+- ``format_cost``: what a site costs on the target in every format: multiply-adds, bytes moved, seconds
 - ``hardware``: the budget of the machine that will run the model, and how scarce it is
 - ``permission``: code that a record names: it runs only where whoever starts the process names it, too
 - ``preparation``: from a task to searchable sites: discovery, memory plan, calibration, hardware
@@ -10,4 +11,4 @@
 - ``versions``: versions that a result depends on
 """
 
-__all__ = ["calibration_cache", "hardware", "permission", "preparation", "task", "versions"]
+__all__ = ["calibration_cache", "format_cost", "hardware", "permission", "preparation", "task", "versions"]

@@ -13,7 +13,8 @@ from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.sites.types import Site
 from alphasmith.search.config import HardwareConfig
 
-_BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5, "fp8": 1.0, "none": 4.0}
+#: Size of a weight in every format [bytes].
+BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5, "fp8": 1.0, "none": 4.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def required_budget(
         for o, scheme in operators
     ]
     rest = max(parameters - sum(count for count, _ in kernels), 0)
-    weight_bytes = int(sum(count * _BYTES_PER_WEIGHT[scheme.weights] for count, scheme in kernels)) + 4 * rest
+    weight_bytes = int(sum(count * BYTES_PER_WEIGHT[scheme.weights] for count, scheme in kernels)) + 4 * rest
     return HardwareBudget(
         memory=weight_bytes + activation_bytes,
         gpu_threads=max((o.out_channels for o, _ in operators), default=1),

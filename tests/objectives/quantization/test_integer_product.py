@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphasmith.objectives.quantization import integer_product
-from alphasmith.objectives.quantization.integer_product import ExactProducts, integer_gemm_pays
+from alphasmith.objectives.quantization.integer_product import (
+    MOST_CHANNELS,
+    ExactProducts,
+    activation_product,
+    integer_gemm_pays,
+)
 
 NO_UNITS = "no exact integer products on this processor: nothing is decided by time"
 
@@ -76,3 +81,46 @@ def test_both_ways_give_the_same_bits(stack: int, rows: int, channels: int, outp
         assert torch.equal(out, expected)
         flat = integer_product.integer_product if integer else integer_product._in_slices
         assert torch.equal(flat(x[0].to(torch.int8), w[0].t().to(torch.int8)).to(torch.float32), expected[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([torch.uint8, torch.int16]),
+    st.sampled_from([1, 5, 40]),
+    st.sampled_from([1, 17, 1023, 1024, 4100]),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_products_of_other_codes_are_exact(
+    dtype: torch.dtype, rows: int, channels: int, outputs: int, by_row: bool, units: bool, seed: int
+) -> None:
+    """What float64 makes of (code - zero) and weight, to the last integer, on integer units and without them."""
+    if units and not integer_product.integer_gemm_works("cpu"):
+        return
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (0, 256) if dtype == torch.uint8 else (-32768, 32768)
+    codes = torch.randint(low, high, (rows, channels), generator=generator).to(dtype)
+    weight = torch.randint(-128, 128, (outputs, channels), generator=generator).to(torch.int8)
+    codes[0], weight[0] = high - 1, -128  # the largest sums
+    zero = None
+    if dtype == torch.uint8:
+        zero = torch.randint(0, 256, (rows, 1) if by_row else (), generator=generator).float()
+        zero.view(-1)[0] = 0
+    expected = (codes.double() - (0 if zero is None else zero.double())) @ weight.double().t()
+    sums = weight.sum(dim=1, dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integer_product, "integer_gemm_pays", lambda *_: units)
+        product = activation_product(codes, weight, sums, zero)
+    assert product.dtype in (torch.int32, torch.int64)
+    assert torch.equal(product.double(), expected)
+
+
+def test_the_widest_product_fits() -> None:
+    codes = torch.full((1, MOST_CHANNELS), 255, dtype=torch.uint8)
+    weight = torch.full((1, MOST_CHANNELS), -128, dtype=torch.int8)
+    sums = weight.sum(dim=1, dtype=torch.int64)
+    for zero, of_each in ((0.0, 255), (255.0, 0)):
+        product = activation_product(codes, weight, sums, torch.tensor(zero))
+        assert int(product) == -128 * of_each * MOST_CHANNELS

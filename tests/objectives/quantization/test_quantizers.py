@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.quantization.quantizers import (
     QuantizedTensor,
+    activation_grid,
     activation_scale,
+    byte_zero,
     dequantize_weight,
     fake_quantize_activation,
     pack_int4,
     quantize_activation,
     quantize_weight,
+    round_bytes_,
     unpack_int4,
 )
-from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Scheme
+from alphasmith.objectives.quantization.scheme import FLOAT, QMAX, ActivationFormat, Scheme
 from tests.support.naive_site import naive_quantize, naive_weight
 from tests.support.plain_forms import fake_quantize_weight
 from tests.support.site_cases import SCHEMES, relaxed
@@ -145,7 +148,7 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @relaxed
-@given(matrices, st.sampled_from(["int8", "fp8"]), st.booleans())
+@given(matrices, st.sampled_from(["int8", "int16", "fp8"]), st.booleans())
 def test_activations_round_to_their_scale(x: torch.Tensor, fmt: ActivationFormat, per_token: bool) -> None:
     absmax = x.abs().amax(dim=1, keepdim=True) if per_token else x.abs().max()
     scale = activation_scale(absmax, fmt)
@@ -162,6 +165,60 @@ def test_activations_round_to_their_scale(x: torch.Tensor, fmt: ActivationFormat
     if float(x.abs().max()) == 0 or float(x[x != 0].abs().min()) > 1e-30:  # scalar loops have no smallest scale
         expected = [naive_quantize(list(row), np.float32(step), fmt) for row, step in rows]
         np.testing.assert_allclose(fake.numpy(), expected, rtol=1e-6)
+
+
+@relaxed
+@given(matrices, st.booleans())
+def test_codes_with_a_zero_point_span_the_range(x: torch.Tensor, per_token: bool) -> None:
+    edges = (x.amin(1, True), x.amax(1, True)) if per_token else (x.min(), x.max())
+    scale, zero = activation_grid(*edges, "uint8")
+    assert zero is not None
+    q = quantize_activation(x, scale, "uint8", zero)
+    fake = fake_quantize_activation(x, scale, "uint8", zero)
+    assert q.values.dtype == torch.uint8
+    assert torch.equal(fake, (q.values.float() - zero) * scale)
+    assert bool(((zero >= 0) & (zero <= 255) & (zero == zero.round())).all())
+    # 0 is a code, whatever the range: padding stays what it is.
+    assert not bool(fake_quantize_activation(torch.zeros_like(x), scale, "uint8", zero).any())
+    # Nothing lies outside of the range, so every value is within half a step, up to float32 rounding of quotient and product.
+    error = (fake.double() - x.double()).abs()
+    assert bool((error <= 0.5 * scale.double() * (1 + 1e-4) + 3e-7 * x.double().abs() + 1e-37).all())
+    # Signed bytes are the same codes, 128 lower.
+    signed = round_bytes_(x / scale, "uint8", zero)
+    assert torch.equal(signed + 128, q.values.float())
+    assert torch.equal(byte_zero(zero) + 128, zero)
+    # The mirrored rows have the mirrored grid.
+    mirrored, _ = activation_grid(-edges[1], -edges[0], "uint8")
+    torch.testing.assert_close(mirrored, scale)
+
+
+@relaxed
+@given(matrices, st.floats(0.1, 3.0))
+def test_values_of_one_sign_have_half_the_steps_of_symmetric_codes(x: torch.Tensor, factor: float) -> None:
+    x = x.abs() * factor
+    if float(x.max()) < 1e-30:
+        return
+    scale, zero = activation_grid(x.min(), x.max(), "uint8")
+    symmetric = activation_scale(x.max(), "int8")
+    assert float(scale / symmetric) == pytest.approx(127 / 255, rel=1e-6)
+    assert zero is not None
+    assert float(zero) == 0
+
+
+def test_zero_points_go_with_their_format() -> None:
+    one = torch.tensor(1.0)
+    with pytest.raises(InputError, match="zero: contradicts uint8"):
+        quantize_activation(torch.ones(2), one, "uint8")
+    with pytest.raises(InputError, match="zero: contradicts int8"):
+        fake_quantize_activation(torch.ones(2), one, "int8", one)
+    with pytest.raises(InputError, match=r"fmt: 'uint8' spans a range"):
+        activation_scale(one, "uint8")
+    with pytest.raises(NonFiniteError):
+        activation_grid(torch.tensor(float("-inf")), one, "uint8")
+    with pytest.raises(InputError, match=r"^scheme\.weights:"):
+        quantize_weight(torch.ones(2, 2), FLOAT)
+    scale, zero = activation_grid(torch.tensor(0.0), torch.tensor(0.0), "uint8")
+    assert (float(scale), float(torch.as_tensor(zero))) == (1.0, 0.0)
 
 
 def test_activations_beyond_the_range_are_clipped_and_none_passes_through() -> None:
