@@ -1,5 +1,6 @@
 """What a candidate costs: sites, calibration, groups, scales, quantization, losses, folding.
 
+- ``blocks``: a model that is larger than memory: its repeated blocks, one at a time, as models of their own
 - ``calibration``: what the float model does on data: statistics, rows, the data of a site
 - ``dead_channels``: scales of channels that say nothing, or hardly anything, of their own scale
 - ``demo``: small models trained on data that ships with Python packages, for the embedded demo
@@ -23,6 +24,7 @@
 """
 
 __all__ = [
+    "blocks",
     "calibration",
     "dead_channels",
     "demo",

@@ -37,6 +37,8 @@ SiteFormat = Literal["int8-static", "uint8-static", "int8-token", "int16-static"
 #: What will serve the model; ``any``: nothing is ruled out.
 Target = Literal["any", "vllm", "onnxruntime", "openvino", "tensorrt"]
 
+#: How much of a model is in memory at a time; ``auto``: by what there is.
+MemoryMode = Literal["auto", "resident", "blockwise"]
 #: Where a model comes from: a Hugging Face folder, a factory function, an object in memory, an embedded demo.
 ModelKind = Literal["hf", "factory", "module", "demo"]
 #: What a data set holds.

@@ -17,6 +17,7 @@ from alphasmith.objectives.literals import (
     ChannelStatistic,
     GroupMethod,
     MediaKind,
+    MemoryMode,
     OutputLoss,
     Scope,
     SearchedRange,
@@ -189,17 +190,18 @@ class SchemeConfig(Section):
         named = next((name for pattern, name in self.sites.items() if matches(site, [pattern])), None)
         return self.build() if named is None else Scheme.parse(named)
 
-    def by_site(self, sites: Iterable[str]) -> SiteSchemes:
+    def by_site(self, sites: Iterable[str], *, part: bool = False) -> SiteSchemes:
         """The scheme of every site.
 
         Args:
             sites: Names of all sites.
+            part: Whether these are some of the sites only, and a pattern may match none of them.
 
         Raises:
             InputError: A pattern matches none of them.
         """
         names = list(sites)
-        for pattern in self.sites:
+        for pattern in () if part else self.sites:
             if not any(matches(name, [pattern]) for name in names):
                 raise InputError(
                     "scheme.sites",
@@ -380,6 +382,18 @@ class WorkersConfig(Section):
     address: Annotated[Label, Field(max_length=512)] | None = None
 
 
+class MemoryConfig(Section):
+    """How much of the model is in memory at a time.
+
+    Attributes:
+        mode: ``resident``: all of it. ``blockwise``: one of its repeated blocks (a Hugging Face folder with a list of layers of one
+            class, each fed with what the one before returned), with its rows and activations; what goes from block to block is kept
+            in files beside the output folder. ``auto``: blockwise where the whole model does not fit into the memory of the search.
+    """
+
+    mode: MemoryMode = "auto"
+
+
 class RunConfig(Configuration):
     """One launch: model, data, scheme, budget and search settings.
 
@@ -407,6 +421,7 @@ class RunConfig(Configuration):
     scheme: Annotated[SchemeConfig, BeforeValidator(scheme_fields)] = SchemeConfig()
     groups: GroupsConfig = GroupsConfig()
     hardware: HardwareConfig = HardwareConfig()
+    memory: MemoryConfig = MemoryConfig()
     search: SearchConfig = SearchConfig()
     sites: SitesConfig = SitesConfig()
     proof: ProofConfig = ProofConfig()

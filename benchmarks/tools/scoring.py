@@ -25,7 +25,7 @@ from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 from alphasmith.search import RunConfig
 from alphasmith.search.inputs.preparation import PreparedModel, prepare, survey
 from alphasmith.search.inputs.task import Task, load_task
-from alphasmith.search.launch.pipeline import input_ranges, skip_patterns
+from alphasmith.search.launch.site_searches import input_ranges, skip_patterns
 from alphasmith.search.model.search import ModelScales
 from alphasmith.search.progress import Silent
 from benchmarks.real_data import Arguments

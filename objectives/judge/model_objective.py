@@ -270,9 +270,22 @@ class ModelObjective:
         """:meth:`sample_errors` of one batch alone; ``remembered``: see :meth:`remember`."""
         # An unchanged candidate costs nothing here; another one may have been scored since the last batch.
         self._candidate.apply(smoothings)
-        batch, reference = self._batches[index], self._references[index]
+        batch = self._batches[index]
         run = self._prefix.learn if remembered else self._prefix.run
         raw = run(index, self._candidate, lambda: _forward(self._candidate.model, batch))
+        return self.errors_of(raw, index)
+
+    def errors_of(self, raw: Tensor, index: int) -> Tensor:
+        """:meth:`sample_errors` of one batch, of what a candidate made of it elsewhere.
+
+        Args:
+            raw: Its main output on that batch, padded positions included.
+            index: Number of the batch.
+
+        Raises:
+            NonFiniteError: It is NaN or infinite.
+        """
+        batch, reference = self._batches[index], self._references[index]
         output = real_rows(raw, batch)
         if self._loss == "mse":
             if not bool(torch.isfinite(output).all()):

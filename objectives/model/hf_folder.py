@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.reading import is_regular, read_object, refusing, usable_path
@@ -53,11 +54,12 @@ def read_folder(path: Path, *, trust_remote_code: bool) -> tuple[nn.Module, tupl
     return _from_pretrained(path, content, trust_remote_code)
 
 
-def build_architecture(path: Path) -> nn.Module:
+def build_architecture(path: Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that a folder's ``config.json`` describes, with random weights; the global generator is left as it was.
 
     Args:
         path: Folder with ``config.json``.
+        dtype: The type that the configuration then tells; None: that of the folder.
 
     Raises:
         InputError: No readable configuration, remote code, or an unknown architecture.
@@ -67,6 +69,8 @@ def build_architecture(path: Path) -> nn.Module:
     loader = _architecture(path, _read_config(path, trust_remote_code=False))
     with _loading(path), quiet_transformers(), torch.random.fork_rng(devices=[]):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if dtype is not None:
+            config.dtype = dtype
         model: nn.Module = loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
         if not isinstance(model, nn.Module):
             raise TypeError(f"{loader.__name__} makes a {type(model).__name__}, no model")
@@ -84,6 +88,28 @@ def empty_architecture(path: Path) -> nn.Module:
     """
     with torch.device("meta"):
         return build_architecture(path)
+
+
+def unloaded_architecture(path: Path) -> nn.Module:
+    """The same with its buffers, which no checkpoint holds, as they should be: only parameters are on the device ``meta``.
+
+    Args:
+        path: Folder with ``config.json``.
+
+    Raises:
+        InputError: As :func:`build_architecture`.
+    """
+
+    def emptied(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        # A tied one comes twice, and must stay the same object.
+        return None if parameter.is_meta else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    # What the hook returns is registered in the parameter's place; its annotation says None.
+    handle = register_module_parameter_registration_hook(cast("Callable[..., None]", emptied))
+    try:
+        return build_architecture(path, dtype=torch.float32)
+    finally:
+        handle.remove()
 
 
 def architecture_names(model: nn.Module) -> frozenset[str]:

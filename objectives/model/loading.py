@@ -6,7 +6,7 @@ Loading never touches a network, never unpickles, and never runs code of the fol
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import ModelKind
 from alphasmith.objectives.model.factory import call_factory
-from alphasmith.objectives.model.hf_folder import build_architecture, read_folder, weight_files
+from alphasmith.objectives.model.hf_folder import build_architecture, read_folder, unloaded_architecture, weight_files
 from alphasmith.objectives.model.private_copy import private_copy, without_wrappers, wrappers
 from alphasmith.objectives.stored_types import checkpoint_types, half_types
 from alphasmith.objectives.text import listed
@@ -115,6 +115,20 @@ def load_skeleton(path: Path) -> nn.Module:
     return model.eval()
 
 
+def load_empty(path: Path) -> nn.Module:
+    """The architecture of a folder, prepared as :func:`load_model` prepares a model, with parameters on the device ``meta``.
+
+    Args:
+        path: Folder with ``config.json``.
+
+    Raises:
+        InputError: As :func:`load_skeleton`.
+    """
+    model = unloaded_architecture(path)
+    _plain(model)
+    return model.eval()
+
+
 def wrap_module(module: nn.Module) -> LoadedModel:
     """Take a module from a launch script, in float32. It is copied: the caller's keeps its mode, type and weights.
 
@@ -137,8 +151,17 @@ def parameters_digest(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits, equal for equal models whatever order their modules were made in.
     """
+    return tensors_digest(sorted(model.state_dict().items()))
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """:func:`parameters_digest` of tensors that are made one by one as they are asked for.
+
+    Args:
+        tensors: (name, tensor), by name.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in tensors:
         if not isinstance(value, torch.Tensor):
             continue
         data = value.detach().cpu().contiguous()
@@ -184,22 +207,30 @@ def _finish(
     if not count:
         raise InputError("model", "has no parameters", "give a trained model")
     check_finite(model)
-    found = frozenset(
-        kind_
-        for kind_, names in _PROCESSOR_FILES.items()
-        if folder is not None and any((folder / name).is_file() for name in names)
-    )
     return LoadedModel(
         model=model,
         kind=kind,
         folder=folder,
         config=config,
-        processors=found,
+        processors=processors_in(folder),
         digest=parameters_digest(model),
         parameter_count=count,
         unexpected=unexpected,
         notes=notes,
         types=types,
+    )
+
+
+def processors_in(folder: Path | None) -> frozenset[str]:
+    """Which of ``tokenizer`` and ``processor`` a folder holds.
+
+    Args:
+        folder: Of a model; None: it came from none.
+    """
+    return frozenset(
+        kind
+        for kind, names in _PROCESSOR_FILES.items()
+        if folder is not None and any((folder / name).is_file() for name in names)
     )
 
 

@@ -44,7 +44,7 @@ def load_quantized(folder: Path | str, model: nn.Module | None = None) -> nn.Mod
     rewrite(
         skeleton.eval(), recurrent=bool(structure.get("unrolled")), attention=bool(structure.get("split_attention"))
     )
-    tensors = result.read_tensors("quantized/model.safetensors")
+    tensors = result.read_checkpoint("quantized")
     try:
         return restore(skeleton, tensors, structure).eval()
     except InputError:

@@ -30,7 +30,7 @@ from alphasmith.storage.output.output_folder import OutputFolder
 from alphasmith.storage.output.result_folder import ResultFolder
 
 #: Files without which a result says nothing.
-_TRAINED = ("quantized/model.safetensors", STRUCTURE)
+_TRAINED = (STRUCTURE,)
 _DECIDING = (*_TRAINED, "scales.safetensors")
 
 
@@ -71,7 +71,12 @@ def verify(
     result = ResultFolder(folder)
     manifest = result.manifest
     result.check()
-    deciding = _TRAINED if manifest.training is not None else (*_DECIDING, *result.weight_files("smoothed"))
+    weights = result.weight_files("quantized")
+    deciding = (
+        (*_TRAINED, *weights)
+        if manifest.training is not None
+        else (*_DECIDING, *weights, *result.weight_files("smoothed"))
+    )
     for name in deciding:
         if not result.has(name):
             raise IntegrityError(f"{folder / FILE_NAME} does not name {name}, which decides what is computed")
@@ -122,7 +127,7 @@ def _same_bits(
             source = config.model
             architecture = load_model(path=source.path, factory=source.factory, factory_path=source.factory_path).model
     tensors, structure = payload(load_quantized(result.path, architecture))
-    stored, told = result.read_tensors("quantized/model.safetensors"), result.read_json(STRUCTURE)
+    stored, told = result.read_checkpoint("quantized"), result.read_json(STRUCTURE)
     differing = [
         name
         for name in sorted(tensors.keys() | stored.keys())

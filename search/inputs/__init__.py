@@ -7,8 +7,9 @@
 - ``hardware``: the budget of the machine that will run the model, and how scarce it is
 - ``permission``: code that a record names: it runs only where whoever starts the process names it, too
 - ``preparation``: from a task to searchable sites: discovery, memory plan, calibration, hardware
+- ``streaming``: how much of the model a run has in memory: all of it, or block by block
 - ``task``: the task of a run: a float model, three disjoint splits of data, and a task metric if there is one
 - ``versions``: versions that a result depends on
 """
 
-__all__ = ["calibration_cache", "format_cost", "hardware", "permission", "preparation", "task", "versions"]
+__all__ = ["calibration_cache", "format_cost", "hardware", "permission", "preparation", "streaming", "task", "versions"]

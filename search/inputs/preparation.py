@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol
 
 import psutil
@@ -118,7 +119,7 @@ def survey(config: RunConfig, task: Task) -> Survey:
     found = discover(model, example, experts=config.sites.experts, exclude=config.sites.exclude)
     found = with_stacks_that_answer(model, example, found)
     sites = tuple(_as_configured(site, config) for site in found.sites)
-    schemes = site_schemes(config, sites)
+    schemes = site_schemes(config, sites, part=task.part)
     required = required_budget(
         sites,
         schemes=schemes,
@@ -190,7 +191,7 @@ def _probes(task: Task, device: torch.device) -> list[Batch]:
     return [batch.narrow(0, _PROBED).to(device) for batch in batches]
 
 
-def check_output(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> None:
+def check_output(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> None:
     """Refuse a float model that already answers with NaN or infinity: no candidate could be compared with it.
 
     Raises:
@@ -245,20 +246,8 @@ def prepare(
     """
     search = config.search
     budget = _budget(found, config)
-    watched = [s for s in found.sites if any(not o.raw for o in s.operators)]
-    demand = MemoryDemand(
-        batch=found.example,
-        batch_size=max(largest(task.calibration), largest(task.held_out)),
-        schemes=site_schemes(config, found.sites),
-        percentiles="percentile" in search.statistic,
-        outputs=_output_bytes(found, task, config),
-        float64_limit=FLOAT64_LIMIT,
-        remembered=sum(batch.size for batch in task.judging),
-        stacked=sum(
-            found.model.get_parameter(o.weight).numel() for site in found.sites for o in site.operators if o.stacked
-        ),
-    )
-    plan = fit_rows(found.model, watched, rows=search.rows, budget=budget, demand=demand)
+    watched = _watched(found)
+    plan = plan_memory(config, task, found)
     progress.note(f"memory: {plan} predicted, {size_text(budget)} available; {plan.rows} rows per site")
 
     def record(name: str, batches: Sequence[Batch], seed: int) -> Calibration:
@@ -299,7 +288,7 @@ def prepare(
     active = [s for s in sites if s.mode != "left" and not _all_skipped(s, config)]
     if not active and search.scope == "model":
         raise InputError("sites", "no site is left to smooth", "loosen sites.exclude, sites.skip or sites.explicit")
-    check_output(found.model, (*task.held_out, *task.proof), search_device(config))
+    check_output(found.model, chain(task.held_out, task.proof), search_device(config))
     return PreparedModel(
         survey=found,
         plan=plan,
@@ -312,9 +301,41 @@ def prepare(
     )
 
 
-def site_schemes(config: RunConfig, sites: Sequence[Site]) -> SiteSchemes:
-    """The scheme of every site of a run."""
-    return config.scheme.by_site(site.name for site in sites)
+def site_schemes(config: RunConfig, sites: Sequence[Site], *, part: bool = False) -> SiteSchemes:
+    """The scheme of every site of a run, or of a part of its model."""
+    return config.scheme.by_site((site.name for site in sites), part=part)
+
+
+def plan_memory(config: RunConfig, task: Task, found: Survey) -> MemoryPlan:
+    """Predict the memory of a run.
+
+    Args:
+        config: The run's configuration.
+        task: Its data.
+        found: Its model and sites.
+
+    Raises:
+        InputError: Field ``hardware.search_memory``: not even the fewest rows fit.
+    """
+    search = config.search
+    demand = MemoryDemand(
+        batch=found.example,
+        batch_size=max(largest(task.calibration), largest(task.held_out)),
+        schemes=site_schemes(config, found.sites, part=task.part),
+        percentiles="percentile" in search.statistic,
+        outputs=_output_bytes(found, task, config),
+        float64_limit=FLOAT64_LIMIT,
+        remembered=sum(batch.size for batch in task.judging) if search.refine and search.scope == "site" else 0,
+        stacked=sum(
+            found.model.get_parameter(o.weight).numel() for site in found.sites for o in site.operators if o.stacked
+        ),
+    )
+    return fit_rows(found.model, _watched(found), rows=search.rows, budget=_budget(found, config), demand=demand)
+
+
+def _watched(found: Survey) -> list[Site]:
+    """Sites with something to quantize whose input is seen."""
+    return [s for s in found.sites if any(not o.raw for o in s.operators)]
 
 
 def producers_first(sites: Sequence[Site]) -> list[Site]:
@@ -347,10 +368,9 @@ def _output_bytes(found: Survey, task: Task, config: RunConfig) -> int:
     """Float outputs that candidates are compared with, and the temporaries of one comparison [bytes]."""
     with torch.no_grad():
         one = main_output(call(found.model, found.example)).nbytes
-    compared = list(task.held_out) + (
-        list(task.judging) if config.search.scope == "model" or config.search.refine else []
-    )
-    return one * (sum(b.size for b in compared) + 4 * max(b.size for b in compared))
+    judging = task.judging if config.search.scope == "model" or config.search.refine else ()
+    sizes = [batch.size for batch in chain(task.held_out, judging)]
+    return one * (sum(sizes) + 4 * max(sizes))
 
 
 def _as_configured(site: Site, config: RunConfig) -> Site:

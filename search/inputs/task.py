@@ -40,11 +40,13 @@ class Metric:
         name: E.g. ``accuracy``.
         higher_is_better: Direction.
         score: Model -> number; NonFiniteError when it is not finite.
+        on_batches: The same of a model and the batches it is scored on; None: it has data of its own.
     """
 
     name: str
     higher_is_better: bool
     score: Callable[[nn.Module], float]
+    on_batches: Callable[[nn.Module, Sequence[Batch]], float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class Task:
         data_digest: sha256 over all samples.
         notes: What people should know, e.g. that the demo's outliers are synthetic.
         companions: Tokenizer or processor files that belong beside a checkpoint, by name, when they lie in no folder.
+        part: Whether the model is a part of the run's: patterns of names may match none of it.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Task:
     data_digest: str
     notes: tuple[str, ...] = ()
     companions: Mapping[str, str] = field(default_factory=dict)
+    part: bool = False
 
     @property
     def judging(self) -> Sequence[Batch]:
@@ -117,6 +121,7 @@ def load_task(
     metric: Callable[[nn.Module], float] | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
+    loaded: LoadedModel | None = None,
 ) -> Task:
     """Gather model, data and metric from the configuration or from a launch script.
 
@@ -127,6 +132,7 @@ def load_task(
         metric: A function of the model in place of ``config.data.metric``.
         progress: Receives stages; None: silent.
         stop: Asked whether to leave.
+        loaded: The model of ``config.model``, where it is there already; None: it is loaded.
 
     Raises:
         Interrupted: ``stop`` said so.
@@ -140,7 +146,7 @@ def load_task(
         loaded = wrap_module(model)
         name = type(loaded.model).__name__
     else:
-        loaded = load_model(
+        loaded = loaded or load_model(
             path=chosen.path,
             factory=chosen.factory,
             factory_path=chosen.factory_path,
@@ -280,9 +286,9 @@ def _metric(
         score = _one_of(_in_float32(function), data)
         return Metric(data.metric_name or "metric", data.metric_goal == "max", score)
     if is_classifier(loaded.model) and are_classes(held_out, loaded.model.config):
-        return Metric("accuracy", True, _checked(lambda model: accuracy(model, held_out)))
+        return Metric("accuracy", True, _checked(lambda model: accuracy(model, held_out)), accuracy)
     if _is_causal(loaded) or all(is_written(batch) for batch in held_out):
-        return Metric("perplexity", False, _checked(lambda model: perplexity(model, held_out)))
+        return Metric("perplexity", False, _checked(lambda model: perplexity(model, held_out)), perplexity)
     return None
 
 

@@ -26,7 +26,7 @@ from alphasmith.storage.artifacts.folder import FolderBackend
 from alphasmith.storage.artifacts.store import ArtifactStore, default_address
 from alphasmith.storage.database.connection import Database
 from alphasmith.storage.database.urls import mask
-from alphasmith.storage.output.output_folder import check_target, result_in
+from alphasmith.storage.output.output_folder import BLOCKS, attempt_name, check_target, partial_folder, result_in
 from alphasmith.storage.output.reservation import Reservation
 from alphasmith.storage.runs import records as stored
 from alphasmith.storage.runs.records import RunRecord
@@ -69,6 +69,19 @@ def output_of(config: RunConfig, record: stored.RunRecord) -> Path:
     """Where the result of a run goes: where this launch wants it, else where it was to go before. Absolute."""
     recorded = Path(record.folder) if record.folder else DEFAULT_OUT / record.id
     return usable_path("out", config.out or recorded)
+
+
+def places_of(config: RunConfig, record: stored.RunRecord | None) -> tuple[Path, Path | None]:
+    """Where the result of a launch goes, or beside which folder, and what it kept beside that block by block; None: nothing yet.
+
+    Args:
+        config: This launch's configuration.
+        record: The run; None: it is not on record yet.
+    """
+    if record is None:
+        return usable_path("out", config.out or DEFAULT_OUT), None
+    out = output_of(config, record)
+    return out, partial_folder(out, attempt_name(record.id, BLOCKS))
 
 
 class Place:
@@ -318,6 +331,8 @@ def _changed(record: RunRecord, then: str, now: str) -> str:
 
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
     sections = {name: value for name, value in values.items() if name not in _PLACES}
+    if dict(sections.get("memory") or {}).get("mode") != "blockwise":
+        sections.pop("memory", None)  # how much of it is in memory decides nothing else
     return {
         # Nothing named is what an earlier version, which could name nothing, recorded.
         name: {key: v for key, v in value.items() if f"{name}.{key}" not in _PLACES and v != {}}

@@ -148,7 +148,12 @@ def build_manifest(
         refinement=None if found.refinement is None else refinement_entry(found.refinement),
         formats=None if found.formats is None else formats_entry(found.formats, found.format_metric),
         format_advice=advice_entry(found),
-        memory=MemoryEntry(predicted=prepared.plan.total, measured=products.peak),
+        memory=MemoryEntry(
+            predicted=prepared.plan.total,
+            measured=products.peak,
+            mode="blockwise" if products.blocks else "resident",
+            blocks=products.blocks,
+        ),
     ).with_artifacts(artifacts)
 
 

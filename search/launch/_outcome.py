@@ -25,10 +25,11 @@ from alphasmith.search.formats.stage import FormatResult, forms_of_front
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.inputs.task import Task
 from alphasmith.search.interruption import leave
+from alphasmith.search.launch.site_searches import fewer_groups
 from alphasmith.search.model.refinement import RefinementResult
 from alphasmith.search.model.search import ModelResult
 from alphasmith.search.model.sweep import Sweep
-from alphasmith.search.model.variants import Doubt, ModelScores
+from alphasmith.search.model.variants import Doubt, ModelScores, best_variant, kept_variant, within_noise
 from alphasmith.search.progress import Progress
 from alphasmith.search.site.result import SiteResult
 from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
@@ -97,6 +98,62 @@ class SearchOutcome:
     def final(self) -> Mapping[str, Smoothing]:
         """The smoothings that are kept."""
         return self.smoothings[self.fallback or "ours"]
+
+
+def decide(
+    config: RunConfig,
+    scores: ModelScores,
+    smoothings: Mapping[Variant, Mapping[str, Smoothing]],
+    progress: Progress,
+    *,
+    sites: Mapping[str, SiteResult],
+    whole: ModelResult | None = None,
+    refinement: RefinementResult | None = None,
+    sweep: Sweep | None = None,
+    swept: Callable[[Sweep], Mapping[str, SiteResult]] = lambda _: {},
+) -> SearchOutcome:
+    """What is kept, by the loss of every variant at the model's output.
+
+    Args:
+        config: The run's configuration.
+        scores: Figures of all variants.
+        smoothings: Variant -> site -> smoothing.
+        progress: Receives notes.
+        sites: Results per site (scope ``site``).
+        whole: Result over the whole model (scope ``model``).
+        refinement: What the refinement at the output decided.
+        sweep: The sweep of one alpha.
+        swept: Makes the results of the sites under that alpha, where it is what is kept.
+    """
+    best, kept = best_variant(scores), kept_variant(scores, config.search.guard)
+    doubt = within_noise(scores, kept)
+    ours = scores.losses["ours"]
+    if best != kept and config.search.guard == "site":
+        progress.note(
+            f"note: at the model's output {best} has the lowest held-out loss "
+            f"({scores.losses[best]:.3g}, the winners {ours:.3g}); search.guard='output' would keep it"
+        )
+    notes = fewer_groups(config.groups.k, {"the model": whole} if whole else sites)
+    if kept == "identity" and ours is not None:
+        losses = f"{ours:.3g} on held-out data, without smoothing {scores.losses['identity']:.3g}"
+        notes += (f"no site is smoothed: with the winners of the search the loss at the model's output is {losses}",)
+    if doubt is not None:
+        kept = doubt.simpler if doubt.decides else kept
+        notes += (doubt.reason,)
+    for note in notes:
+        progress.note(f"warning: {note}")
+    return SearchOutcome(
+        sites=sites,
+        whole=whole,
+        smoothings=smoothings,
+        fallback=None if kept == "ours" else kept,
+        doubt=doubt,
+        scores=scores,
+        refinement=refinement,
+        notes=notes,
+        sweep=sweep,
+        swept=swept(sweep) if kept == "one_alpha" and sweep is not None else {},
+    )
 
 
 def with_shares(
@@ -179,6 +236,7 @@ class Products:
         types: Name of a tensor of the user's model -> type that it is stored in; the others in float32.
         peak: Measured peak memory beyond the libraries, the model included [bytes].
         forms: Operators in the formats of other points of the front, see ``quantization.stored_forms``; None: there was no choice.
+        blocks: Blocks of which one was in memory at a time; 0: all of the model was.
     """
 
     folded: nn.Module
@@ -189,6 +247,7 @@ class Products:
     types: Mapping[str, torch.dtype]
     peak: int
     forms: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
+    blocks: int = 0
 
 
 def produce(

@@ -6,31 +6,30 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
-import torch
 from torch import nn
 
-from alphasmith.objectives.calibration.calibrate import weight_absmax
-from alphasmith.objectives.calibration.producers import Producers
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.answers import loss_of_answers
-from alphasmith.objectives.judge.memory import return_large_blocks
+from alphasmith.objectives.judge.memory import resident_bytes, return_large_blocks
 from alphasmith.objectives.judge.model_objective import ModelLoss, ModelObjective
 from alphasmith.objectives.literals import OutputLoss, Variant
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
-from alphasmith.objectives.sites.types import Site
-from alphasmith.objectives.smoothing import ChannelRange, Smoothing, smoothing_scales
+from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.config import DEFAULT_STORAGE, RunConfig
 from alphasmith.search.devices import search_device, thread_budget
 from alphasmith.search.engines.choose import make_engine
 from alphasmith.search.engines.types import Engine, ModelWork
 from alphasmith.search.inputs.permission import check_code, named_in
 from alphasmith.search.inputs.preparation import PreparedModel, RunInputs, begin, site_schemes, survey
-from alphasmith.search.inputs.task import Task, load_task
+from alphasmith.search.inputs.streaming import open_task
+from alphasmith.search.inputs.task import Task
 from alphasmith.search.interruption import leave, never
+from alphasmith.search.launch._blockwise import finish_blockwise
 from alphasmith.search.launch._formats import with_formats
+from alphasmith.search.launch._look_ahead import check_disk, look_ahead
 from alphasmith.search.launch._lookup import (
     Place,
     check_out,
@@ -40,29 +39,32 @@ from alphasmith.search.launch._lookup import (
     new_run,
     open_existing_run,
     open_run,
+    places_of,
     stored_config,
     writable_store,
 )
-from alphasmith.search.launch._outcome import SearchOutcome, produce, with_shares
+from alphasmith.search.launch._outcome import SearchOutcome, decide, produce, with_shares
 from alphasmith.search.launch.recorder import RunRecorder, RunResult, conclude, written_before
+from alphasmith.search.launch.site_searches import (
+    input_ranges,
+    search_sites,
+    single_alpha,
+    skip_patterns,
+    statistics_of,
+)
 from alphasmith.search.model.refinement import RefinementResult
 from alphasmith.search.model.refinement_stage import refine_sites, with_one_alpha
 from alphasmith.search.model.search import ModelResult, ModelScales, SiteStatistics, search_model
 from alphasmith.search.model.sweep import SWEEP_TRIALS, Sweep, sweep_alpha
-from alphasmith.search.model.variants import best_variant, kept_variant, score_variants, task_loss, within_noise
+from alphasmith.search.model.variants import score_variants, task_loss
 from alphasmith.search.progress import Progress, Silent
 from alphasmith.search.site.result import SiteResult
-from alphasmith.search.site.settings import SiteSettings
 from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
 from alphasmith.search.study.candidates import TrialResult
 from alphasmith.search.study.types import StudyContext
 from alphasmith.search.study.writer import Writer
 from alphasmith.search.toml_values import merged
-from alphasmith.search.work.plan import plan_sites
 from alphasmith.search.work.session import RunHandle
-from alphasmith.search.work.site_results import SiteResults
-from alphasmith.search.work.site_sources import PreparedSites
-from alphasmith.search.work.site_stage import SiteStage
 from alphasmith.storage.artifacts.run_artifacts import RunArtifacts
 from alphasmith.storage.database.connection import Database, check_writable, find_database, opened
 from alphasmith.storage.runs.data_frames import ONE_ALPHA
@@ -191,7 +193,8 @@ def drive(
             database = stack.enter_context(closing(found))
         return_large_blocks()
         progress.stage("loading model and data")
-        task = load_task(
+        baseline = resident_bytes()
+        config, task, streamed = open_task(
             config, model=given.model, batches=given.batches, metric=given.metric, progress=progress, stop=stop
         )
         if config.search.loss == "task" and config.search.scope == "model" and task.metric is None:
@@ -202,7 +205,8 @@ def drive(
             progress.note(note)
         if record is not None:
             check_same(record, config, task)
-        found_sites = survey(config, task)
+        ahead = None if streamed is None else look_ahead(config, task, streamed, baseline, progress)
+        found_sites = survey(config, task) if ahead is None else ahead.survey
         for note in found_sites.notes:
             progress.note(f"warning: {note}")
         if record is None and database is not None and not fresh:
@@ -211,9 +215,11 @@ def drive(
         check_out(config, record, new=True)
         place.reserve(record)
         store = writable_store(config, record)
+        if ahead is not None:
+            check_disk(ahead, *places_of(config, record))
         with make_engine(config, stop) as engine:
             before: RunInputs | None = None
-            if record is None:
+            if record is None and ahead is None:
                 others = None if database is None else RunArtifacts(database, store, "")
                 before = begin(config, task, found_sites, progress, stop, others=others)
             # Made only now: what was wrong with model and data has left nothing behind.
@@ -230,6 +236,8 @@ def drive(
                 if written is not None:
                     progress.note(f"{handle.folder} was written before; only its record is finished")
                     return conclude(handle, written, handle.store.trials(handle.id))
+                if streamed is not None and ahead is not None:
+                    return finish_blockwise(config, task, streamed, ahead, handle, engine, progress, stop)
                 inputs = before or begin(config, task, found_sites, progress, stop, handle.kept)
                 if before is not None:
                     before.calibrations.attach(handle.kept)
@@ -289,10 +297,10 @@ def _search(launch: _Launch) -> SearchOutcome:
     config, task, prepared, candidate = launch.config, launch.task, launch.prepared, launch.candidate
     device = search_device(config)
     held_out = [b.to(device) for b in task.held_out]
-    statistics = _statistics(prepared)
+    statistics = statistics_of(prepared)
     smoothings: dict[Variant, Mapping[str, Smoothing]] = {
         "identity": {},
-        "alpha_0.5": _single(statistics, DEFAULT_ALPHA),
+        "alpha_0.5": single_alpha(statistics, DEFAULT_ALPHA),
     }
     sites: dict[str, SiteResult] = {}
     whole: ModelResult | None = None
@@ -302,86 +310,35 @@ def _search(launch: _Launch) -> SearchOutcome:
     reserve = ModelObjective(candidate, held_out, loss=_output_loss(task, launch.float_metric, kind))
     with Writer() as writer:
         if config.search.scope == "site":
-            sites = _search_sites(launch, writer)
+            sites = search_sites(config, prepared, launch.handle, launch.engine, writer, launch.progress, launch.stop)
             if sites:
                 sites, sweep, refinement = _search_output(launch, sites, ModelScales(statistics), reserve, writer)
             if sweep is not None:
-                smoothings["one_alpha"] = _single(statistics, sweep.alpha)
+                smoothings["one_alpha"] = single_alpha(statistics, sweep.alpha)
             smoothings["best_single"] = {n: r.best_single for n, r in sites.items()}
             smoothings["ours"] = {n: r.smoothing for n, r in sites.items()}
         else:
             whole = _search_whole(launch, statistics, reserve, writer)
-            smoothings["best_single"] = _single(statistics, whole.best_single_alpha)
+            smoothings["best_single"] = single_alpha(statistics, whole.best_single_alpha)
             smoothings["ours"] = whole.smoothings
     if whole is not None:
         launch.recorder.whole(whole)
     scores = score_variants(candidate, reserve, kind, smoothings, task.metric, launch.float_metric, launch.progress)
-    best, kept = best_variant(scores), kept_variant(scores, config.search.guard)
-    doubt = within_noise(scores, kept)
-    ours = scores.losses["ours"]
-    if best != kept and config.search.guard == "site":
-        launch.progress.note(
-            f"note: at the model's output {best} has the lowest held-out loss "
-            f"({scores.losses[best]:.3g}, the winners {ours:.3g}); search.guard='output' would keep it"
-        )
-    notes = _fewer_groups(config.groups.k, {"the model": whole} if whole else sites)
-    if kept == "identity" and ours is not None:
-        losses = f"{ours:.3g} on held-out data, without smoothing {scores.losses['identity']:.3g}"
-        notes += (f"no site is smoothed: with the winners of the search the loss at the model's output is {losses}",)
-    if doubt is not None:
-        kept = doubt.simpler if doubt.decides else kept
-        notes += (doubt.reason,)
-    for note in notes:
-        launch.progress.note(f"warning: {note}")
-    swept = {}
-    if kept == "one_alpha" and sweep is not None:
-        swept = with_one_alpha(config, prepared, sites, smoothings["one_alpha"], sweep)
-    found = SearchOutcome(
+    found = decide(
+        config,
+        scores,
+        smoothings,
+        launch.progress,
         sites=sites,
         whole=whole,
-        smoothings=smoothings,
-        fallback=None if kept == "ours" else kept,
-        doubt=doubt,
-        scores=scores,
         refinement=refinement,
-        notes=notes,
         sweep=sweep,
-        swept=swept,
+        swept=lambda best: with_one_alpha(config, prepared, sites, smoothings["one_alpha"], best),
     )
     found = with_shares(found, config, task, prepared, candidate, launch.progress, launch.stop)
     found = with_formats(found, config, task, prepared, candidate, reserve, launch.handle, launch.progress, launch.stop)
     launch.recorder.outcome(found)
     return found
-
-
-def _search_sites(launch: _Launch, writer: Writer) -> dict[str, SiteResult]:
-    config, prepared, handle = launch.config, launch.prepared, launch.handle
-    source = PreparedSites(prepared)
-    shared = plan_sites(config, prepared, source, handle, launch.progress)
-    settings = SiteSettings(
-        scheme=config.scheme.build(),
-        groups=config.groups,
-        search=config.search,
-        rho=prepared.survey.scarcity.rho,
-        budget=_scratch(config, prepared),
-    )
-    if shared:
-        launch.progress.note(f"more workers: alphasmith worker {handle.id} --storage {handle.storage}")
-    stage = SiteStage(
-        handle,
-        source,
-        settings,
-        scheme=config.scheme.of,
-        engine=launch.engine,
-        keeper=SiteResults(
-            handle.board, handle.kept, scheme=lambda site: config.scheme.of(site).name, position=source.position
-        ),
-        writer=writer,
-        progress=launch.progress,
-        stop=launch.stop,
-    )
-    stage.run()
-    return stage.results()
 
 
 def _search_output(
@@ -449,71 +406,8 @@ def _search_whole(
         )
 
 
-def _scratch(config: RunConfig, prepared: PreparedModel) -> int | None:
-    """Memory for the buffers of one judge [bytes]; None: its own default.
-
-    On a GPU half of what is free, shared by two judges. On the CPU, where a budget is given, what the plan leaves of it.
-    """
-    if search_device(config).type == "cuda":
-        return int(torch.cuda.mem_get_info()[0]) // 4
-    given = config.hardware.search_memory
-    return None if given is None else max(prepared.plan.evaluator, given - prepared.plan.total)
-
-
 def _output_loss(task: Task, float_metric: float | None, kind: OutputLoss) -> ModelLoss:
     """Loss at the model's output: of the kind that its answers ask for beside site studies, that the user chose where the model is searched."""
     if kind == "task":
         return "kl" if task.metric is None or float_metric is None else task_loss(task.metric, float_metric)
     return kind
-
-
-def input_ranges(prepared: PreparedModel) -> dict[str, ChannelRange]:
-    """Site -> calibrated range of every channel, for every site with data."""
-    return {name: prepared.calibration.input_range(name) for name in prepared.calibration.sites}
-
-
-def skip_patterns(config: RunConfig, prepared: PreparedModel) -> tuple[str, ...]:
-    """Operators to leave in float: those the user names, and those no calibration row reached."""
-    missing = (
-        operator.name
-        for site in prepared.sites
-        if site.name not in prepared.calibration.sites
-        for operator in site.operators
-        if not operator.stacked  # nothing is calibrated for these: their weights alone are quantized
-    )
-    return (*config.sites.skip, *missing)
-
-
-def _fewer_groups(k: int | Literal["auto"], results: Mapping[str, SiteResult | ModelResult]) -> tuple[str, ...]:
-    """One line on where there are fewer groups than asked for; none where there are as many."""
-    if k == "auto":
-        return ()
-    fewer = {name: len(r.ranges) for name, r in results.items() if len(r.ranges) < k}
-    if not fewer:
-        return ()
-    first, groups = next(iter(fewer.items()))
-    more = f" and fewer than {k} at {len(fewer) - 1} more sites" if len(fewer) > 1 else ""
-    return (f"groups.k = {k} is reduced to {groups} at {first}{more}: the magnitudes of the channels support no more",)
-
-
-def _statistics(prepared: PreparedModel) -> dict[str, SiteStatistics]:
-    by_name: dict[str, Site] = {s.name: s for s in prepared.sites}
-    parameters = {n: p.detach() for n, p in prepared.survey.model.named_parameters()}
-    parameters |= dict(prepared.survey.model.named_buffers())
-    producers = Producers(prepared.sites, parameters, prepared.calibration, prepared.skip)
-    return {
-        name: SiteStatistics(
-            activation=prepared.calibration.activation_statistic(name),
-            weight=weight_absmax(by_name[name], parameters),
-            ties=by_name[name].ties.cpu(),
-            producer=producers.peaks(by_name[name]),
-        )
-        for name in sorted(prepared.order, key=[s.name for s in prepared.sites].index)
-    }
-
-
-def _single(statistics: Mapping[str, SiteStatistics], alpha: float) -> dict[str, Smoothing]:
-    return {
-        n: Smoothing(scales=smoothing_scales(s.activation, s.weight, alpha, ties=s.ties, producer=s.producer))
-        for n, s in statistics.items()
-    }

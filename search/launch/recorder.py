@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -156,6 +156,28 @@ class RunRecorder:
         """Write the output folder whole or not at all, then finish the run.
 
         Raises:
+            InputError: As :meth:`write_with`.
+        """
+
+        def both(folder: OutputFolder) -> Products:
+            self._write_quantized(folder, products)
+            if products.forms is not None:
+                tensors, structure = products.forms
+                folder.write_tensors("formats/operators.safetensors", tensors)
+                folder.write_json("formats/operators.json", structure)
+            self._write_smoothed(folder, products)
+            return products
+
+        return self.write_with(found, both)
+
+    def write_with(self, found: SearchOutcome, models: Callable[[OutputFolder], Products]) -> RunResult:
+        """The same, with models that are made while they are written.
+
+        Args:
+            found: What the search decided.
+            models: Writes ``quantized/`` and ``smoothed/`` and tells what they are.
+
+        Raises:
             InputError: The folder is taken or not writable, or the device is full.
         """
         self._handle.check_driving()
@@ -172,12 +194,7 @@ class RunRecorder:
             self.id, space_hash=space_hash(spaces), folder=str(out.resolve()), refinement=refinement
         )
         with self._handle.output() as folder:
-            self._write_quantized(folder, products)
-            if products.forms is not None:
-                tensors, structure = products.forms
-                folder.write_tensors("formats/operators.safetensors", tensors)
-                folder.write_json("formats/operators.json", structure)
-            self._write_smoothed(folder, products)
+            products = models(folder)
             folder.write_tensors("scales.safetensors", scale_tensors(self._prepared.sites, found.final))
             manifest = build_manifest(
                 record,
@@ -213,14 +230,22 @@ class RunRecorder:
             folder.adopt("smoothed")
         else:
             write_checkpoint(folder, "smoothed", _unshared(tensors), types=products.types, most=most)
-        self._copy_companions(folder, "smoothed")
+        self.copy_companions(folder, "smoothed")
 
     def _write_quantized(self, folder: OutputFolder, products: Products) -> None:
+        folder.write_tensors("quantized/model.safetensors", products.tensors, {"format": "pt"})
+        self.describe_quantized(folder, products.structure)
+
+    def describe_quantized(self, folder: OutputFolder, structure: Mapping[str, Any]) -> None:
+        """What belongs beside the tensors of ``quantized/``.
+
+        Args:
+            folder: The output folder.
+            structure: See ``quantization.payload``.
+        """
         rewriting = self._prepared.survey.rewriting
         rewritten = {"unrolled": bool(rewriting.renamed), "split_attention": bool(rewriting.pieces)}
-        structure = {**products.structure, **rewritten}
-        folder.write_tensors("quantized/model.safetensors", products.tensors, {"format": "pt"})
-        folder.write_json("quantized/quantization.json", structure)
+        folder.write_json("quantized/quantization.json", {**structure, **rewritten})
         model = self._task.loaded.model
         config: Any = getattr(model, "config", None)
         if hasattr(config, "to_json_string"):
@@ -228,9 +253,15 @@ class RunRecorder:
             if not content.get("architectures") and type(model).__module__.startswith("transformers."):
                 content["architectures"] = [type(model).__name__]  # a model that was never saved does not say it
             folder.write_json("quantized/config.json", content)
-        self._copy_companions(folder, "quantized")
+        self.copy_companions(folder, "quantized")
 
-    def _copy_companions(self, folder: OutputFolder, into: str) -> None:
+    def copy_companions(self, folder: OutputFolder, into: str) -> None:
+        """Tokenizer and processor files of the model, as they came.
+
+        Args:
+            folder: The output folder.
+            into: A checkpoint's folder in it.
+        """
         for name, text in self._task.companions.items():
             folder.write_text(f"{into}/{name}", text)
         source = self._task.loaded.folder

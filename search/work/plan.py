@@ -15,11 +15,25 @@ from alphasmith.storage.queue.records import SiteWinner, TicketSpec
 
 
 def plan_sites(
-    config: RunConfig, prepared: PreparedModel, source: PreparedSites, handle: RunHandle, progress: Progress
+    config: RunConfig,
+    prepared: PreparedModel,
+    source: PreparedSites,
+    handle: RunHandle,
+    progress: Progress,
+    *,
+    part: bool = False,
 ) -> bool:
     """Write the tickets of a run; where its database serves several processes, publish what they need.
 
     A run that was planned before keeps its plan, the winners that its searches start from included.
+
+    Args:
+        config: The run's configuration.
+        prepared: Sites and calibration.
+        source: The same sites, to be searched.
+        handle: The run.
+        progress: Receives notes.
+        part: Whether these are some of the run's sites only: a run that goes block by block plans each when it comes to it.
 
     Returns:
         Whether other processes can take part.
@@ -27,7 +41,8 @@ def plan_sites(
     Raises:
         InputError: The run was planned for other sites.
     """
-    planned = {ticket.site: ticket for ticket in handle.board.tickets()}
+    mine = set(source.order)
+    planned = {ticket.site: ticket for ticket in handle.board.tickets() if not part or ticket.site in mine}
     digests = {
         name: planned[name].digest if name in planned else site_digest(source.site(name), source.tensors)
         for name in source.order
@@ -46,13 +61,14 @@ def plan_sites(
         [
             TicketSpec(
                 site=name,
-                position=place,
+                position=source.first + place,
                 depends_on=source.depends_on(name),
                 digest=digests[name],
                 reused=planned[name].reused if name in planned else _reused(winner_of[name]),
             )
             for place, name in enumerate(source.order)
-        ]
+        ],
+        part=part,
     )
     reused = [winner for winner in winner_of.values() if winner is not None]
     if reused:

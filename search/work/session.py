@@ -19,7 +19,14 @@ from alphasmith.search.study.writer import Writer
 from alphasmith.storage.artifacts.run_artifacts import RunArtifacts, place_of
 from alphasmith.storage.artifacts.store import ArtifactStore
 from alphasmith.storage.database.connection import Database, StorageError, optuna_storage
-from alphasmith.storage.output.output_folder import OutputFolder, attempt_name, discard_partial, partial_folders
+from alphasmith.storage.output.output_folder import (
+    BLOCKS,
+    OutputFolder,
+    attempt_name,
+    discard_partial,
+    partial_folder,
+    partial_folders,
+)
 from alphasmith.storage.queue.board import Board, Heartbeat
 from alphasmith.storage.queue.records import ArtifactKind, WorkerRole
 from alphasmith.storage.queue.status import past_drivers
@@ -151,7 +158,9 @@ class RunHandle:
             raise AlphasmithError(_TAKEN_OVER.format(self.id))
 
     def discard_working_objects(self) -> None:
-        """Drop calibration rows and weights: a finished run needs them no more."""
+        """Drop calibration rows and weights, and what lies between blocks: a finished run needs them no more."""
+        if self.blocks_folder.is_dir():
+            discard_partial(self.blocks_folder)
         kinds: tuple[ArtifactKind, ...] = ("calibration", "weights")
         if self.shared:
             # Another process may be about to name one of these objects: they go with `alphasmith db gc`.
@@ -175,6 +184,11 @@ class RunHandle:
 
         return OutputFolder(self.folder, attempt=attempt_name(self.id, self.board.token), publish=publish)
 
+    @property
+    def blocks_folder(self) -> Path:
+        """Where a run that goes block by block keeps what it goes on from."""
+        return partial_folder(self.folder, attempt_name(self.id, BLOCKS))
+
     def finish(self) -> None:
         """Mark the run as finished, if this process still drives it.
 
@@ -196,11 +210,11 @@ class RunHandle:
             self.store.keep_in(self.id, self.kept.store.address)
         if before.folder != str(self.folder):
             if before.folder:
-                self._discard_partial(Path(before.folder))
+                self._discard_partial(Path(before.folder), BLOCKS)
             self.store.place(self.id, str(self.folder))
 
-    def _discard_partial(self, out: Path) -> None:
-        earlier = set(past_drivers(self.database, self.id)) - {self.board.token}
+    def _discard_partial(self, out: Path, *more: str) -> None:
+        earlier = {*past_drivers(self.database, self.id), *more} - {self.board.token}
         for partial in partial_folders(out, self.id, earlier):
             discard_partial(partial)
 

@@ -70,16 +70,21 @@ class SiteResults:
             if (w := winners[name])
         }
 
-    def recall(self) -> dict[str, SiteResult]:
-        """All accepted results of a run that goes on; one that is gone, damaged or of another version is not one any more. For the driver.
+    def recall(self, sites: Collection[str]) -> dict[str, SiteResult]:
+        """Accepted results of a run that goes on; one that is gone, damaged or of another version is not one any more. For the driver.
 
         Its site is searched again, from the trials on record.
+
+        Args:
+            sites: Those whose results are looked for.
 
         Raises:
             InputError: Field ``artifacts``: the store cannot be reached.
         """
         found = {}
         for name, winner in self._board.results().items():
+            if name not in sites:
+                continue
             try:
                 state = self._kept.store.get(winner.artifact_id, sha256=winner.sha256)
             except IntegrityError as error:

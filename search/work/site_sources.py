@@ -52,15 +52,18 @@ class PreparedSites:
         order: See :class:`SiteSource`.
         tensors: Pristine parameters and buffers of the model by full name.
         producers: Quantized weights that the sites' scales divide.
+        first: Sites of the whole model before these.
 
     Args:
         prepared: Sites and calibration.
+        first: Where these are sites of a part of the model: how many sites come before it.
     """
 
-    def __init__(self, prepared: PreparedModel) -> None:
+    def __init__(self, prepared: PreparedModel, *, first: int = 0) -> None:
         self._prepared = prepared
         self._sites = {s.name: s for s in prepared.sites}
-        self._positions = {s.name: i for i, s in enumerate(prepared.sites)}
+        self._positions = {s.name: first + i for i, s in enumerate(prepared.sites)}
+        self.first = first
         self.order: Sequence[str] = prepared.order
         self._depends_on = dependencies([self._sites[name] for name in prepared.order])
         model = prepared.survey.model

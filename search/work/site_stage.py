@@ -90,11 +90,11 @@ class SiteStage:
             AlphasmithError: A site failed for good, here or elsewhere.
             Interrupted: ``stop`` said so; what ran has ended after its batch and is on record.
         """
-        total, done, bad = len(self._source.order), self._board.done(), list[str]()
+        total, done, bad = len(self._source.order), self._done(), list[str]()
         if done and self._board.driving:
-            self._results |= self._keeper.recall()
-            bad = sorted(done - self._board.done())
-            done = self._board.done()
+            self._results |= self._keeper.recall(done)
+            bad = sorted(done - self._done())
+            done = self._done()
         to_come = [name for name in self._source.order if name not in done]
         self._progress.stage("searching sites", len(to_come))
         if self._board.driving:  # others would have to fetch the sites for it
@@ -120,7 +120,7 @@ class SiteStage:
             self._writer.flush()
             if self._stopping:
                 raise Interrupted("asked to stop")
-            if len(self._board.done()) == total:
+            if len(self._done()) == total:
                 return
             self._keeper.check()
             self._sleep(pause)  # others hold what is left
@@ -130,6 +130,10 @@ class SiteStage:
         """Results of all sites, in search order, once :meth:`run` has returned."""
         self._fetch([name for name in self._source.order if name not in self._results])
         return {name: self._results[name] for name in self._source.order}
+
+    def _done(self) -> frozenset[str]:
+        """Sites of the source that are done; the run may have more."""
+        return self._board.done() & frozenset(self._source.order)
 
     def _fill(self) -> bool:
         """Give the engine what it can take; whether it took anything."""

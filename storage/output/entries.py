@@ -452,6 +452,10 @@ class MemoryEntry(Part):
     """Known before the run [bytes]."""
     measured: Annotated[NonNegativeInt | None, Volatile] = None
     """High-water mark of the process [bytes]."""
+    mode: Literal["resident", "blockwise"] = "resident"
+    """``blockwise``: one block of the model was in memory at a time."""
+    blocks: NonNegativeInt = 0
+    """How many blocks there were; 0 where the whole model was in memory."""
 
 
 class ArtifactEntry(Part):

@@ -30,6 +30,8 @@ from alphasmith.storage.output._parents import ParentFolders
 from alphasmith.storage.output.manifest import FILE_NAME, read_manifest
 
 _REMEDY = "choose another folder or remove it"
+#: In the place of a process's token: what a run that goes block by block keeps beside its folder, whoever drives it.
+BLOCKS = "blocks"
 #: What the name of a partial folder ends with while another process removes it.
 _DISCARDED = ".discarded"
 

@@ -200,8 +200,12 @@ class Board:
         """Remove what is left of the right to record a run that is finished."""
         self._right.forget()
 
-    def plan(self, specs: Sequence[TicketSpec]) -> None:
+    def plan(self, specs: Sequence[TicketSpec], *, part: bool = False) -> None:
         """Make the tickets, or find them made: done ones stay done, failed ones wait again, recorded winners to begin with stay.
+
+        Args:
+            specs: The sites, and what they wait for.
+            part: Whether these are some of the run's sites only, none of which depends on others than these.
 
         Raises:
             InputError: Field ``RUN``: the plan differs from the one the run began with; or a site depends on one that is not
@@ -212,6 +216,9 @@ class Board:
         def operation(session: Session) -> None:
             self._require(session)
             rows = {row.site: row for row in session.scalars(select(TicketRow).where(TicketRow.run_id == self._run))}
+            if part:
+                wanted = {spec.site for spec in specs}
+                rows = {site: row for site, row in rows.items() if site in wanted}
             if not rows:
                 if specs:
                     session.execute(insert(TicketRow), [new_ticket(self._run, spec) for spec in specs])

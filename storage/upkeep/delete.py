@@ -16,7 +16,7 @@ from alphasmith.storage.artifacts.store import ArtifactStore
 from alphasmith.storage.database.connection import Database, optuna_storage
 from alphasmith.storage.database.optuna_private import STUDIES, of_run
 from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow
-from alphasmith.storage.output.output_folder import discard_partial, partial_folders, unfinished_folders
+from alphasmith.storage.output.output_folder import BLOCKS, discard_partial, partial_folders, unfinished_folders
 from alphasmith.storage.output.reservation import abandoned_reservation, holder
 from alphasmith.storage.output.reserved_work import driver_of
 from alphasmith.storage.queue.board import Board
@@ -140,7 +140,7 @@ def _parts(database: Database, record: RunRecord, *, busy: bool, dry_run: bool) 
     for training in TrainingStore(database).listing(record.id):
         yield from _left_of(database, training, dry_run)
     place = output_of(record.folder, record.config)
-    drivers = past_drivers(database, record.id)
+    drivers = [*past_drivers(database, record.id), BLOCKS]
     yield from _partials(() if place is None else partial_folders(place, record.id, drivers), dry_run)
     yield from _studies(database, record.id, dry_run)
     yield from _rows(database, record.id)

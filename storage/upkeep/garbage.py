@@ -21,7 +21,7 @@ from alphasmith.storage.artifacts.store import ArtifactStore, default_address, i
 from alphasmith.storage.database.connection import Database, optuna_storage
 from alphasmith.storage.database.optuna_private import STUDIES
 from alphasmith.storage.database.tables import ResultRow, RunRow, StoredArtifactRow, TrainingRow
-from alphasmith.storage.output.output_folder import discard_partial, partial_folders
+from alphasmith.storage.output.output_folder import BLOCKS, discard_partial, partial_folders
 from alphasmith.storage.output.reservation import abandoned_reservation
 from alphasmith.storage.queue.status import database_now, live_runs, past_drivers
 from alphasmith.storage.runs.run_store import RunStore
@@ -213,7 +213,7 @@ def _folders(database: Database, cutoff: datetime, dry_run: bool) -> list[Remova
         if place is None or record.id in live:
             continue
         found += list(_reservation(place, record.id, cutoff, dry_run))
-        for partial in partial_folders(place, record.id, past_drivers(database, record.id)):
+        for partial in partial_folders(place, record.id, [*past_drivers(database, record.id), BLOCKS]):
             size, modified = measure(partial)
             if modified > cutoff:
                 continue

@@ -17,7 +17,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"smoothing", "reading"},
         {"groups", "media"},
         {"sites", "model"},
-        {"calibration"},
+        {"blocks", "calibration"},
         {"quantization"},
         {"judge"},
         {"noise", "sensitivity", "training"},

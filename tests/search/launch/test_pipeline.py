@@ -26,7 +26,7 @@ from alphasmith.search.checkpoints.verification import undo, verify
 from alphasmith.search.cli.tables import result_text
 from alphasmith.search.inputs.preparation import prepare, survey
 from alphasmith.search.inputs.task import load_task
-from alphasmith.search.launch.pipeline import input_ranges, skip_patterns
+from alphasmith.search.launch.site_searches import input_ranges, skip_patterns
 from alphasmith.search.progress import Silent
 from alphasmith.storage.database.connection import open_optuna, opened
 from alphasmith.storage.output.manifest import Manifest, parse_manifest
