@@ -149,7 +149,8 @@ def spec_of(launch: Launch) -> CompressionSpec:
     """
     config = launch.config
     values = config.model_dump(mode="json", exclude={"storage", "out"})
-    for section, name in (("task", "path"), ("task", "factory_path"), ("study", "cache")):
+    own = (("task", "model"), ("task", "data"), ("task", "path"), ("task", "factory_path"), ("study", "cache"))
+    for section, name in own:
         given = values[section][name]
         values[section][name] = None if given is None else str(usable_path(f"{section}.{name}", Path(given)))
     return CompressionSpec(

@@ -18,9 +18,11 @@ from alphasmith.objectives.joint.ports import JointMetric, JointTask
 from alphasmith.objectives.joint.rounds.regularised import train_regularised
 from alphasmith.objectives.literals import ModelKind
 from alphasmith.objectives.model.factory import call_function
+from alphasmith.objectives.reading import usable_path
 from alphasmith.search.compression._cache import AS_IT_IS, StageCache, stage_key
 from alphasmith.search.compression.config import DropConfig, TaskConfig
 from alphasmith.search.compression.embedded import MEASURED, TRAINING, embedded_task
+from alphasmith.search.inputs.folder_task import FolderData, folder_task
 from alphasmith.search.interruption import Interrupted
 
 #: Drops that enhancement of speech stands, from published quantized models.
@@ -77,6 +79,11 @@ def open_task(
     if model is not None and task is not None:
         _check("task", model, task)
         return CompressedTask(name=type(model).__name__, kind="module", model=model, task=task)
+    if config.model is not None and config.data is not None:
+        data = FolderData(path=config.data, column=config.column, label=config.label, max_length=config.max_length)
+        folder = usable_path("task.model", config.model)
+        model, given = folder_task(folder, data, seed)
+        return CompressedTask(name=folder.name, kind="hf", model=model, task=given)
     if config.factory is None:
         return _embedded(config, seed, cache, told, stop)
     made = call_function("task.factory", config.factory, path=config.path, factory_path=config.factory_path)

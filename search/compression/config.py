@@ -49,9 +49,14 @@ Drops = dict[Annotated[Label, Field(min_length=1, max_length=64)], Annotated[flo
 
 
 class TaskConfig(Section):
-    """Model and task. Without ``factory``: the embedded speech enhancement.
+    """Model and task. Without ``model`` and ``factory``: the embedded speech enhancement.
 
     Attributes:
+        model: Folder of a Hugging Face model: a classifier, or one that predicts the next token.
+        data: Media for it, a file or folder: with labels for a classifier, texts for the other; cut into training, study and test.
+        column: Field or column that holds the text.
+        label: Field or column that holds the class; ``auto``: by the usual names, else a folder for each class.
+        max_length: Longest text [tokens].
         factory: ``module:function`` that returns (model, task): an ``nn.Module`` and what
             :class:`~alphasmith.objectives.joint.ports.JointTask` asks for. Naming it runs it.
         factory_path: Folder put on the module search path for it.
@@ -60,6 +65,11 @@ class TaskConfig(Section):
             needs the extra of that name.
     """
 
+    model: UserPath | None = None
+    data: UserPath | None = None
+    column: Label = Field(default="text", min_length=1, max_length=512)
+    label: Label = Field(default="auto", min_length=1, max_length=512)
+    max_length: int = Field(default=256, gt=0, le=2**24)
     factory: CodeName | None = None
     factory_path: UserPath | None = None
     path: UserPath | None = None
@@ -69,6 +79,15 @@ class TaskConfig(Section):
     def _consistent(self) -> TaskConfig:
         if self.metrics is not None and self.factory is not None:
             raise InputError("metrics", "given together with a factory", "let its task name them")
+        if self.model is not None and self.factory is not None:
+            raise InputError("factory", "given together with a model", "remove one of them")
+        if self.model is not None and self.metrics is not None:
+            raise InputError(
+                "metrics", "given together with a model", "remove them: accuracy or perplexity is measured"
+            )
+        if (self.model is None) != (self.data is None):
+            missing, there = ("data", "model") if self.data is None else ("model", "data")
+            raise InputError(missing, f"is missing beside task.{there}", "give both")
         for name in ("factory_path", "path"):
             if getattr(self, name) is not None and self.factory is None:
                 raise InputError(name, "given without a factory", "add task.factory or remove it")
@@ -274,7 +293,14 @@ class CompressConfig(Configuration):
         Raises:
             InputError: Missing file, broken TOML, unknown or invalid field.
         """
-        paths = (("task", "path"), ("task", "factory_path"), ("study", "cache"), (None, "out"))
+        paths = (
+            ("task", "model"),
+            ("task", "data"),
+            ("task", "path"),
+            ("task", "factory_path"),
+            ("study", "cache"),
+            (None, "out"),
+        )
         return cls.build(read_toml(path, paths, overrides))
 
     def deciding(self) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 - ``_plain_model``: the model that is searched: plain operators in place of what hides its products
 - ``_weighed_rows``: calibration rows with weights in units of the model's output
 - ``calibration_cache``: calibration rows and statistics in the artifact store
+- ``folder_task``: a Hugging Face model and labelled media as a task of joint compression
 - ``format_cost``: what a site costs on the target in every format: multiply-adds, bytes moved, seconds
 - ``hardware``: the budget of the machine that will run the model, and how scarce it is
+- ``labelled_samples``: samples with labels, of media that are read when asked for
 - ``permission``: code that a record names: it runs only where whoever starts the process names it, too
 - ``preparation``: from a task to searchable sites: discovery, memory plan, calibration, hardware
 - ``streaming``: how much of the model a run has in memory: all of it, or block by block
@@ -12,4 +14,15 @@
 - ``versions``: versions that a result depends on
 """
 
-__all__ = ["calibration_cache", "format_cost", "hardware", "permission", "preparation", "streaming", "task", "versions"]
+__all__ = [
+    "calibration_cache",
+    "folder_task",
+    "format_cost",
+    "hardware",
+    "labelled_samples",
+    "permission",
+    "preparation",
+    "streaming",
+    "task",
+    "versions",
+]

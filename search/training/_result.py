@@ -17,8 +17,9 @@ from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.quantization.payload import payload
 from alphasmith.objectives.training.outcome import TrainingOutcome
 from alphasmith.search.checkpoints.load import STRUCTURE, load_quantized
+from alphasmith.search.inputs.labelled_samples import LabelledSamples
 from alphasmith.search.training._parent import Parent
-from alphasmith.search.training._samples import LabelledData, LabelledSamples, batches_of
+from alphasmith.search.training._samples import LabelledData, batches_of
 from alphasmith.search.training.config import FinetuneConfig, as_recorded
 from alphasmith.storage.output.manifest import FILE_NAME, Manifest
 from alphasmith.storage.output.output_folder import OutputFolder

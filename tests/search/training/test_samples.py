@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from alphasmith.objectives.media import MediaBatches
 from alphasmith.objectives.media.batch import Batch
+from alphasmith.search.inputs.labelled_samples import LabelledSamples
 from alphasmith.search.training._kept import KeptSamples
-from alphasmith.search.training._samples import LabelledSamples
 
 
 def test_batches_follow_the_numbers_asked_for() -> None:
