@@ -180,7 +180,7 @@ def _reply(tool: Tool, place: Path, bench: Bench, setting: Setting) -> ToolReply
         shutil.rmtree(answered, ignore_errors=True)
         write_request(asked, bench.folder, bench.batches, tool, setting.threads)
         ask(python, tool, asked, answered, setting.patience)
-    return read_reply(answered, bench.channels)
+    return read_reply(answered, bench.channels, bench.weights)
 
 
 def _cell(error: Exception) -> str:

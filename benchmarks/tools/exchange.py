@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,6 +41,7 @@ class ReplyFile(BaseModel):
     cpu: float
     versions: dict[str, str]
     settings: dict[str, Any]
+    weights: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,12 +130,13 @@ def ask(python: Path, tool: Tool, request: Path, reply: Path, patience: float) -
         raise AdapterError(f"its adapter wrote no reply: {last_line(done.stderr)}")
 
 
-def read_reply(folder: Path, channels: Mapping[str, int]) -> ToolReply:
+def read_reply(folder: Path, channels: Mapping[str, int], weights: Mapping[str, str] | None = None) -> ToolReply:
     """A reply, checked.
 
     Args:
         folder: Of the reply.
         channels: Linear of the model -> its input channels.
+        weights: Linear -> digest of its weight, see ``adapters.contract.digest``; tells what a tool calls otherwise.
 
     Raises:
         AdapterError: The tool has no scales, or what it wrote is not what was agreed on; names the file or the linear.
@@ -147,7 +150,9 @@ def read_reply(folder: Path, channels: Mapping[str, int]) -> ToolReply:
         raise AdapterError(f"reply.json: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None
     if file.status != "done":
         raise AdapterError(f"{file.status}: {last_line(file.reason)}")
-    scales, outputs = _tensors(folder / "scales.safetensors"), _tensors(folder / "outputs.safetensors")
+    named, outputs = _tensors(folder / "scales.safetensors"), _tensors(folder / "outputs.safetensors")
+    known = _names(file.weights, channels, weights or {})
+    scales = {known.get(name, name): scale for name, scale in named.items()}
     if not scales:
         raise AdapterError("scales.safetensors is empty")
     for name, scale in scales.items():
@@ -164,6 +169,13 @@ def read_reply(folder: Path, channels: Mapping[str, int]) -> ToolReply:
     if before.shape != after.shape:
         raise AdapterError(f"outputs.safetensors: shapes {tuple(before.shape)} and {tuple(after.shape)} differ")
     return ToolReply(scales=scales, before=before, after=after, file=file)
+
+
+def _names(theirs: Mapping[str, str], channels: Mapping[str, int], ours: Mapping[str, str]) -> dict[str, str]:
+    """What linears that we do not know by name are called here: those with the same weight, where only one has it."""
+    counts = Counter(ours.values())
+    alone = {weight: name for name, weight in ours.items() if counts[weight] == 1}
+    return {name: alone[weight] for name, weight in theirs.items() if name not in channels and weight in alone}
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 Tools that keep a scale as a multiplication at run time choose one for every linear, also where several linears read one tensor. So
 the model is quantized with every linear as a site of its own, which divides its own input; with weights rounded channel by channel
-that equals folding, but for the rounding of float32. Ranges of activations are those of our calibration for every contestant.
+that equals folding, but for the rounding of float32. Ranges of activations are calibrated on the samples that the tool chose its
+scales on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from alphasmith.search.progress import Silent
 from benchmarks.real_data import Arguments
 from benchmarks.real_judges import Judge, Judged
 from benchmarks.real_runs import SWEPT, statistics
-from benchmarks.tools.adapters.contract import first_output
+from benchmarks.tools.adapters.contract import digest, first_output
 from benchmarks.tools.exchange import AdapterError, ToolReply, relative_difference
 
 #: Relative squared difference of outputs up to which two float models are one: float32 in another order of sums leaves 1e-12.
@@ -129,15 +131,23 @@ class Bench:
         self.folder = config.model.path
         self._given = batches
         # Rows are not looked at here: statistics are those of all positions, however few rows are kept.
-        small = RunConfig.build({**config.model_dump(), "search": {**config.search.model_dump(), "rows": 16}})
-        self._task: Task = load_task(small, batches=batches)
-        self._prepared: PreparedModel = prepare(small, self._task, survey(small, self._task), Silent())
-        self._model: nn.Module = self._prepared.survey.model
-        self._scheme = small.scheme.build()
-        self._skip = skip_patterns(small, self._prepared)
-        self._ranges = input_ranges(self._prepared)
+        self._config = RunConfig.build({**config.model_dump(), "search": {**config.search.model_dump(), "rows": 16}})
+        self._task: Task = load_task(self._config, batches=batches)
+        self._model: nn.Module = self._task.loaded.model.eval()
+        self._given = batches
         self._judge = judge
-        self.float_model = judge(self._model.eval())
+        self.float_model = judge(self._model)
+
+    @cached_property
+    def _calibrated(self) -> PreparedModel:
+        """The model with statistics and ranges of the run's own calibration."""
+        return prepare(self._config, self._task, survey(self._config, self._task), Silent())
+
+    @cached_property
+    def _informed(self) -> PreparedModel:
+        """The same with those of all samples, as tools see them: scales and ranges that come from different data clip."""
+        task = replace(self._task, calibration=self.batches)
+        return prepare(self._config, task, survey(self._config, task), Silent())
 
     @property
     def batches(self) -> list[Batch]:
@@ -151,6 +161,11 @@ class Bench:
     def channels(self) -> dict[str, int]:
         """Linear -> its input channels."""
         return {name: m.in_features for name, m in self._model.named_modules() if isinstance(m, nn.Linear)}
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Linear -> digest of its weight."""
+        return {name: digest(m.weight) for name, m in self._model.named_modules() if isinstance(m, nn.Linear)}
 
     def score(self, reply: ToolReply, asked: Mapping[str, Tensor]) -> Scored:
         """Quantize with a tool's scales, and judge.
@@ -174,10 +189,11 @@ class Bench:
             raise AdapterError(
                 f"its smoothed float model is not the float model: the outputs differ by {reply.change:.2g}"
             )
-        sites = [part for site in self._prepared.sites for part in split_site(site)]
+        prepared = self._informed
+        sites = [part for site in prepared.sites for part in split_site(site)]
         smoothings, unused = smoothings_of(reply.scales, sites)
         try:
-            with self._candidate(sites, split_ranges(self._prepared.sites, self._ranges)) as candidate:
+            with self._candidate(prepared, sites, split_ranges(prepared.sites, input_ranges(prepared))) as candidate:
                 candidate.apply(smoothings)
                 judged = self._judge(candidate.model)
         except AlphasmithError as error:
@@ -186,15 +202,17 @@ class Bench:
 
     def judged_at(self, alpha: float | None) -> Judged:
         """The model quantized with one alpha at every site, or without smoothing, as judged."""
-        scales = ModelScales(statistics(self._prepared))
-        with self._candidate(self._prepared.sites, self._ranges) as candidate:
+        prepared = self._calibrated
+        scales = ModelScales(statistics(prepared))
+        with self._candidate(prepared, prepared.sites, input_ranges(prepared)) as candidate:
             candidate.apply({} if alpha is None else scales.single(alpha))
             return self._judge(candidate.model)
 
     def sweep(self) -> Swept:
         """One alpha for the whole model, of 0.5 to 0.95, by the output loss on the calibration batches."""
-        scales = ModelScales(statistics(self._prepared))
-        with self._candidate(self._prepared.sites, self._ranges) as candidate:
+        prepared = self._calibrated
+        scales = ModelScales(statistics(prepared))
+        with self._candidate(prepared, prepared.sites, input_ranges(prepared)) as candidate:
             wall, cpu = time.perf_counter(), time.process_time()
             data = list(self._task.calibration)
             objective = ModelObjective(candidate, data, loss=loss_of_answers(candidate.reset(), data[0]))
@@ -206,8 +224,16 @@ class Bench:
         return Swept(alpha=best, judged=judged, wall=wall, cpu=cpu)
 
     @contextmanager
-    def _candidate(self, sites: Sequence[Site], ranges: Mapping[str, ChannelRange]) -> Iterator[CandidateModel]:
-        dense = self._prepared.plan.dense > 0
-        candidate = CandidateModel(self._model, sites, ranges, self._scheme, self._skip, keep_dense=dense)
+    def _candidate(
+        self, prepared: PreparedModel, sites: Sequence[Site], ranges: Mapping[str, ChannelRange]
+    ) -> Iterator[CandidateModel]:
+        candidate = CandidateModel(
+            prepared.survey.model,
+            sites,
+            ranges,
+            self._config.scheme.build(),
+            skip_patterns(self._config, prepared),
+            keep_dense=prepared.plan.dense > 0,
+        )
         with candidate.restored():
             yield candidate

@@ -92,6 +92,15 @@ def test_scales_that_fit_nothing_are_refused_by_linear(tmp_path: Path, scales: d
         read_reply(replied(tmp_path / "reply", scales), CHANNELS)
 
 
+def test_a_linear_of_another_name_is_known_by_its_weight(tmp_path: Path) -> None:
+    theirs = {"old.fc": "a", "old.head": "b"}
+    folder = replied(tmp_path / "reply", {"old.fc": torch.tensor([1.0, 2.0, 3.0])}, weights=theirs)
+    assert set(read_reply(folder, CHANNELS, {"fc": "a", "head": "b"}).scales) == {"fc"}
+    for ours in ({"fc": "c", "head": "b"}, {"fc": "a", "head": "a"}):
+        with pytest.raises(AdapterError, match=r"no linear 'old\.fc'"):
+            read_reply(folder, CHANNELS, ours)
+
+
 def test_files_that_are_spoilt_or_missing_are_named(tmp_path: Path) -> None:
     folder = replied(tmp_path / "reply", outputs={"before": torch.ones(2)})
     with pytest.raises(AdapterError, match=r"^outputs.safetensors has no 'after'"):

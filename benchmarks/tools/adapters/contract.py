@@ -10,6 +10,7 @@ the weight multiplied), and ``outputs.safetensors`` with the float outputs of th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -62,6 +63,7 @@ class Reply:
         cpu: CPU time likewise, all threads [s].
         versions: Of the packages that took part.
         settings: With which the tool ran, its defaults included.
+        weights: Linear -> digest of its weight as it was loaded: releases of transformers give linears different names.
         format: See ``FORMAT``.
     """
 
@@ -71,6 +73,7 @@ class Reply:
     cpu: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -107,6 +110,7 @@ def serve(smooth: Smooth, *packages: str, traced: bool = False) -> None:
     versions = _versions(packages)
     try:
         model = load_model(request.model, traced=traced)
+        weights = {name: digest(linear.weight) for name, linear in linears(model).items()}
         batches = read_batches(source / "batches.safetensors")
         before = first_output(model, batches[0])
         wall, cpu = time.perf_counter(), time.process_time()
@@ -117,7 +121,7 @@ def serve(smooth: Smooth, *packages: str, traced: bool = False) -> None:
             {n: s.detach().float().contiguous().clone() for n, s in made.scales.items()}, target / "scales.safetensors"
         )
         save_file({"before": before, "after": after}, target / "outputs.safetensors")
-        reply = Reply(status="done", wall=wall, cpu=cpu, versions=versions, settings=made.settings)
+        reply = Reply(status="done", wall=wall, cpu=cpu, versions=versions, settings=made.settings, weights=weights)
     except UnsupportedError as reason:
         reply = Reply(status="unsupported", reason=str(reason), versions=versions)
     except Exception as error:  # noqa: BLE001  whatever a tool raises is its result
@@ -171,6 +175,11 @@ def first_output(model: nn.Module, batch: Arguments) -> Tensor:
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear by its name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def digest(weight: Tensor) -> str:
+    """sha256 of a weight's numbers in float32."""
+    return hashlib.sha256(weight.detach().float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def column_factors(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
