@@ -26,6 +26,7 @@ from alphasmith.objectives.quantization.formats import FORMATS, told
 from alphasmith.search.budget import BudgetConfig
 from alphasmith.search.formats.record import Measured, NoRecord
 from alphasmith.search.formats.stage import FormatRequest, FormatResult, choose_formats
+from alphasmith.search.inputs.hardware import HardwareBudget
 from alphasmith.search.model.search import ModelScales
 from benchmarks.real_folders import PACKAGES, AbsentError, home_folder, model_folder
 from benchmarks.real_judges import SHORT, Judge, Sizes, make_judge
@@ -91,6 +92,7 @@ def lines(
             schemes=candidate.schemes,
             formats=tuple(name for name in FORMATS if name in formats),
             budget=BudgetConfig(share_of_macs=share),
+            hardware=HardwareBudget(),
             seed=request.seed,
             calibration=sum(batch.size for batch in task.calibration),
         ),

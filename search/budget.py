@@ -49,8 +49,8 @@ class BudgetConfig(Section):
         share_of_macs: Largest share of the multiply-adds of quantized sites that may be done in formats dearer than the scheme's
             own (per token, 16-bit, float). None: no such budget.
         latency: Format -> what a multiply-add in it takes on the target, in seconds or relative to any other; or a TOML file that holds
-            that table. Empty: costs are counted as a share of multiply-adds.
-        latency_factor: Longest time of all sites, by ``latency``, over that in the scheme's own format. None: no such budget.
+            that table. Empty: with ``latency_factor``, times follow from the sizes of sites and ``hardware`` (formula fA19).
+        latency_factor: Longest time of all sites over that in the scheme's own format. None: no such budget.
     """
 
     share_of_macs: float | None = Field(default=None, ge=0, le=1)
@@ -63,12 +63,24 @@ class BudgetConfig(Section):
         return self.share_of_macs is not None or self.latency_factor is not None
 
     @property
+    def timed(self) -> bool:
+        """Whether costs are times, not a share of multiply-adds."""
+        return bool(self.latency) or self.latency_factor is not None
+
+    @property
+    def by_hardware(self) -> bool:
+        """Whether times follow from the hardware, site by site."""
+        return self.timed and not self.latency
+
+    @property
     def limit(self) -> float | None:
-        """Most that a choice of formats may cost, in the unit of :meth:`cost`; None: no limit."""
-        return self.latency_factor if self.latency else self.share_of_macs
+        """Most that a choice of formats may cost: a share of multiply-adds, or times the time in the scheme's own; None: no limit."""
+        return self.latency_factor if self.timed else self.share_of_macs
 
     def cost(self, name: SiteFormat, own: SiteFormat) -> float:
         """Cost of all multiply-adds in one format: time relative to the scheme's own, or 1 where it is dearer than that and 0 else.
+
+        Not asked for where times follow from the hardware.
 
         Args:
             name: The format.
@@ -119,8 +131,6 @@ class BudgetConfig(Section):
             )
         if self.share_of_macs is not None and (self.latency or self.latency_factor is not None):
             raise InputError("budget", "has a share of multiply-adds and a latency", "keep one of them")
-        if self.latency_factor is not None and not self.latency:
-            raise InputError("budget.latency", "is missing", "give the table that budget.latency_factor is measured by")
         self._check_table(own, formats)
         self._check_limit(own, self.choices(scheme, formats, target))
 
@@ -132,7 +142,9 @@ class BudgetConfig(Section):
             )
 
     def _check_limit(self, own: SiteFormat, choices: Sequence[SiteFormat]) -> None:
-        """A limit below the cheapest choice is met by no model."""
+        """A limit below the cheapest choice is met by no model; of the hardware's times nothing is known before the sites are."""
+        if self.by_hardware:
+            return
         cheapest = min(choices, key=lambda name: self.cost(name, own))
         least, limit = self.cost(cheapest, own), self.limit
         if limit is None or least <= limit:

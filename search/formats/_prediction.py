@@ -19,6 +19,8 @@ from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.search.budget import BudgetConfig
 from alphasmith.search.formats._plans import Choices
 from alphasmith.search.formats._program import Plan, Program
+from alphasmith.search.inputs.format_cost import SiteShape, format_cost
+from alphasmith.search.inputs.hardware import HardwareBudget
 
 #: Samples that contributions are predicted from.
 SAMPLES = 16
@@ -58,6 +60,7 @@ def predict(
     own: SiteFormat,
     formats: Sequence[SiteFormat],
     budget: BudgetConfig,
+    hardware: HardwareBudget,
     *,
     seed: int,
     memory: int | None,
@@ -73,6 +76,7 @@ def predict(
         own: Format of all others.
         formats: Formats of a site, from the cheapest to the dearest.
         budget: What formats cost.
+        hardware: The target, where times follow from it.
         seed: Of the random projections.
         memory: Most bytes beside the float model; None: no bound.
         step: Called before every sample; may raise to leave.
@@ -96,11 +100,29 @@ def predict(
     choices = Choices(schemes=schemes, own=own, formats=tuple(formats), sites=tuple(known), shares=shares)
     contributions = np.array([[found[name][site] if name in found else 0.0 for name in formats] for site in known])
     parts = np.array([[shares[site]] for site in known])
-    costs = parts * np.array([[budget.cost(name, own) for name in formats]])
+    if budget.by_hardware:
+        costs = _times(candidate, choices, work, hardware)
+    else:
+        costs = parts * np.array([[budget.cost(name, own) for name in formats]])
     steps = np.array([[float(step_of(name)) for name in formats]])
-    worth = 0.0 if budget.latency else _STEP_WORTH * float(contributions.max(axis=1).sum())
+    worth = 0.0 if budget.timed else _STEP_WORTH * float(contributions.max(axis=1).sum())
     program = Program(contributions + worth * parts * steps, costs)
     return Predicted(choices=choices, contributions=contributions, program=program, samples=ran)
+
+
+def _times(
+    candidate: CandidateModel, choices: Choices, work: Mapping[str, int], hardware: HardwareBudget
+) -> np.ndarray:
+    """(S, F) time of every site in every format for one sample, over that of all sites in the scheme's own. Source: formula fA19."""
+    sites = {site.name: site for site in candidate.sites}
+    shapes = [SiteShape.of(sites[name], max(1, work[name] // sites[name].weight_count)) for name in choices.sites]
+
+    def amounts(name: SiteFormat) -> list[float]:
+        scheme = scheme_of(name, choices.schemes.default)
+        return [format_cost(shape, scheme, hardware).amount for shape in shapes]
+
+    found: np.ndarray = np.array([amounts(name) for name in choices.formats]).T / sum(amounts(choices.own))
+    return found
 
 
 def _contributions(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from alphasmith.objectives.errors import NonFiniteError
+from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.judge.losses import relative_loss
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.literals import SiteFormat, Target
@@ -24,6 +24,7 @@ from alphasmith.search.formats._plans import plan_key, schemes_of
 from alphasmith.search.formats._prediction import Predicted, predict
 from alphasmith.search.formats._program import TOLERANCE, Plan
 from alphasmith.search.formats.record import Measured, PlanRecord
+from alphasmith.search.inputs.hardware import HardwareBudget
 from alphasmith.search.interruption import leave
 from alphasmith.search.model.held_out import HeldOutScore, Judgement, held_out_score, judged
 
@@ -44,6 +45,7 @@ class FormatRequest:
         schemes: The model's own; sites that it names have no choice.
         formats: Formats of a site, from the cheapest to the dearest.
         budget: What they may cost.
+        hardware: The target, where times follow from it.
         target: What will serve the model.
         seed: Of the prediction.
         calibration: Number of calibration samples.
@@ -53,6 +55,7 @@ class FormatRequest:
     schemes: SiteSchemes
     formats: tuple[SiteFormat, ...]
     budget: BudgetConfig
+    hardware: HardwareBudget
     target: Target = "any"
     seed: int = 0
     calibration: int
@@ -138,6 +141,7 @@ def choose_formats(
         None where nothing can be predicted, so that no choice can be made; ``note`` says so.
 
     Raises:
+        InputError: No choice keeps within the budget; names the nearest.
         Interrupted: ``stop`` said so; what was measured is on record.
     """
     own = format_of(request.schemes.default)
@@ -205,6 +209,7 @@ class _Choosing:
             self._own,
             request.formats,
             request.budget,
+            request.hardware,
             seed=request.seed,
             memory=request.memory,
             step=step,
@@ -217,6 +222,11 @@ class _Choosing:
         program, request = predicted.program, self._request
         limit = request.budget.limit
         most = program.least if limit is None else limit
+        if program.least > most + TOLERANCE * (program.most or 1.0):
+            problem = f"{number(most)} is met by no choice of formats; the nearest is {number(program.least)}"
+            raise InputError(
+                "budget.latency_factor", problem, f"give at least {number(program.least)}, or other formats"
+            )
         # Held-out samples judge twice at the end.
         left = MOST_PASSES * request.calibration - self._samples - 2 * self._held_out
         allowed = max(1, min(_MOST_PLANS, int(left // self._tuning)))

@@ -13,6 +13,7 @@ from alphasmith.search.devices import search_device
 from alphasmith.search.formats.advice import advise
 from alphasmith.search.formats.record import FORMATS, StoredPlans
 from alphasmith.search.formats.stage import FormatRequest, FormatResult, choose_formats
+from alphasmith.search.inputs.hardware import target_budget
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.inputs.task import Task
 from alphasmith.search.interruption import leave
@@ -90,6 +91,7 @@ def with_formats(
             schemes=candidate.schemes,
             formats=choices,
             budget=config.budget,
+            hardware=target_budget(config.hardware),
             target=config.target,
             seed=config.search.seed,
             calibration=sum(batch.size for batch in task.calibration),
@@ -126,7 +128,7 @@ def formats_entry(result: FormatResult, metric: float | None) -> FormatsEntry:
         target=request.target,
         sites=len(result.sites),
         loss=result.loss,
-        cost_unit="time relative to the scheme's own format" if request.budget.latency else "share of multiply-adds",
+        cost_unit="time relative to the scheme's own format" if request.budget.timed else "share of multiply-adds",
         limit=request.budget.limit,
         points=tuple(
             FormatPoint(

@@ -28,7 +28,6 @@ TIMES = {"int8-static": 1.0, "int8-token": 1.25, "float": 4.0}
         ),
         ({"sites": {"formats": ["int8-token"]}, "budget": {"share_of_macs": 0.5}}, "the nearest is 1, int8-token"),
         ({"budget": {"latency": TIMES, "latency_factor": 0.9}}, "0.9 is met by no choice of formats; the nearest is 1"),
-        ({"budget": {"latency_factor": 1.1}}, "budget.latency: is missing"),
         ({"budget": {"latency": TIMES}}, "without a limit"),
         ({"budget": {"latency": TIMES, "latency_factor": 1.1, "share_of_macs": 0.1}}, "keep one of them"),
         ({"budget": {"latency": {"float": 2.0}, "latency_factor": 1.1}}, "says nothing of 'int8-static'"),

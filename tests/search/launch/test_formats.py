@@ -288,3 +288,22 @@ def test_times_of_the_target_are_a_budget(tmp_path: Path, model: nn.Module) -> N
     own = next(point for point in entry.points if not point.formats)
     assert own.cost == pytest.approx(1.0)
     assert 1.0 <= entry.chosen.cost <= 1.3 + 1e-5
+
+
+def test_without_a_table_times_follow_from_the_hardware(tmp_path: Path, model: nn.Module) -> None:
+    values = {
+        "search": {"trials": 4},
+        "sites": {"formats": ["int8-static", "int8-token", "float"]},
+        "budget": {"latency_factor": 1.2},
+        "hardware": {"bandwidth": "50 GB/s"},
+    }
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    entry = entry_of(launch(tmp_path / "a", model, vectors(), values))
+    own = next(point for point in entry.points if not point.formats)
+    assert own.cost == pytest.approx(1.0)
+    assert entry.cost_unit.startswith("time")
+    assert 1.0 < entry.chosen.cost <= 1.2 + 1e-5
+    with pytest.raises(InputError, match=r"is met by no choice of formats; the nearest is 0\.9"):
+        launch(tmp_path / "b", model, vectors(), values | {"budget": {"latency_factor": 0.5}})
+    assert not (tmp_path / "b/out").exists()
