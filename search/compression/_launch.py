@@ -75,6 +75,9 @@ def recorded(
         InputError: The model is not what it was, code is not allowed, or a change makes another compression of it.
         Interrupted: ``stop`` said so.
     """
+    if record.scripted and model is None:  # before another model is opened, and trained perhaps
+        remedy = "go on with it from that script: compress(model, task, ...) continues it"
+        raise InputError("task", f"model and task of {record.id} were given by a script", remedy)
     given = dict(merged(record.config, changes))
     config = CompressConfig.build(merged(given, {"out": record.folder}))
     code = ("factory", "factory_path", "path")
@@ -159,4 +162,5 @@ def spec_of(launch: Launch) -> CompressionSpec:
         model_digest=launch.stages.digest,
         folder=str(usable_path("out", config.folder_of("{id}"))),
         directions=tuple(directions(config.study.latency)),
+        scripted=launch.given is not None,
     )

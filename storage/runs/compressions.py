@@ -44,6 +44,7 @@ class CompressionSpec:
         model_digest: sha256 over the model and its task.
         folder: Where the result goes, absolute; ``{id}`` in it stands for the id.
         directions: Optuna's, one for each objective.
+        scripted: Whether model and task were given by a script, so that only a script can give them again.
     """
 
     config: Mapping[str, Any]
@@ -51,6 +52,7 @@ class CompressionSpec:
     model_digest: str
     folder: str
     directions: tuple[Literal["minimize", "maximize"], ...]
+    scripted: bool = False
 
     def __post_init__(self) -> None:
         check_json("compression", dict(self.config))

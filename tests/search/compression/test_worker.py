@@ -141,6 +141,10 @@ def test_who_has_nothing_to_work_on_is_told_so(
     with pytest.raises(InputError, match="--workers: -1 processes cannot work"):
         work(undisturbed.id, storage=url, workers=-1)
     record = record_of(interrupted)
+    with pytest.raises(
+        InputError, match=r"task: model and task of c-.* were given by a script; go on with it from that"
+    ):
+        work(record.id, storage=interrupted["storage"])
     with opened(interrupted["storage"]) as database:
         store = CompressionStore(database)
         study = store.study(record)
@@ -225,7 +229,7 @@ def test_workers_that_die_again_and_again_or_fail_end_it_with_a_reason(
 
 
 class Killing(Silent):
-    """Kills one of the worker processes, and then another one, as soon as they work."""
+    """Kills one of the workers, and then another one, while they are at a trial."""
 
     def __init__(self, url: str) -> None:
         self._url, self.killed = url, set[int]()
@@ -283,11 +287,13 @@ def test_workers_of_two_shells_finish_what_a_driver_left(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_actors_of_a_ray_cluster_share_the_trials(tmp_path: Path) -> None:
+def test_actors_of_a_ray_cluster_share_the_trials_and_may_be_killed(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
-    given = settings(tmp_path, engine="ray", workers={"count": 2, "threads": 1}, study={"trials": 8})
-    found = compress(listener(), task(), given)
+    given = settings(tmp_path, engine="ray", workers={"count": 2, "threads": 1}, study={"trials": 12})
+    watch = Killing(given["storage"])
+    found = compress(listener(), task(), given, progress=watch)
     assert record_of(given).status == "finished"
     trials = trials_of(given["storage"], found.id)
-    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(8))
+    assert sorted(t.user_attrs["place"] for t in trials if t.state != TrialState.FAIL) == list(range(12))
+    assert len([t for t in trials if t.state == TrialState.FAIL]) == len(watch.killed)
     assert {int(trial.user_attrs["worker"].split("/")[1]) for trial in trials} & {os.getpid()} == set()
