@@ -431,6 +431,11 @@ class RunConfig(Configuration):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         self.budget.check(self.scheme.build(), self.sites.formats, self.target)
+        if self.memory.mode == "blockwise" and (self.sites.formats or self.budget.given):
+            problem = (
+                "is 'blockwise', where formats of sites are not chosen: that needs the whole model again and again"
+            )
+            raise InputError("memory.mode", problem, "use 'resident', or leave sites.formats and budget out")
         if self.model.demo and (self.model.path or self.model.factory):
             raise InputError("model.demo", "given together with another model", "keep one of demo, path and factory")
         if self.model.factory_path and not self.model.factory:

@@ -71,6 +71,9 @@ _NOTE = (
     "the model was read block by block (memory.mode): the variants were judged at its output, each through its own quantized blocks; "
     "one alpha for the whole model, the refinement and the shares of the output's error were left out"
 )
+_NO_FORMATS = (
+    "formats of sites were not chosen (sites.formats, budget): that takes the whole model, memory.mode = 'resident'"
+)
 
 
 def finish_blockwise(
@@ -118,7 +121,8 @@ class _BlockwiseRun:
         stop: Callable[[], bool],
     ) -> None:
         self._config = config
-        self._task = replace(task, notes=(*task.notes, _NOTE))
+        left = (_NO_FORMATS,) if config.sites.formats or config.budget.given else ()
+        self._task = replace(task, notes=(*task.notes, _NOTE, *left))
         self._streamed = streamed
         self._ahead = ahead
         self._handle = handle

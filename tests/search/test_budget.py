@@ -34,6 +34,7 @@ TIMES = {"int8-static": 1.0, "int8-token": 1.25, "float": 4.0}
         ({"budget": {"latency": {"float": -1.0}, "latency_factor": 1.1}}, "budget.latency.float"),
         ({"budget": {"latency": "nowhere.toml", "latency_factor": 1.1}}, "budget.latency: no file"),
         ({"budget": {"share_of_macs": 0.1}, "scheme": "w4a16-g64"}, "quantizes no activations"),
+        ({"budget": {"share_of_macs": 0.2}, "memory": {"mode": "blockwise"}}, "memory.mode: is 'blockwise'"),
         ({"budget": {"share_of_macs": 1.5}}, "budget.share_of_macs"),
     ],
 )
