@@ -155,7 +155,10 @@ def _record(item: Any, place: str) -> Facts:
 
 
 def _label(key: Any) -> str:
-    return str(key).replace("_", " ").strip()
+    name = str(key)
+    return (
+        name if "." in name else name.replace("_", " ").strip()
+    )  # with a dot: a module of the model, which keeps its name
 
 
 def _unit(key: str) -> str:

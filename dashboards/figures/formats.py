@@ -51,6 +51,7 @@ def loss_against_cost(entry: Mapping[str, Any]) -> go.Figure:
         "line": {"width": 2},
     }
     figure.add_trace(_marks(entry, picked, "picked", mark))
+    figure.update_traces(cliponaxis=False)  # a choice at no cost lies on the axis
     return figure
 
 

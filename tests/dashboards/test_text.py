@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alphasmith.dashboards.text import choices_of_site, offset_text, verdict_of_refinement, verdict_of_site
+from alphasmith.dashboards.text import choices_of_site, facts_of, offset_text, verdict_of_refinement, verdict_of_site
 
 SITE: dict[str, Any] = {"mode": "fold", "best_single": 2.5e-4, "ours": 2.3e-4, "limit": 2.2e-4}
 
@@ -64,3 +64,10 @@ def test_verdict_of_refinement_has_its_figures_or_its_reason() -> None:
 def test_offsets_are_factors() -> None:
     assert offset_text(math.log(1.25)) == "x1.25"
     assert [offset_text(nothing) for nothing in (0.0, math.nan)] == ["", ""]
+
+
+def test_names_of_modules_keep_their_underscores() -> None:
+    assert facts_of({"scheme": {"weight_granularity": "channel", "sites": {"layers.0.q_proj": "float"}}}) == [
+        ("scheme · weight granularity", "channel"),
+        ("scheme · sites · layers.0.q_proj", "float"),
+    ]
