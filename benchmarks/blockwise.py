@@ -1,6 +1,6 @@
 """A model block by block against the same model in memory as a whole: peak resident memory, tokens per second, what was predicted.
 
-    python benchmarks/blockwise.py [--work DIR] [--layers 6 47] [--out FILE]
+    python benchmarks/blockwise.py [--work DIR] [--layers 6 47] [--hidden 2560] [--intermediate 6912] [--out FILE]
 
 LLaMA-shaped models of random weights in bfloat16, written layer by layer so that none is ever held whole, with 1 % loud channels
 behind every norm. Each pass is a process of its own; its memory is the kernel's peak resident size (VmHWM), libraries included, its
@@ -218,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 47])
     parser.add_argument("--most", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--intermediate", type=int, default=INTERMEDIATE)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
@@ -232,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for layers in given.layers:
         with tempfile.TemporaryDirectory(dir=given.work, prefix="blockwise-") as made:
             model = Path(made) / "model"
-            write_llama(model, layers)
+            write_llama(model, layers, given.hidden, given.intermediate)
             for mode in ("blockwise", "resident")[: 2 if layers <= given.most else 1]:
                 found = _in_own_process(model, Path(made), mode)
                 lines.append(_row(layers, mode, found))

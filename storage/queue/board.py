@@ -104,6 +104,7 @@ class Board:
         # Whether a claim may have been committed without our knowing.
         self._uncertain = False
         self._dependants: Mapping[str, tuple[str, ...]] | None = None
+        self._planned: frozenset[str] = frozenset()
 
     @property
     def worker(self) -> str:
@@ -494,8 +495,9 @@ class Board:
 
     def _block(self, session: Session, site: str, by: int) -> None:
         """Count the sites that others wait for: one more or one less for those that wait for this one."""
-        if self._dependants is None:
-            # Plans never change, so they are read once: with 10,000 sites they are long.
+        if self._dependants is None or site not in self._planned:
+            # Read once: with 10,000 sites they are long. A plan grows at most, by sites together with all that wait for them.
+            self._planned = frozenset(session.scalars(select(TicketRow.site).where(TicketRow.run_id == self._run)))
             self._dependants = dependants_of(session, self._run)
         waiting = self._dependants.get(site, ())
         if waiting:

@@ -114,6 +114,27 @@ class TestClaims:
         finish(mine, claim, run_id=run_id)
         assert need(mine.claim()).site == "b"
 
+    def test_a_plan_grows_by_parts_whoever_works_on_it(self, database: Database, run_id: str) -> None:
+        driver, other = board(database, run_id), board(database, run_id)
+
+        def part(first: str, second: str, position: int) -> list[TicketSpec]:
+            one, two = chain(first, second)
+            return [replace(one, position=position), replace(two, position=position + 1, depends_on=(first,))]
+
+        driver.plan(part("a", "b", 0), part=True)
+        for name in ("a", "b"):
+            claim = need(other.claim())
+            assert (claim.site, finish(other, claim, run_id=run_id)) == (name, True)
+        later = part("c", "d", 2)
+        driver.plan(later, part=True)
+        driver.plan(later, part=True)  # a run that goes on plans it again
+        for name in ("c", "d"):
+            claim = need(other.claim())
+            assert (claim.site, finish(other, claim, run_id=run_id)) == (name, True)
+        assert driver.done() == {"a", "b", "c", "d"}
+        with pytest.raises(InputError, match="has another digest"):
+            driver.plan([replace(later[0], digest="f" * 64), later[1]], part=True)
+
     def test_a_site_waits_for_those_it_depends_on(self, database: Database, run_id: str) -> None:
         chance = random.Random(0)
         specs = [
