@@ -23,6 +23,9 @@ SCHEMES = [
     Scheme(weights="int4", activation_granularity="token"),
     Scheme(weights="int4", weight_granularity="group", group_size=4),
     Scheme(weight_granularity="group", group_size=5, activations="none"),
+    Scheme(activations="uint8"),
+    Scheme(weights="int4", activations="uint8", activation_granularity="token"),
+    Scheme(activations="int16"),
     Scheme(weights="fp8", activations="fp8"),
     Scheme(weights="fp8", weight_granularity="tensor", activations="fp8", activation_granularity="token"),
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch
-from alphasmith.objectives.quantization.quantizers import fake_quantize_activation
+from alphasmith.objectives.quantization.quantizers import fake_quantize_activation, row_grid
 from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, WeightFormat
 from alphasmith.objectives.training._rounding import rounded, rounded_by_row
 from alphasmith.objectives.training._teacher import TeacherOutputs
@@ -92,12 +92,25 @@ def test_a_scale_that_fell_to_zero_has_a_gradient_that_is_no_number(shape: tuple
     assert not torch.isfinite(torch.as_tensor(scale.grad)).any()
 
 
-@pytest.mark.parametrize("fmt", ["int8", "fp8"])
+def test_a_range_with_a_zero_point_ends_where_its_codes_do() -> None:
+    """Gradients pass up to half a step beyond either end; that of the scale is LSQ's, with codes counted from the zero point."""
+    scale, zero = torch.tensor(0.5, requires_grad=True), torch.tensor(55, dtype=torch.uint8)
+    x = torch.tensor([-28.0, -27.7, -27.2, 0.1, 99.9, 100.2, 100.3], requires_grad=True)
+    out = rounded(x, scale, "uint8", zero=zero)
+    assert out.tolist() == [-27.5, -27.5, -27.0, 0.0, 100.0, 100.0, 100.0]
+    out.sum().backward()
+    assert torch.as_tensor(x.grad).tolist() == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    inside = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    expected = ((out.detach() - x.detach() * inside) / 0.5).sum() / (7 * QMAX["uint8"]) ** 0.5
+    assert float(torch.as_tensor(scale.grad)) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "uint8", "fp8"])
 def test_rows_with_a_scale_of_their_own_pass_every_gradient(fmt: ActivationFormat) -> None:
     x = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
     out = rounded_by_row(x, (-1,), fmt)
-    peak = x.detach().abs().amax(-1, keepdim=True)
-    assert torch.equal(out.detach(), fake_quantize_activation(x.detach(), peak / QMAX[fmt], fmt))
+    scale, zero = row_grid(x.detach(), (-1,), fmt)
+    assert torch.equal(out.detach(), fake_quantize_activation(x.detach(), scale, fmt, zero))
     weights = torch.randn(5, 4, 6)
     (out * weights).sum().backward()
     assert torch.equal(torch.as_tensor(x.grad), weights)
