@@ -56,7 +56,7 @@ def scoring_variants(example: Example, candidate: CandidateModel, _: pytest.Monk
 
 def producing(example: Example, candidate: CandidateModel, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CandidateModel, "payload", broken)
-    found: Any = SimpleNamespace(final=example.smoothings)
+    found: Any = SimpleNamespace(final=example.smoothings, formats=None)
     produce(RunConfig(), UNUSED, UNUSED, candidate, found, 0, Silent())
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from alphasmith.search import RunResult
 from alphasmith.search.config import SearchConfig
-from alphasmith.search.launch import pipeline
+from alphasmith.search.launch import _outcome
 from alphasmith.search.model import _descent, held_out
 from alphasmith.storage.database.connection import open_existing, optuna_storage
 from alphasmith.storage.output.entries import RefinementEntry
@@ -31,7 +31,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for judge in (_descent, held_out):
             patch.setattr(judge, "paired_difference", lambda *_: (1.0, 0.5))
-        patch.setattr(pipeline, "kept_variant", lambda *_: "ours")
+        patch.setattr(_outcome, "kept_variant", lambda *_: "ours")
         result = launch(folder, with_loud_channels(seeded(Mlp)), vectors(), {"search": {"trials": 6, "refine": True}})
     return result, folder / "runs.db"
 

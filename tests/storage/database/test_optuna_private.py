@@ -328,10 +328,10 @@ class TestErrors:
         assert study.trials == []
         assert all(found == [] for found in rows(database, study_id).values())
 
-    def test_unfinished_trials_are_refused(self, storage: BaseStorage) -> None:
-        study, study_id = new_study(storage, "unfinished")
-        with pytest.raises(ValueError, match="RUNNING"):
-            insert_trials(storage, study_id, [finished(value=1.0), finished(TrialState.RUNNING)])
+    def test_trials_that_wait_are_refused(self, storage: BaseStorage) -> None:
+        study, study_id = new_study(storage, "waiting")
+        with pytest.raises(ValueError, match="WAITING"):
+            insert_trials(storage, study_id, [finished(value=1.0), finished(TrialState.WAITING)])
         assert study.trials == []
 
     def test_a_study_that_is_not_there(self, storage: BaseStorage) -> None:
