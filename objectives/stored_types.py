@@ -15,6 +15,13 @@ _HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _ROUNDINGS = 64
 
 
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
+
+
 def half_types(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Name -> type of the tensors that are bfloat16 or float16.
 

@@ -147,6 +147,14 @@ class MemoryPlan:
         """What the largest site and the largest step need beside the model and the rows of other sites [bytes]."""
         return max(self.activations, self.evaluator, self.candidate, self.proof)
 
+    def beside_model(self, budget: int | None) -> int:
+        """What a step may take beside the model and the rows: the working set, and what a larger budget leaves [bytes].
+
+        Args:
+            budget: Memory the run may take in all [bytes]; None: no more than predicted.
+        """
+        return max((budget or self.total) - self.total, 0) + self.working_set
+
     @property
     def _parts(self) -> int:
         return self.parameters + self.reservoirs + self.statistics + self.outputs + self.working_set

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alphasmith.objectives.errors import InputError, IntegrityError
@@ -18,6 +17,7 @@ from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.formats import scheme_of
 from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.smoothing import Smoothing
+from alphasmith.objectives.stored_types import same_bits
 
 #: Where a tensor of an operator is: in the file of the quantized model, or among those stored beside it.
 _QUANTIZED, _BESIDE = "quantized", "beside"
@@ -137,10 +137,10 @@ def _form(
     places = {}
     for key in sorted(key for key in tensors if key.startswith(inside)):
         value = tensors[key]
-        if key in base and _same(value, base[key]):
+        if key in base and same_bits(value, base[key]):
             places[key] = {"in": _QUANTIZED, "name": key}
             continue
-        equal = (other for other in beside if other.endswith(f":{key}") and _same(value, beside[other]))
+        equal = (other for other in beside if other.endswith(f":{key}") and same_bits(value, beside[other]))
         stored = next(equal, f"{name}:{key}")
         beside.setdefault(stored, value.clone())
         places[key] = {"in": _BESIDE, "name": stored}
@@ -149,13 +149,6 @@ def _form(
         "tensors": places,
         "aliases": {alias: target for alias, target in aliases.items() if alias.startswith(inside)},
     }
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bits."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
 def _merged(order: list[str], more: list[str]) -> list[str]:

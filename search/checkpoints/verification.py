@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alphasmith.objectives.demo import load_demo
@@ -18,6 +17,7 @@ from alphasmith.objectives.model.plain_operators import BakedWeight, Piece, Rewr
 from alphasmith.objectives.quantization.payload import payload
 from alphasmith.objectives.sites.folding import edit_parameter, shift_bias
 from alphasmith.objectives.sites.types import ParameterEdit, ShiftEdit
+from alphasmith.objectives.stored_types import same_bits
 from alphasmith.objectives.text import error_line
 from alphasmith.search.checkpoints.load import STRUCTURE, load_quantized, load_smoothed
 from alphasmith.search.config import RunConfig
@@ -131,21 +131,12 @@ def _same_bits(
     differing = [
         name
         for name in sorted(tensors.keys() | stored.keys())
-        if name not in tensors or name not in stored or not _identical(tensors[name], stored[name])
+        if name not in tensors or name not in stored or not same_bits(tensors[name], stored[name])
     ]
     same = all(structure[name] == told.get(name, structure[name]) for name in structure)
     if differing or not same:
         raise IntegrityError(f"{result.path}: {(differing or [STRUCTURE])[0]} is another one when the model is loaded")
     return {}
-
-
-def _identical(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bits."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(
-        left.contiguous().reshape(-1).view(torch.uint8), right.contiguous().reshape(-1).view(torch.uint8)
-    )
 
 
 def undo(folder: Path, out: Path) -> dict[str, Any]:

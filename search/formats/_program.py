@@ -69,6 +69,10 @@ class Program:
         """Cost of the dearest plan."""
         return float(np.where(self.possible, self.costs, -np.inf).max(axis=1).sum())
 
+    def meets(self, cost: float, limit: float) -> bool:
+        """Whether a cost keeps within a limit, but for :data:`TOLERANCE`."""
+        return cost <= limit + TOLERANCE * (self.most or 1.0)
+
     def best(self, limit: float, without: Sequence[Plan] = (), *, apart: int = 1) -> Plan | None:
         """The plan of the lowest loss that costs at most ``limit``. Source: formula fA18; solved by HiGHS through scipy.
 
@@ -85,7 +89,7 @@ class Program:
         """
         sites, choices = self.losses.shape
         scale = self.most or 1.0
-        if self.least > limit + TOLERANCE * scale:
+        if not self.meets(self.least, limit):
             return None
         possible = self.possible.ravel()
         worst = float(self.losses[self.possible].max()) or 1.0

@@ -21,8 +21,8 @@ from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.text import counted, number
 from alphasmith.search.budget import BudgetConfig
 from alphasmith.search.formats._plans import plan_key, schemes_of
-from alphasmith.search.formats._prediction import Predicted, predict
-from alphasmith.search.formats._program import TOLERANCE, Plan
+from alphasmith.search.formats._prediction import SAMPLES, Predicted, predict
+from alphasmith.search.formats._program import Plan
 from alphasmith.search.formats.record import Measured, PlanRecord
 from alphasmith.search.inputs.hardware import HardwareBudget
 from alphasmith.search.interruption import leave
@@ -200,7 +200,7 @@ class _Choosing:
             self._advance("")
 
         request = self._request
-        self._begin("formats: shares of sites", 16)
+        self._begin("formats: shares of sites", SAMPLES)
         found = predict(
             self._candidate,
             self._smoothings,
@@ -222,7 +222,7 @@ class _Choosing:
         program, request = predicted.program, self._request
         limit = request.budget.limit
         most = program.least if limit is None else limit
-        if program.least > most + TOLERANCE * (program.most or 1.0):
+        if not program.meets(program.least, most):
             problem = f"{number(most)} is met by no choice of formats; the nearest is {number(program.least)}"
             raise InputError(
                 "budget.latency_factor", problem, f"give at least {number(program.least)}, or other formats"
@@ -237,7 +237,7 @@ class _Choosing:
         for plan in self._next_best(predicted, most, allowed - len(self._points)):
             self._measure(predicted, plan)
         front = _front(self._points)
-        within = [n for n in front if self._points[n].cost <= most + TOLERANCE * (program.most or 1.0)]
+        within = [n for n in front if program.meets(self._points[n].cost, most)]
         start = next((n for n, plan in enumerate(self._plans) if not predicted.choices.changed(plan)), None)
         best = within[-1] if within else self._cheapest()
         picked, reason, verdict = self._judged(best, start, limit)

@@ -80,7 +80,6 @@ def with_formats(
     if found.scores.loss != kind:
         reserve = ModelObjective(candidate, held_out, loss=kind)
     plan = prepared.plan
-    given = config.hardware.search_memory or plan.total
     handle.check_driving()
     result = choose_formats(
         candidate,
@@ -95,7 +94,7 @@ def with_formats(
             target=config.target,
             seed=config.search.seed,
             calibration=sum(batch.size for batch in task.calibration),
-            memory=max(given - plan.total, 0) + plan.working_set,
+            memory=plan.beside_model(config.hardware.search_memory),
         ),
         StoredPlans(handle.optuna_storage, handle.study_name(FORMATS), handle.board.driver_fence()),
         begin=progress.stage,

@@ -182,7 +182,6 @@ def with_shares(
     count = min(SAMPLES, sum(batch.size for batch in task.calibration))
     progress.stage("shares of the output error", count + min(count, MEASURED_SAMPLES))
     device, plan = search_device(config), prepared.plan
-    given = config.hardware.search_memory or plan.total
 
     def step() -> None:
         leave(stop)
@@ -194,7 +193,7 @@ def with_shares(
         [batch.to(device) for batch in task.calibration],
         loss="kl" if found.scores.loss == "kl" else "mse",
         seed=config.search.seed,
-        memory=max(given - plan.total, 0) + plan.working_set,
+        memory=plan.beside_model(config.hardware.search_memory),
         step=step,
     )
     for note in shares.notes:

@@ -146,14 +146,13 @@ def _contributions(
 ) -> tuple[dict[str, float], ...]:
     """What every site is predicted to add to the output's loss under each of several smoothings, on a few of the judge's samples."""
     plan = prepared.plan
-    given = config.hardware.search_memory or plan.total
     return rival_contributions(
         judge.candidate,
         rivals,
         judge.batches,
         loss=judge.kind,
         seed=config.search.seed,
-        memory=max(given - plan.total, 0) + plan.working_set,
+        memory=plan.beside_model(config.hardware.search_memory),
         samples=_FORESEEN_SAMPLES,
         step=step,
     )
