@@ -18,7 +18,7 @@ from tests.chaos.children import Child, until
 from tests.chaos.scenes import LEASE, Cast, Scene, Verdict, World
 from tests.chaos.servers import TinyDisk
 from tests.chaos.spoils import COMMIT, How, Spoil
-from tests.chaos.subject import METRIC_PLAN, SITES
+from tests.chaos.subject import FORMATS, METRIC_PLAN, SITES
 
 #: Plays a scene; returns what is wrong at its end, and whether the fault struck: a moment that a seed chooses may come too late.
 Fault: TypeAlias = Callable[[World, random.Random], Verdict]
@@ -40,6 +40,27 @@ _OUTPUT_MOMENTS = (
     "alphasmith.storage.artifacts.run_artifacts:RunArtifacts.forget",
     "alphasmith.storage.runs.run_store:RunStore.finish",
 )
+_STAGE = "alphasmith.search.formats.stage"
+_RECORD = "alphasmith.search.formats.record"
+_LAUNCH = "alphasmith.search.launch"
+_BOTH = (False, True)
+#: Steps of the choice of formats in the order in which runs that died in the one before come to them: how many calls there are to
+#: draw from, and whether a run dies before the call or after it.
+_CHOICE: tuple[tuple[str, int, tuple[bool, ...]], ...] = (
+    (f"{_LAUNCH}._formats:choose_formats", 1, (False,)),
+    (f"{_STAGE}:predict", 1, _BOTH),
+    ("optuna.study:Study.set_metric_names", 1, (True,)),
+    (f"{_STAGE}:_Choosing._loss", 1, _BOTH),
+    (f"{_RECORD}:insert_trials", 3, _BOTH),
+    (f"{_STAGE}:_Choosing._measure", 6, _BOTH),
+    (f"{_RECORD}:StoredPlans.add", 6, _BOTH),
+    (f"{_STAGE}:held_out_score", 2, _BOTH),
+    (f"{_STAGE}:judged", 1, _BOTH),
+    (f"{_LAUNCH}._formats:choose_formats", 1, (True,)),
+    (f"{_LAUNCH}._outcome:forms_of_front", 1, _BOTH),
+    (f"{_LAUNCH}.recorder:RunRecorder._write_quantized", 1, _BOTH),
+    (f"{_LAUNCH}.recorder:annotate_formats", 1, _BOTH),
+)
 
 
 def fault(function: Fault) -> Fault:
@@ -52,6 +73,20 @@ def fault(function: Fault) -> Fault:
 def kill_driver(world: World, rng: random.Random) -> Verdict:
     """kill -9 of the driver, several times."""
     return _killed_drivers(world, rng, _one(rng, "alone", "server", "model"))
+
+
+@fault
+def kill_driver_choosing_formats(world: World, rng: random.Random) -> Verdict:
+    """kill -9 in every step of one choice of formats, before or after it: the front and the model are those of an undisturbed run."""
+    with Scene(world, _one(rng, "alone", "server"), settings=FORMATS) as scene:
+        for step, calls, sides in _CHOICE:
+            scene.resume(Spoil(kind="signal", at=step, call=1 + rng.randrange(calls), after=rng.choice(sides)))
+            if scene.driver.wait() != -signal.SIGKILL:
+                scene.wrong.append(f"it did not come to {step}: {scene.driver.said[-500:]}")
+            scene.look(f"it was killed at {step}")
+        scene.strike()
+        scene.resume()
+        return scene.finish(expected=world.expected("formats"))
 
 
 @fault
@@ -159,7 +194,7 @@ def die_between_commits(world: World, rng: random.Random) -> Verdict:
     """The driver dies right before or right after one of its commits: of a trial, a result, a claim, the plan, the end."""
     cast: Cast = _one(rng, "alone", "server", "model")
     expected = world.expected("model" if cast == "model" else "site")
-    commits = world.commits["model" if cast == "model" else "alone"]
+    commits = world.commits["model" if cast == "model" else "site"]
     with Scene(world, cast) as scene:
         scene.begin(_death_at_commit(rng, commits))
         scene.strike(_died(scene.driver))

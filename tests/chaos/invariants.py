@@ -26,6 +26,8 @@ Row: TypeAlias = Mapping[str, Any]
 _STORIES = ("manifest.json", "report.html")
 #: Fields of a site that say how long it took or how far a resumed search had to look again, not what was found.
 _EFFORT = ("seconds", "exact_evaluations", "facts", "study")
+#: Name of the study of formats, whose trials have two values and a plan where others have one and a proposer.
+_FORMATS = "formats"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Outcome:
     """What a run found, without times, ids and places: equal for equal searches.
 
     Attributes:
-        sites: Fields of every site, its groups, and the groups of the model.
+        sites: Fields of every site, its groups, the groups of the model, and the front of formats.
         trials: Every trial: study, number, state, kind, params, loss.
         files: sha256 of the files of the output folder.
     """
@@ -170,14 +172,15 @@ def outcome(s: Snapshot) -> Outcome:
     sites = [json.dumps({k: v for k, v in site.items() if k not in _EFFORT}, sort_keys=True) for site in s.sites]
     if s.run["model_groups"]:
         sites.append(s.run["model_groups"])
+    if chosen := _manifest(s).get("formats"):
+        sites.append(json.dumps({k: v for k, v in chosen.items() if k not in _EFFORT}, sort_keys=True))
     trials = []
     for row in s.trials:
         trial, told = row["trial_id"], s.told.get(row["trial_id"], {})
         params = sorted((p["param_name"], p["param_value"], p["distribution_json"]) for p in s.params[trial])
-        losses = [value["value"] for value in s.values[trial]]
-        trials.append(
-            json.dumps([_of(row["study_name"]), row["number"], row["state"], told.get("candidate"), losses, params])
-        )
+        losses = [value["value"] for value in sorted(s.values[trial], key=lambda value: int(value["objective"]))]
+        what = told.get("formats" if _of(row["study_name"]) == _FORMATS else "candidate")
+        trials.append(json.dumps([_of(row["study_name"]), row["number"], row["state"], what, losses, params]))
     files = [f"{path} {sha256}" for path, sha256 in _written(s).items() if Path(path).name not in _STORIES]
     return Outcome(tuple(sorted(sites)), tuple(sorted(trials)), tuple(sorted(files)))
 
@@ -222,9 +225,10 @@ def _trials(s: Snapshot) -> Iterator[str]:
         if row["state"] not in ("COMPLETE", "PRUNED", "FAIL"):
             yield f"{name} is {row['state']}"
         if row["state"] == "COMPLETE":
-            values = s.values[row["trial_id"]]
-            if len(values) != 1 or values[0]["value"] is None or not math.isfinite(values[0]["value"]):
-                yield f"{name} is complete with values {[v['value'] for v in values]}"
+            values = [value["value"] for value in s.values[row["trial_id"]]]
+            wanted = 2 if _of(row["study_name"]) == _FORMATS else 1
+            if len(values) != wanted or not all(value is not None and math.isfinite(value) for value in values):
+                yield f"{name} is complete with values {values}"
     for study, found in numbers.items():
         if sorted(found) != list(range(len(found))):
             yield f"study {_of(study)} has trials {sorted(found)}"
@@ -234,7 +238,7 @@ def _counts(s: Snapshot) -> Iterator[str]:
     per_study = Counter(str(row["study_name"]) for row in s.trials)
     for row in s.trials:
         name, told = f"trial {row['number']} of {_of(row['study_name'])}", s.told.get(row["trial_id"], {})
-        if not {"candidate", "seconds"} <= told.keys():
+        if not {_FORMATS if _of(row["study_name"]) == _FORMATS else "candidate", "seconds"} <= told.keys():
             yield f"{name} does not say who proposed it and how long it took"
         if row["state"] == "FAIL" and not told.get("reason"):
             yield f"{name} failed without a reason"
@@ -248,9 +252,14 @@ def _counts(s: Snapshot) -> Iterator[str]:
 
 def _written(s: Snapshot) -> dict[str, str]:
     """Files that the manifest names, with their sha256; none where there is no manifest."""
+    return {entry["path"]: entry["sha256"] for entry in _manifest(s).get("artifacts", [])}
+
+
+def _manifest(s: Snapshot) -> Mapping[str, Any]:
+    """What the output folder says of itself; empty where there is none."""
     manifest = Path(s.run["folder"]) / "manifest.json"
-    named = json.loads(manifest.read_text())["artifacts"] if manifest.is_file() else []
-    return {entry["path"]: entry["sha256"] for entry in named}
+    read: Mapping[str, Any] = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    return read
 
 
 def _output(s: Snapshot) -> Iterator[str]:
@@ -264,9 +273,8 @@ def _output(s: Snapshot) -> Iterator[str]:
     for name in recorded.keys() & found.keys():
         if hashlib.sha256(found[name].read_bytes()).hexdigest() != recorded[name]:
             yield f"{name} is not as it was written"
-    told = json.loads((folder / "manifest.json").read_text()) if "manifest.json" in found else {}
-    if told.get("run", {}).get("id") != s.id:
-        yield f"the folder's manifest is that of run {told.get('run', {}).get('id')}"
+    if (told := _manifest(s).get("run", {}).get("id")) != s.id:
+        yield f"the folder's manifest is that of run {told}"
 
 
 def _objects(s: Snapshot) -> Iterator[str]:

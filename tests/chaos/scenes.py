@@ -6,7 +6,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from tests.chaos.children import Child, Zygote, until
 from tests.chaos.invariants import Outcome
 from tests.chaos.servers import PostgreSql, RayCluster, clock_library
 from tests.chaos.spoils import Spoil
-from tests.chaos.subject import MARK, allowed, options
+from tests.chaos.subject import FORMATS, MARK, allowed, options
 
 if TYPE_CHECKING:
     from tests.chaos.compressions import Found
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 #: metric. ``ray``: searched on a Ray cluster.
 Cast = Literal["alone", "server", "processes", "team", "model", "ray"]
 
+#: What an undisturbed run is of: its sites, the whole model, or its sites with a choice of formats.
+Subject = Literal["site", "model", "formats"]
 #: Lease of the processes of a scene [s]: what is frozen for longer counts as dead.
 LEASE = 2
 #: What every batch of candidates takes longer in a team [s]: on this small a model one worker would do all.
@@ -55,7 +57,7 @@ class World:
         self.template = self.folder / "template.db"
         self.zygote = self._stack.enter_context(Zygote())
         self._prepare(f"sqlite:///{self.template}")
-        self.commits: dict[Cast, int] = {}
+        self.commits: dict[Subject, int] = {}
         # Computed once each.
         self.server = cache(self._server)
         self.moody_zygote = cache(self._moody_zygote)
@@ -90,17 +92,17 @@ class World:
         """
         return self._stack.enter_context(Zygote({"LD_PRELOAD": str(clock_library(self.folder))}))
 
-    def _expected(self, scope: Literal["site", "model"]) -> Outcome:
+    def _expected(self, of: Subject) -> Outcome:
         """What an undisturbed run finds; where it is searched and kept changes nothing."""
-        cast: Cast = "model" if scope == "model" else "alone"
-        with Scene(self, cast) as scene:
+        cast: Cast = "model" if of == "model" else "alone"
+        with Scene(self, cast, settings=FORMATS if of == "formats" else None) as scene:
             counted = scene.folder / "commits"
             scene.start(Spoil(kind="count", at=str(counted)))
             if scene.driver.wait():
                 raise AssertionError(scene.driver.said)
             if wrong := scene.finish(expected=None).wrong:
                 raise AssertionError("; ".join(wrong))
-            self.commits[cast] = int(counted.read_text())
+            self.commits[of] = int(counted.read_text())
             with invariants.snapshot(scene.url) as found:
                 return invariants.outcome(found)
 
@@ -139,7 +141,7 @@ class Scene:
         cast: Cast,
         *,
         zygote: Zygote | None = None,
-        settings: dict[str, object] | None = None,
+        settings: Mapping[str, object] | None = None,
         out: Path | None = None,
         environment: dict[str, str] | None = None,
         url: str = "",

@@ -66,6 +66,11 @@ SETTINGS = {
     "search.refine_trials": 4,
     "search.threads": 1,
 }
+#: What a scene adds to them whose sites choose among formats.
+FORMATS = {
+    "sites__formats": ["int8-static", "uint8-static", "int8-token", "int16-static"],
+    "budget__share_of_macs": 0.5,
+}
 #: Sites of the model: two per block and the head.
 SITES = 2 * BLOCKS + 1
 

@@ -93,6 +93,7 @@ def _undrawn() -> None:
             "alpha_heatmap",
             "alphas_by_group",
             "gain_by_site",
+            "loss_against_cost",
             "losses_by_site",
             "shares_of_output",
             "trial_history",
