@@ -16,6 +16,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import (
     ChannelStatistic,
     GroupMethod,
+    Kernel,
     MediaKind,
     MemoryMode,
     OutputLoss,
@@ -168,6 +169,7 @@ class SchemeConfig(Section):
     group_size: int | None = Field(default=None, gt=0, lt=2**31)
     activations: ActivationFormat = "int8"
     activation_granularity: ActivationGranularity = "static"
+    kernel: Kernel = "exact"
     sites: dict[Label, Label] = Field(default={})
 
     def build(self) -> Scheme:

@@ -8,9 +8,9 @@ patches are to a convolution what rows of X are to a linear layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -173,6 +173,39 @@ def kept_positions(mask: torch.Tensor, window: Window) -> torch.Tensor:
     return mask
 
 
+class ConvolutionCall(NamedTuple):
+    """What a functional convolution is called with.
+
+    Attributes:
+        input: (B, C, *S) or (C, *S).
+        weight: Its weight.
+        window: Geometry.
+    """
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    window: Window
+
+
+def convolution_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ConvolutionCall | None:
+    """What a function of torch is called with, if it is a convolution; None: it is another one.
+
+    Args:
+        func: The function.
+        args, kwargs: Of the call.
+    """
+    if func not in _CONVOLUTIONS:
+        return None
+    given = dict(zip(_CONVOLUTIONS[func], args, strict=False)) | dict(kwargs)
+    kernel = given["weight"].shape[2:]
+    stride, padding, dilation = (given.get(n, d) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    if _CONVOLUTIONS[func] is _TRANSPOSED:
+        window = transposed_window(kernel, stride, padding, given.get("output_padding", 0), dilation)
+    else:
+        window = conv_window(kernel, stride, padding, dilation)
+    return ConvolutionCall(given["input"], given["weight"], window)
+
+
 class ConvolutionTap(TorchFunctionMode):
     """While active, shows every convolution with one given weight exactly what it reads.
 
@@ -194,18 +227,9 @@ class ConvolutionTap(TorchFunctionMode):
     ) -> Any:
         """Report a convolution with the watched weight, then run ``func`` unchanged."""
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
-            given = dict(zip(_CONVOLUTIONS[func], args, strict=False)) | kwargs
-            if given["weight"] is self._weight:
-                x, kernel = given["input"], self._weight.shape[2:]
-                stride, padding, dilation = (
-                    given.get(n, d) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))
-                )
-                if _CONVOLUTIONS[func] is _TRANSPOSED:
-                    window = transposed_window(kernel, stride, padding, given.get("output_padding", 0), dilation)
-                else:
-                    window = conv_window(kernel, stride, padding, dilation)
-                self._seen(x if x.dim() == len(kernel) + 2 else x[None], window)
+        call = convolution_call(func, args, kwargs)
+        if call is not None and call.weight is self._weight:
+            self._seen(call.input if call.input.dim() == self._weight.dim() else call.input[None], call.window)
         return func(*args, **kwargs)
 
 

@@ -35,6 +35,7 @@ from alphasmith.objectives.quantization.quantizers import (
     round_bytes_,
     round_codes_,
 )
+from alphasmith.objectives.quantization.saturating_pairs import MIDDLE, SaturatingPairs
 from alphasmith.objectives.quantization.scheme import ActivationFormat, Scheme
 from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import Smoothing
@@ -58,6 +59,8 @@ class PreparedPart:
         zero: (n, 1, 1, 1) static zero point, 0..255; None unless activations have one.
         sums: (n, 1, 1, O) sums of the codes of the weight, where these are multiplied and activations have a zero point; else None.
         sample_grid: (n, S) step dx and zero point of every sample; None unless a convolution takes ranges per sample.
+        pairs: Of every candidate and group, the pairs of weights whose products can saturate; () where the kernel is exact.
+        step: (n, g, 1, O/g) what a lost product counts in the product that is taken: 1 for codes, dw and a static dx otherwise.
     """
 
     inverse: Tensor
@@ -68,6 +71,8 @@ class PreparedPart:
     zero: Tensor | None
     sums: Tensor | None
     sample_grid: CodeGrid | None
+    pairs: tuple[tuple[SaturatingPairs, ...], ...] = ()
+    step: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,13 +305,15 @@ class _PartScorer:
         factor = torch.where(sound, 1.0 if step is None else step, math.nan).view(-1, 1, 1, 1)
         factor = factor if self._root is None else factor * self._root
         z = None if shift is None else shift[:, self._channel]
-        spread = sums = None
+        spread = sums = lost = None
+        pairs = self._saturating(weight) if self._scheme.saturates else ()
         if self._exact:
             spread = dw[:, :, 0] * factor
             if self._scheme.asymmetric:
                 sums = weight.sum(dim=2, keepdim=True)
             weight = self._products.operand(weight[:, 0])
         else:
+            lost = (dw[:, :, 0] * factor).expand(-1, self._groups, -1, self._outputs) if pairs else None
             padded.unflatten(2, (self._blocks, self._size)).mul_(dw * factor.unsqueeze(2))
             weight = weight.reshape(-1, self._inputs, self._outputs).clone()
         return PreparedPart(
@@ -318,6 +325,8 @@ class _PartScorer:
             zero=zero,
             sums=sums,
             sample_grid=self._sample_grid(scales, shift),
+            pairs=pairs,
+            step=lost,
         )
 
     def spread(self, error: Tensor, start: int, stop: int) -> Tensor:
@@ -421,6 +430,8 @@ class _PartScorer:
             self._products.product(x[:, 0], prepared.weight, out[:, 0])
             if prepared.sums is not None and zero is not None:  # still integers: nothing is lost where little is left
                 out.addcmul_(byte_zero(zero), prepared.sums, value=-1)
+        if prepared.pairs:
+            self._saturate(out, prepared, x, zero)
         if row_step is not None:
             out.mul_(row_step)
         reference = self._reference[:, first:last]
@@ -432,6 +443,22 @@ class _PartScorer:
             out.sub_(prepared.bias)
         norms: Tensor = torch.linalg.vector_norm(out, dim=(1, 3))
         return norms
+
+    def _saturating(self, codes: Tensor) -> tuple[tuple[SaturatingPairs, ...], ...]:
+        """The pairs that can saturate, of every candidate and group, of weight codes (n, g, D/g, O/g)."""
+        # Every input channel of a convolution has a column for each kernel position.
+        kernel = self._channel.numel() // (int(self._channel.max()) + 1)
+        return tuple(tuple(SaturatingPairs(w.t(), kernel) for w in candidate) for candidate in codes)
+
+    def _saturate(self, out: Tensor, prepared: PreparedPart, codes: Tensor, zero: Tensor | None) -> None:
+        """Add what saturation loses to products (n, g, rows, O/g) of rounded rows."""
+        # Codes multiplied as bytes are those of uint8 minus 128 as well; other codes of uint8 are counted from their zero point.
+        middle = torch.full_like(codes[:1, :1, :1, :1], MIDDLE) if self._exact or zero is None else zero
+        unsigned = codes + middle
+        for n, candidate in enumerate(prepared.pairs):
+            for g, pairs in enumerate(candidate):
+                lost = pairs.lost(unsigned[n, g])
+                out[n, g].add_(lost if prepared.step is None else lost * prepared.step[n, g])
 
     def _row_grid(self, prepared: PreparedPart, x: Tensor, first: int, last: int) -> CodeGrid:
         """(n, 1, rows, 1) step and zero point of every row: its own, or its sample's."""

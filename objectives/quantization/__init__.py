@@ -7,6 +7,7 @@
 - ``payload``: a quantized model as plain tensors and a JSON-able description, and back, bit for bit
 - ``plan``: the plan of a quantization: which tensors it changes, from which sites' smoothings
 - ``quantizers``: symmetric abs-max quantization of weights and activations: formula fA4, its one home
+- ``saturating_pairs``: what products of u8 x s8 lose that are added two by two in 16 bits with saturation
 - ``scheme``: quantization schemes: bits and granularity of weights and activations (claim A-12)
 - ``site_schemes``: the schemes of a model site by site: one for all, and others for the sites that are named
 - ``stack``: several matrices in one tensor, such as the experts of a mixture, kept quantized
@@ -22,6 +23,7 @@ __all__ = [
     "payload",
     "plan",
     "quantizers",
+    "saturating_pairs",
     "scheme",
     "site_schemes",
     "stack",

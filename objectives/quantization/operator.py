@@ -7,8 +7,11 @@ reshapes before it multiplies keeps its behaviour.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -32,6 +35,7 @@ from alphasmith.objectives.quantization.quantizers import (
     row_grid,
     unpack_int4,
 )
+from alphasmith.objectives.quantization.saturating_pairs import MIDDLE, SaturatedCalls, SaturatingPairs
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.types import OperatorKind
 
@@ -101,7 +105,8 @@ class QuantizedOperator(nn.Module):
     Computes ``op(dequantize(quantize((x - shift) / smooth)), dequantize(weight)) + bias + correction``. Where integer
     execution applies (linear forward not overridden, integer activations, integer weights per tensor or channel) the product is
     taken between the integers, exactly, and scaled afterwards, which differs by float rounding only; a zero point of the
-    activations is taken out of the integers as ``zero * sum_c weight``. Source: claim A-12, formulas fA4 and fA17.
+    activations is taken out of the integers as ``zero * sum_c weight``. Where the scheme's kernel saturates, so does the product, to the
+    integer. Source: claim A-12, formulas fA4, fA17 and fA20.
 
     The product runs in float32 (float64 for float64 models) whatever the input's dtype, as integer kernels accumulate,
     and returns the input's dtype. Attributes of the replaced module (``bias``, ``in_features``, ``stride`` ...) are
@@ -154,6 +159,7 @@ class QuantizedOperator(nn.Module):
         self._dtype = dtype or compute_dtype(weight.dtype)
         self._dense: Tensor | None = None
         self._sums: Tensor | None = None
+        self._pairs: tuple[SaturatingPairs, ...] = ()
         self._groups = int(getattr(inner, "groups", 1))
         outputs, inputs = matrix_shape(self._shape, kind, transposed, self._groups)
         self._inputs = inputs
@@ -231,7 +237,7 @@ class QuantizedOperator(nn.Module):
         for name in TENSORS:
             value: Tensor | None = getattr(payload, name)
             setattr(self, name, None if value is None else value.detach().to(weight.device))
-        self._dense = self._sums = None
+        self._forget()
 
     def held(self) -> tuple[Tensor | None, ...]:
         """The payload as it is now, and the dequantized weight where one is kept: what :meth:`take` takes back."""
@@ -239,8 +245,8 @@ class QuantizedOperator(nn.Module):
 
     def take(self, held: tuple[Tensor | None, ...]) -> None:
         """Become again what :meth:`held` gave."""
+        self._forget()
         *payload, self._dense = held
-        self._sums = None
         for name, value in zip(TENSORS, payload, strict=True):
             setattr(self, name, value)
 
@@ -280,13 +286,15 @@ class QuantizedOperator(nn.Module):
         input, more, named = _arguments(args, kwargs)
         if self.uses_integers and not more and not named:
             return self._integer_forward(input)
-        return self.simulated(
-            args,
-            kwargs,
-            weight=self._dequantized(),
-            bias=self.corrected(self.correction),
-            quantize=self._fake_quantized,
-        )
+        weight, grids = self._dequantized(), list[CodeGrid]()
+        with self._saturated(weight, grids):
+            return self.simulated(
+                args,
+                kwargs,
+                weight=weight,
+                bias=self.corrected(self.correction),
+                quantize=partial(self._fake_quantized, grids=grids),
+            )
 
     def simulated(
         self,
@@ -337,8 +345,13 @@ class QuantizedOperator(nn.Module):
             if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         self.inner.to(dtype=self._dtype)
-        self._dense = self._sums = None
+        self._forget()
         return self
+
+    def _forget(self) -> None:
+        """Drop what was derived from the payload."""
+        self._dense = self._sums = None
+        self._pairs = ()
 
     def _integer_forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self._channels:  # the reshape below would accept some wrong inputs in silence
@@ -350,6 +363,9 @@ class QuantizedOperator(nn.Module):
         if self._sums is None and self.scheme.activations != "int8":
             self._sums = weight.sum(dim=1, dtype=torch.int64)
         product = activation_product(codes, weight, self._sums, zero)
+        if self.scheme.saturates:
+            unsigned = codes if codes.dtype == torch.uint8 else codes.to(torch.int16) + MIDDLE
+            product = product + self._saturating()[0].lost(unsigned)
         output = product.to(self._dtype) * scale * self.weight_scale.reshape(-1)
         bias = self.corrected(self.correction)
         if bias is not None:
@@ -388,12 +404,26 @@ class QuantizedOperator(nn.Module):
             return vector
         return vector.reshape(-1, *[1] * (len(self._shape) - 2))
 
-    def _fake_quantized(self, x: Tensor) -> Tensor:
-        """An input as its codes stand for, after smoothing."""
+    def _saturating(self) -> tuple[SaturatingPairs, ...]:
+        """The pairs of the weight that can saturate, of every convolution group."""
+        if not self._pairs:
+            kernel = math.prod(self._shape[2:])
+            self._pairs = tuple(SaturatingPairs(w, kernel) for w in self.integer_weight().chunk(self._groups))
+        return self._pairs
+
+    def _saturated(self, weight: Tensor, grids: list[CodeGrid]) -> AbstractContextManager[object]:
+        """Within it, products with the dequantized ``weight`` saturate if the scheme says so; ``grids`` has that of the input last."""
+        if not self.scheme.saturates:
+            return nullcontext()
+        return SaturatedCalls(weight, self._saturating(), self.weight_scale.reshape(-1), lambda: grids[-1])
+
+    def _fake_quantized(self, x: Tensor, grids: list[CodeGrid]) -> Tensor:
+        """An input as its codes stand for, after smoothing; their grid is appended to ``grids``."""
         x = self.smoothed(x)
         if self.scheme.activations == "none":
             return x
-        scale, zero = self._grid_of(x)
+        grids.append(self._grid_of(x))
+        scale, zero = grids[-1]
         return fake_quantize_activation(x, scale, self.scheme.activations, zero).to(self._dtype)
 
     def _float_forward(

@@ -29,6 +29,7 @@ _HUGE = torch.finfo(torch.float32).max * (1 - 2**-20)
 _BYTE_MIDDLE = 128
 _STORAGE: dict[str, torch.dtype] = {
     "int8": torch.int8,
+    "int7": torch.int8,
     "int4": torch.int8,
     "fp8": torch.float8_e4m3fn,
     "uint8": torch.uint8,

@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.literals import Kernel
 
-WeightFormat = Literal["int8", "int4", "fp8", "none"]
+WeightFormat = Literal["int8", "int7", "int4", "fp8", "none"]
 ActivationFormat = Literal["int8", "uint8", "int16", "fp8", "none"]
 WeightGranularity = Literal["tensor", "channel", "group"]
 ActivationGranularity = Literal["static", "token"]
 
 #: Largest magnitude of each number format; symmetric abs-max scaling maps the largest value onto it (formula fA4). uint8 has a zero
 #: point instead: its codes 0..255 span the range from the smallest value to the largest (formula fA17).
-QMAX = {"int8": 127.0, "int4": 7.0, "fp8": 448.0, "uint8": 255.0, "int16": 32767.0}
+QMAX = {"int8": 127.0, "int7": 63.0, "int4": 7.0, "fp8": 448.0, "uint8": 255.0, "int16": 32767.0}
 
 #: The name of the scheme that quantizes nothing.
 _FLOAT = "float"
-_WEIGHTS: dict[str, WeightFormat] = {"8": "int8", "4": "int4", "fp8": "fp8"}
+_WEIGHTS: dict[str, WeightFormat] = {"8": "int8", "7": "int7", "4": "int4", "fp8": "fp8"}
 _ACTIVATIONS: dict[str, ActivationFormat] = {"8": "int8", "u8": "uint8", "i16": "int16", "16": "none", "fp8": "fp8"}
+#: What the name of a scheme with saturating kernels ends in.
+_PAIRS = "-pairs16"
 _GRANULARITIES: dict[str, WeightGranularity] = {"tensor": "tensor", "channel": "channel"}
 _NAME = re.compile(
-    f"w({'|'.join(_WEIGHTS)})a({'|'.join(_ACTIVATIONS)})-(tensor|channel|g([0-9]+))(?:-({'|'.join(get_args(ActivationGranularity))}))?"
+    f"w({'|'.join(_WEIGHTS)})a({'|'.join(_ACTIVATIONS)})-(tensor|channel|g([0-9]+))(?:-({'|'.join(get_args(ActivationGranularity))}))?({_PAIRS})?"
 )
 
 
@@ -32,13 +35,15 @@ class Scheme:
     """What the deployed model, or one site of it, will compute in. Source: claim A-12, formulas fA4 and fA17.
 
     Attributes:
-        weights: Number format of weights; fp8 is e4m3; ``none`` leaves operators as they are, in float, activations with them.
+        weights: Number format of weights; int7: codes -64..63 in the bytes of int8, which no kernel saturates with; fp8 is e4m3; ``none`` leaves operators as they are, in float, activations with them.
         weight_granularity: One weight scale per tensor, per output channel, or per group of input channels of a row.
         group_size: Input channels per scale [channels]; required for, and only for, granularity ``group``.
         activations: Number format of activations: ``int8`` and ``int16`` symmetric, ``uint8`` with a zero point, fp8;
             ``none`` keeps them in float (weight-only).
         activation_granularity: ``static``: one scale per tensor, fixed by calibration. ``token``: one per row of X, at
             run time (per sample for convolutions, whose patches share pixels); not for int16.
+        kernel: What products of 8-bit integers are where the model runs: ``exact``, or ``u8s8-pairs16``, added two by two in 16
+            bits with saturation, as fast kernels do on x86 processors without VNNI (formula fA20).
     """
 
     weights: WeightFormat = "int8"
@@ -46,6 +51,7 @@ class Scheme:
     group_size: int | None = None
     activations: ActivationFormat = "int8"
     activation_granularity: ActivationGranularity = "static"
+    kernel: Kernel = "exact"
 
     def __post_init__(self) -> None:
         if (self.weight_granularity == "group") != (self.group_size is not None):
@@ -75,6 +81,13 @@ class Scheme:
                 "'token' contradicts int16 activations, which are static",
                 "use 'static', or int8 or uint8 activations per token",
             )
+        if self.kernel != "exact" and not self.byte_operands:
+            raise InputError(
+                "scheme.kernel",
+                f"{self.kernel!r} multiplies bytes, which contradicts {self.weights} weights per {self.weight_granularity} "
+                f"with {self.activations} activations",
+                "use 'exact', or int8 or uint8 activations with int8 weights per tensor or channel",
+            )
 
     @property
     def is_float(self) -> bool:
@@ -103,6 +116,11 @@ class Scheme:
         return self.integer_operands and self.activations != "int16"
 
     @property
+    def saturates(self) -> bool:
+        """Whether products can lose to saturation where the model runs; with weights of fewer than 8 bits none does."""
+        return self.kernel == "u8s8-pairs16" and self.weights == "int8"
+
+    @property
     def name(self) -> str:
         """Short name, e.g. ``w8a8-channel-static``; every scheme has its own."""
         if self.is_float:
@@ -111,11 +129,12 @@ class Scheme:
         activations = next(short for short, fmt in _ACTIVATIONS.items() if fmt == self.activations)
         granularity = f"g{self.group_size}" if self.weight_granularity == "group" else self.weight_granularity
         tail = "" if self.activations == "none" else f"-{self.activation_granularity}"
-        return f"w{weights}a{activations}-{granularity}{tail}"
+        return f"w{weights}a{activations}-{granularity}{tail}{_PAIRS if self.kernel != 'exact' else ''}"
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """The scheme with this ``name``, e.g. ``w8a8-channel-static``, ``w8au8-channel-static``, ``w4a8-g64-token``, ``w4a16-g128``, ``float``.
+        """The scheme with this ``name``, e.g. ``w8a8-channel-static``, ``w8au8-channel-static``, ``w4a8-g64-token``, ``w4a16-g128``,
+        ``w8a8-channel-static-pairs16``, ``float``.
 
         Raises:
             InputError: No scheme has this name.
@@ -136,6 +155,7 @@ class Scheme:
             group_size=int(match.group(4)) if match.group(4) else None,
             activations=_ACTIVATIONS[match.group(2)],
             activation_granularity="token" if match.group(5) == "token" else "static",
+            kernel="u8s8-pairs16" if match.group(6) else "exact",
         )
 
 

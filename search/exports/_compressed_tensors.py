@@ -310,7 +310,9 @@ def _notes(layouts: Mapping[Scheme, Layout]) -> Iterator[str]:
             "per-token scales are the library's own (compressed-tensors divides the largest magnitude by 127.5, Alphasmith by "
             "127), so that codes of activations differ by rounding; compare metrics, not bits"
         )
-    if "int-quantized" in layouts.values():
+    if any(layout == "int-quantized" and scheme.saturates for scheme, layout in layouts.items()):
+        yield "the loss told here is that of kernels that add pairs of products in 16 bits with saturation"
+    if any(s.byte_operands and s.weights == "int8" and not s.saturates for s in layouts):
         yield (
             "kernels for 8-bit integers of x86 processors without VNNI may add pairs of products in 16 bits with saturation; "
             "the loss told here is that of exact products"

@@ -14,7 +14,7 @@ from alphasmith.objectives.sites.types import Site
 from alphasmith.search.config import HardwareConfig
 
 #: Size of a weight in every format [bytes].
-BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5, "fp8": 1.0, "none": 4.0}
+BYTES_PER_WEIGHT = {"int8": 1.0, "int7": 1.0, "int4": 0.5, "fp8": 1.0, "none": 4.0}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.literals import (
     CandidateKind,
     ChannelStatistic,
+    Kernel,
     ModelKind,
     OutputLoss,
     Variant,
@@ -130,6 +131,8 @@ class SchemeEntry(Part):
     group_size: PositiveInt | None = None
     activations: ActivationFormat
     activation_granularity: ActivationGranularity
+    kernel: Kernel = "exact"
+    """What products of 8-bit integers were taken to be; before it was recorded, exact."""
     sites: dict[str, Annotated[str, AfterValidator(_scheme_name)]] = Field(default_factory=dict)
     """Site -> name of its scheme, of the sites that have another one than the other fields say; ``float`` is left in float."""
 
@@ -145,6 +148,7 @@ class SchemeEntry(Part):
             group_size=scheme.group_size,
             activations=scheme.activations,
             activation_granularity=scheme.activation_granularity,
+            kernel=scheme.kernel,
             sites={site: other.name for site, other in schemes.others},
         )
 
@@ -168,6 +172,7 @@ class SchemeEntry(Part):
             group_size=self.group_size,
             activations=self.activations,
             activation_granularity=self.activation_granularity,
+            kernel=self.kernel,
         )
 
 

@@ -18,7 +18,7 @@ from alphasmith.objectives.smoothing import Smoothing
 
 Array = NDArray[np.float32]
 
-LARGEST = {"int8": 127, "int4": 7, "fp8": 448, "int16": 32767}
+LARGEST = {"int8": 127, "int7": 63, "int4": 7, "fp8": 448, "int16": 32767}
 
 
 def _e4m3_values() -> list[float]:
@@ -53,7 +53,14 @@ def naive_quantize(values: Sequence[np.float32], scale: np.float32, fmt: str) ->
 
 def naive_weight(w: Array, scheme: Scheme, out_features: Sequence[int]) -> NDArray[np.float64]:
     """Dequantized weight (O, D), block by block."""
-    out = np.zeros(w.shape)
+    return naive_weight_codes(w, scheme, out_features)[0]
+
+
+def naive_weight_codes(
+    w: Array, scheme: Scheme, out_features: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Dequantized weight (O, D), and the step of every entry."""
+    out, steps = np.zeros(w.shape), np.zeros(w.shape)
     start = 0
     for features in out_features:
         stop = start + features
@@ -68,11 +75,42 @@ def naive_weight(w: Array, scheme: Scheme, out_features: Sequence[int]) -> NDArr
             ]
         for block in blocks:
             values = [w[place] for place in block]
-            for place, value in zip(
-                block, naive_quantize(values, naive_scale(values, scheme.weights), scheme.weights), strict=True
-            ):
-                out[place] = value
+            step = naive_scale(values, scheme.weights)
+            for place, value in zip(block, naive_quantize(values, step, scheme.weights), strict=True):
+                out[place], steps[place] = value, step
         start = stop
+    return out, steps
+
+
+def _saturated(
+    part: SitePart,
+    codes: tuple[NDArray[np.float64], list[np.float32], list[int | None]],
+    w: NDArray[np.float64],
+    steps: NDArray[np.float64],
+    channels: int,
+) -> NDArray[np.float64]:
+    """X W^T with products of unsigned codes and weights added two by two in 16 bits: neighbouring channels at one kernel position."""
+    x, row_steps, zeros = codes
+    width, kernel = w.shape[1], x.shape[1] // channels
+    out = np.zeros((x.shape[0], w.shape[0]))
+    row = 0
+    for features in part.out_features:
+        for o in range(features):
+            block = o * part.groups // features
+            for t in range(x.shape[0]):
+                zero = zeros[t] if zeros[t] is not None else 128
+                total = 0
+                for k in range(kernel):
+                    places = list(range(k, width, kernel))
+                    for first in range(0, len(places), 2):
+                        pair = 0
+                        for d in places[first : first + 2]:
+                            weight = round(w[row, d] / steps[row, d])
+                            pair += (round(x[t, block * width + d] / row_steps[t]) + zero) * weight
+                            total -= zero * weight
+                        total += min(max(pair, -32768), 32767)
+                out[t, row] = total * float(row_steps[t]) * steps[row, 0]
+            row += 1
     return out
 
 
@@ -116,8 +154,10 @@ def _dequantized(values: Sequence[np.float32], step: np.float32, zero: int | Non
     return [float(np.float32(min(max(round(float(v)) + zero, 0), 255) - zero) * step) for v in values]
 
 
-def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing) -> NDArray[np.float64]:
-    """Dequantized activations (T, D), still divided by the scales."""
+def _codes(
+    data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing
+) -> tuple[NDArray[np.float64], list[np.float32], list[int | None]]:
+    """Dequantized activations (T, D), still divided by the scales; step and zero point of every row."""
     s = smoothing.scales.numpy()
     shift = None if smoothing.shift is None else smoothing.shift.numpy()
     channel, x, fmt = part.channel.numpy(), part.x.numpy(), scheme.activations
@@ -125,8 +165,10 @@ def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing)
         x = x - shift[channel]
     one = np.float32(1)
     if fmt == "none":
-        return np.array(x * (one / s[channel]), dtype=np.float64)
+        return np.array(x * (one / s[channel]), dtype=np.float64), [], []
     out = np.zeros(x.shape)
+    steps: list[np.float32] = []
+    zeros: list[int | None] = []
     calibrated = data.input_range.low.numpy(), data.input_range.high.numpy()
     static, static_zero = naive_grid(*_edges(*calibrated, s, shift, smoothing.range_factor), fmt)
     for t in range(x.shape[0]):
@@ -134,6 +176,8 @@ def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing)
             # One factor for scale and step together, as the library multiplies.
             values = [v * (one / (s[c] * static)) for v, c in zip(x[t], channel, strict=True)]
             out[t] = _dequantized(values, static, static_zero, fmt)
+            steps.append(static)
+            zeros.append(static_zero)
             continue
         values = [v * (one / s[c]) for v, c in zip(x[t], channel, strict=True)]
         if part.sample is not None and part.sample_low is not None and part.sample_high is not None:
@@ -143,7 +187,9 @@ def _codes(data: SiteData, part: SitePart, scheme: Scheme, smoothing: Smoothing)
             edges = min(values), max(values)
         step, zero = naive_grid(*edges, fmt)
         out[t] = _dequantized([v / step for v in values], step, zero, fmt)
-    return out
+        steps.append(step)
+        zeros.append(zero)
+    return out, steps, zeros
 
 
 def naive_row_errors(
@@ -163,7 +209,11 @@ def naive_row_errors(
                     scaled[row, d] = part.weight.numpy()[row, d] * s[channel[block * width + d]]
                 row += 1
         quantized = _codes(data, part, scheme, smoothing)
-        out = _products(part, quantized, naive_weight(scaled, scheme, part.out_features))
+        dense, weight_steps = naive_weight_codes(scaled, scheme, part.out_features)
+        if scheme.saturates:
+            out = _saturated(part, quantized, dense, weight_steps, data.channels)
+        else:
+            out = _products(part, quantized[0], dense)
         weight = part.weight.numpy().astype(np.float64)
         if smoothing.shift is not None:
             out += _products(part, smoothing.shift.numpy().astype(np.float64)[channel][None], weight)

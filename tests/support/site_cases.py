@@ -33,6 +33,15 @@ SCHEMES = tuple(
     for tail in tails
 )
 
+#: Those that a kernel with saturation, or 7 bits, makes a difference to.
+SATURATING = tuple(
+    Scheme.parse(f"w{weights}a{activations}-{granularity}-{ranges}-pairs16")
+    for weights in ("8", "7")
+    for activations in ("8", "u8")
+    for granularity in ("tensor", "channel")
+    for ranges in ("static", "token")
+)
+
 KINDS = ("linear", "shared", "conv", "grouped", "depthwise", "two_parts")
 
 

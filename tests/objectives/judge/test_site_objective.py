@@ -19,7 +19,7 @@ from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.smoothing import Smoothing, smoothing_scales
 from tests.support.naive_site import naive_loss
 from tests.support.plain_forms import fake_quantize_weight, quantization_loss, relative_squared_error
-from tests.support.site_cases import KINDS, SCHEMES, identity, outlier_layer, relaxed, small_site
+from tests.support.site_cases import KINDS, SATURATING, SCHEMES, identity, outlier_layer, relaxed, small_site
 
 seeds = st.integers(0, 2**31)
 INTEGER = [
@@ -56,6 +56,33 @@ def test_agrees_with_scalar_loops(kind: str, scheme: Scheme, seed: int, shifted:
     data = small_site(kind, seed, skew=1.0)
     candidate = random_smoothing(data, seed + 1, shifted, factor)
     assert SiteObjective(data, scheme).loss(candidate) == close_to(naive_loss(data, scheme, candidate))
+
+
+@relaxed
+@given(st.sampled_from(KINDS), st.sampled_from(SATURATING), seeds, st.booleans(), st.sampled_from([0.5, 1.0, 1.25]))
+def test_agrees_with_scalar_loops_where_kernels_saturate(
+    kind: str, scheme: Scheme, seed: int, shifted: bool, factor: float
+) -> None:
+    data = small_site(kind, seed, skew=1.0)
+    # Weights of one size and sign, so that their pairs do leave 16 bits.
+    data = replace(data, parts=tuple(replace(part, weight=part.weight.abs() + 3) for part in data.parts))
+    candidate = random_smoothing(data, seed + 1, shifted, factor)
+    candidate = replace(candidate, scales=candidate.scales**0.1)
+    assert SiteObjective(data, scheme).loss(candidate) == close_to(naive_loss(data, scheme, candidate))
+
+
+def test_saturation_costs_and_seven_bits_do_not_saturate() -> None:
+    x = torch.rand(64, 32, generator=torch.Generator().manual_seed(1))
+    data = linear_site_data(x, 1 + torch.rand(16, 32, generator=torch.Generator().manual_seed(2)))
+    plain = identity(data)
+    exact, saturated = (
+        SiteObjective(data, Scheme.parse(f"w8a8-channel-static{kernel}")).loss(plain) for kernel in ("", "-pairs16")
+    )
+    assert saturated > 10 * exact
+    seven = [
+        SiteObjective(data, Scheme.parse(f"w7a8-channel-static{kernel}")).loss(plain) for kernel in ("", "-pairs16")
+    ]
+    assert exact < seven[0] == seven[1] < saturated
 
 
 @pytest.mark.parametrize("scheme", INTEGER, ids=lambda s: s.name)
