@@ -1,9 +1,11 @@
 """Formats of sites under a budget on real models: how much of what the best swept alpha leaves to float they close, at which cost.
 
     python -m benchmarks.formats [--models MiniLM SmolLM2] [--formats int8-static int8-token int16-static] [--share 0.25]
-                                 [--alphas 0.65 0.75 0.85] [--full] [--points] [--home FOLDER] [--out docs/formats.md]
+                                 [--alphas 0.65 0.75 0.85] [--under 0.55 0.65] [--full] [--home FOLDER] [--out docs/formats.md]
 
-One alpha for the whole model is swept over ``--alphas`` on the tuning samples; under the best of them formats are chosen as a run does.
+One alpha for the whole model is swept over ``--alphas`` on the tuning samples; under the best of them formats are chosen as a run does. With
+``--under`` they are chosen under each of those alphas as well, and what has the lowest loss on the tuning samples is kept: a site that
+has got a better format may leave the others a better alpha.
 Losses of points are of the tuning samples, "unseen" is of data that nothing else uses. Closed: 1 - loss over that of the swept alpha, the
 float model's being 0. Off by: the largest factor between predicted and measured loss of the points, in either direction. Without ``--full``
 as few samples as the short form of ``benchmarks.real_models`` takes.
@@ -55,7 +57,12 @@ POINTS = ("model", "point", "dearer multiply-adds", "predicted", "measured", "fo
 
 
 def lines(
-    request: Request, formats: Sequence[SiteFormat], share: float, alphas: Sequence[float], work: Path
+    request: Request,
+    formats: Sequence[SiteFormat],
+    share: float,
+    alphas: Sequence[float],
+    under: Sequence[float],
+    work: Path,
 ) -> tuple[list[str], list[list[str]]]:
     """A row of the table, and one for every point of the front.
 
@@ -64,6 +71,7 @@ def lines(
         formats: What sites may have.
         share: Largest share of multiply-adds in formats dearer than the scheme's own.
         alphas: What is swept.
+        under: Alphas under which formats are chosen, beside the best of those.
         work: An empty folder.
 
     Raises:
@@ -81,36 +89,41 @@ def lines(
         with candidate.restored():
             swept[alpha] = judge.loss(scales.single(alpha))
     best = min(swept, key=lambda alpha: swept[alpha])
-    smoothings = scales.single(best)
     began = time.process_time()
-    result = choose_formats(
-        candidate,
-        smoothings,
-        judge,
-        reserve,
-        FormatRequest(
-            schemes=candidate.schemes,
-            formats=tuple(name for name in FORMATS if name in formats),
-            budget=BudgetConfig(share_of_macs=share),
-            hardware=HardwareBudget(),
-            seed=request.seed,
-            calibration=sum(batch.size for batch in task.calibration),
-        ),
-        NoRecord(),
-        advance=lambda text: print(text, flush=True) if text else None,
-    )
+    found: dict[float, FormatResult] = {}
+    for alpha in dict.fromkeys((best, *under)):
+        result = choose_formats(
+            candidate,
+            scales.single(alpha),
+            judge,
+            reserve,
+            FormatRequest(
+                schemes=candidate.schemes,
+                formats=tuple(name for name in FORMATS if name in formats),
+                budget=BudgetConfig(share_of_macs=share),
+                hardware=HardwareBudget(),
+                seed=request.seed,
+                calibration=sum(batch.size for batch in task.calibration),
+            ),
+            NoRecord(),
+            advance=lambda text: print(text, flush=True) if text else None,
+        )
+        if result is None:
+            raise AbsentError(f"{request.model}: nothing can be predicted")
+        found[alpha] = result
+        print(f"alpha {alpha:g}: {result.chosen.loss}", flush=True)
     seconds = time.process_time() - began
-    if result is None:
-        raise AbsentError(f"{request.model}: nothing can be predicted")
+    kept = min(found, key=lambda alpha: found[alpha].chosen.loss or float("inf"))
+    result = found[kept]
     unseen = make_judge(request.model, folder, Sizes() if not request.short else SHORT, work)
     judged = [_judged(unseen, candidate.reset())]  # the float model comes first: the others are compared with it
-    for point in (replace(result.chosen, changed={}), result.chosen):
-        with candidate.using(result.schemes(point)), candidate.applied(smoothings) as model:
+    for alpha, point in ((best, replace(result.chosen, changed={})), (kept, result.chosen)):
+        with candidate.using(result.schemes(point)), candidate.applied(scales.single(alpha)) as model:
             judged.append(_judged(unseen, model))
     chosen = result.chosen
     row = [
         request.model,
-        f"{best:g}",
+        f"{best:g}" if kept == best else f"{best:g}, formats under {kept:g}",
         ", ".join(formats),
         str(len(result.sites)),
         f"{swept[best]:.4g}",
@@ -162,6 +175,7 @@ def main() -> None:
     )
     arguments_of.add_argument("--share", type=float, default=0.25)
     arguments_of.add_argument("--alphas", nargs="*", type=float, default=[0.65, 0.75, 0.85, 0.9])
+    arguments_of.add_argument("--under", nargs="*", type=float, default=[])
     arguments_of.add_argument("--full", action="store_true", help="as many samples as benchmarks.real_models takes")
     arguments = arguments_of.parse_args()
     rows, points = [], []
@@ -173,7 +187,9 @@ def main() -> None:
             )
             try:
                 with tempfile.TemporaryDirectory() as work:
-                    row, front = lines(request, arguments.formats, arguments.share, arguments.alphas, Path(work))
+                    row, front = lines(
+                        request, arguments.formats, arguments.share, arguments.alphas, arguments.under, Path(work)
+                    )
             except AbsentError as absent:
                 print(f"left out: {absent}", flush=True)
                 continue
