@@ -170,6 +170,9 @@ def hardware_text(answer: Mapping[str, Any]) -> str:
         for name, key in (("this machine", "detected"), ("target, as given", "given"), ("model requires", "required"))
         if key in answer
     ]
+    kernels = [[k["library"], k["version"] or "-", k["kernel"] or "-", k["told"]] for k in answer.get("kernels", [])]
+    title = "products of u8 activations and s8 weights on this machine"
+    probed = [table(("library", "version", "kernel", "computes"), kernels, title=title)] if kernels else []
     ranges = [
         [f"{r['position']:.2f}", f"{r['low']:.3f}", f"{r['high']:.3f}", r["explanation"]] for r in answer["ranges"]
     ]
@@ -182,6 +185,7 @@ def hardware_text(answer: Mapping[str, Any]) -> str:
                 [[f["name"], *(f"{cost:.2f}" for cost in f["cost"].values())] for f in answer["formats"]],
                 title="cost of a forward on the target, over that of static int8",
             ),
+            *probed,
             table(("group at", "alpha from", "to", "because"), ranges, title="alpha ranges"),
             "0 is the group of smallest, 1 that of largest magnitude; a run places its groups by what it measures",
         ]

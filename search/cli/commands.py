@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,8 +206,9 @@ def delete(
         return record, remove(dry_run=False)
 
 
-def hardware(config: RunConfig) -> dict[str, Any]:
-    """The detected and the given budget, what the model requires, rho, the ranges that follow, and what formats cost.
+def hardware(config: RunConfig, *, probe: bool = False) -> dict[str, Any]:
+    """The detected and the given budget, what the model requires, rho, the ranges that follow, what formats cost, and, asked to ``probe``,
+    what libraries make of 8-bit products here.
 
     Without a model in ``config`` nothing is known of what is required, the ranges are those of fA6 for rho = 0, and the costs are
     those of one square site.
@@ -232,6 +233,8 @@ def hardware(config: RunConfig) -> dict[str, Any]:
     positions = [k / max(shown - 1, 1) for k in range(shown)]
     ranges = group_ranges(positions, rho=rho, kind="wide" if config.groups.ranges == "wide" else "magnitude")
     answer["formats"] = _format_costs(config, shapes)
+    if probe:
+        answer["kernels"] = _kernels()
     answer["rho"] = rho
     answer["explanation"] = explanation
     answer["ranges"] = [
@@ -240,6 +243,14 @@ def hardware(config: RunConfig) -> dict[str, Any]:
         for r in ranges
     ]
     return answer
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """What every library computes on this machine. Source: formula fA20."""
+    from alphasmith.search.inputs.kernel_probe import LIBRARIES
+    from alphasmith.search.inputs.kernel_probe import probe as asked
+
+    return [asdict(asked(library)) for library in LIBRARIES]
 
 
 def _format_costs(config: RunConfig, shapes: Mapping[int, Sequence[SiteShape]]) -> list[dict[str, Any]]:

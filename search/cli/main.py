@@ -343,12 +343,13 @@ def formats(run: str, picked: int | None, out: Path | None, storage: str | None,
 
 @app.command()
 @config_options
+@click.option("--probe", is_flag=True, help="Ask the libraries of this machine how they multiply 8-bit integers.")
 @json_option
-def hardware(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def hardware(config: Path | None, overrides: tuple[str, ...], probe: bool, as_json: bool) -> None:
     """Show the detected budget and what the given one does to the alpha ranges."""
     from alphasmith.search.cli import answers, commands
 
-    answer = commands.hardware(_settings(config, overrides))
+    answer = commands.hardware(_settings(config, overrides), probe=probe)
     print_answer(answer, as_json, lambda: answers.hardware_text(answer))
 
 

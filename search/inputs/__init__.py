@@ -6,6 +6,7 @@
 - ``folder_task``: a Hugging Face model and labelled media as a task of joint compression
 - ``format_cost``: what a site costs on the target in every format: multiply-adds, bytes moved, seconds
 - ``hardware``: the budget of the machine that will run the model, and how scarce it is
+- ``kernel_probe``: what libraries make of 8-bit products on this machine: exact integers, or saturating pairs
 - ``labelled_samples``: samples with labels, of media that are read when asked for
 - ``permission``: code that a record names: it runs only where whoever starts the process names it, too
 - ``preparation``: from a task to searchable sites: discovery, memory plan, calibration, hardware
@@ -19,6 +20,7 @@ __all__ = [
     "folder_task",
     "format_cost",
     "hardware",
+    "kernel_probe",
     "labelled_samples",
     "permission",
     "preparation",

@@ -38,6 +38,7 @@ from alphasmith.search.inputs._plain_model import float_output, plain_model, wit
 from alphasmith.search.inputs._weighed_rows import weigh_rows
 from alphasmith.search.inputs.calibration_cache import CalibrationCache
 from alphasmith.search.inputs.hardware import Scarcity, required_budget, scarcity, target_budget
+from alphasmith.search.inputs.kernel_probe import kernel_notes
 from alphasmith.search.inputs.task import Task, score_float
 from alphasmith.search.interruption import Interrupted, leave, never
 from alphasmith.search.progress import Progress
@@ -134,7 +135,7 @@ def survey(config: RunConfig, task: Task) -> Survey:
         weights=found.weights,
         scarcity=scarcity(target_budget(config.hardware), required),
         example=example,
-        notes=(*told, *notes, *_weights_alone(found, config)),
+        notes=(*told, *notes, *_weights_alone(found, config), *kernel_notes(schemes, config.target)),
     )
 
 

@@ -295,6 +295,11 @@ def test_hardware(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "model requires" in text
     assert "memory is tightest" in text
     assert all(r["explanation"] in text for r in given["ranges"])
+    assert "kernels" not in alone
+    probed = Answer(capsys, "hardware", "--probe", "--json").json["kernels"]
+    assert [k["library"] for k in probed] == ["onnxruntime", "onednn", "openvino"]
+    shown = Answer(capsys, "hardware", "--probe").out
+    assert all(k["library"] in shown and k["kernel"] in (None, "exact", "u8s8-pairs16") for k in probed)
 
 
 def test_the_dashboard_says_where_it_listens_and_answers_the_hosts_it_is_told(place: Place) -> None:
