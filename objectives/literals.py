@@ -32,8 +32,11 @@ RangeStatistic = Literal[SearchedRange, "output"]
 #: What is subtracted from every channel before it is scaled.
 ShiftStatistic = Literal["none", "mean", "middle"]
 
-#: Format of a site: what its activations are rounded to, and how their scale is set; ``float``: nothing of the site is quantized.
-SiteFormat = Literal["int8-static", "uint8-static", "int8-token", "int16-static", "fp8-static", "fp8-token", "float"]
+#: Format of a site: what its activations are rounded to, and how their scale is set; ``int7-weights``: as the scheme has them, with weights
+#: that saturate nowhere; ``float``: nothing of the site is quantized.
+SiteFormat = Literal[
+    "int8-static", "uint8-static", "int7-weights", "int8-token", "int16-static", "fp8-static", "fp8-token", "float"
+]
 #: What a product of 8-bit integers is where the model runs: the integer itself, or u8 x s8 added two by two in 16 bits with saturation.
 Kernel = Literal["exact", "u8s8-pairs16"]
 #: What will serve the model; ``any``: nothing is ruled out.

@@ -34,6 +34,7 @@ _ACTIVATIONS: Mapping[SiteFormat, tuple[ActivationFormat, ActivationGranularity]
 _STEP: Mapping[SiteFormat, int] = {
     "int8-static": 0,
     "uint8-static": 0,
+    "int7-weights": 0,
     "fp8-static": 0,
     "int8-token": 1,
     "fp8-token": 1,
@@ -41,14 +42,17 @@ _STEP: Mapping[SiteFormat, int] = {
     "float": 3,
 }
 
+#: Activations as the scheme has them, weights of 7 bits: a choice where kernels saturate.
+_SEVEN: SiteFormat = "int7-weights"
+
 #: Target -> format of the weights -> formats that it runs as they are meant; a site left in float is served by all of them.
 #: vLLM: schemes of compressed-tensors, whose int8 activations are static or per token, with a zero point or without (its CPU kernels: without).
 #: ONNX Runtime: QuantizeLinear of int8, uint8 and (opset 21) int16; its DynamicQuantizeLinear has one scale per tensor, so no ``int8-token``.
 #: OpenVINO: FakeQuantize of 256 levels, symmetric or not. TensorRT: explicit quantization, int8 without zero point and fp8.
 _SERVED: Mapping[Target, Mapping[WeightFormat, tuple[SiteFormat, ...]]] = {
-    "vllm": {"int8": ("int8-static", "uint8-static", "int8-token"), "fp8": ("fp8-static", "fp8-token")},
-    "onnxruntime": {"int8": ("int8-static", "uint8-static", "int16-static")},
-    "openvino": {"int8": ("int8-static", "uint8-static")},
+    "vllm": {"int8": ("int8-static", "uint8-static", _SEVEN, "int8-token"), "fp8": ("fp8-static", "fp8-token")},
+    "onnxruntime": {"int8": ("int8-static", "uint8-static", _SEVEN, "int16-static")},
+    "openvino": {"int8": ("int8-static", "uint8-static", _SEVEN)},
     "tensorrt": {"int8": ("int8-static",), "fp8": ("fp8-static",)},
 }
 
@@ -68,8 +72,12 @@ def scheme_of(name: SiteFormat, base: Scheme) -> Scheme:
     """
     if name == "float":
         return FLOAT
+    if name == _SEVEN:
+        return replace(base, weights="int7")
     activations, granularity = _ACTIVATIONS[name]
-    return replace(base, activations=activations, activation_granularity=granularity)
+    plain = replace(base, activations=activations, activation_granularity=granularity, kernel="exact")
+    # Kernels for bytes multiply nothing else.
+    return replace(plain, kernel=base.kernel) if plain.byte_operands else plain
 
 
 def format_of(scheme: Scheme) -> SiteFormat | None:
@@ -85,13 +93,15 @@ def format_of(scheme: Scheme) -> SiteFormat | None:
 
 
 def fitting(base: Scheme) -> tuple[SiteFormat, ...]:
-    """Formats that go with the weights of a scheme, from the cheapest to the dearest.
+    """Formats that go with the weights of a scheme, from the cheapest to the dearest; weights of 7 bits where those of 8 saturate.
 
     Args:
         base: The model's own scheme.
     """
     fp8 = base.weights == "fp8"
-    return tuple(name for name in FORMATS if name == "float" or (_ACTIVATIONS[name][0] == "fp8") == fp8)
+    fit = {name for name, (activations, _) in _ACTIVATIONS.items() if (activations == "fp8") == fp8}
+    fit |= {"float", *([_SEVEN] if base.saturates else [])}
+    return tuple(name for name in FORMATS if name in fit)
 
 
 def step_of(name: SiteFormat) -> int:
@@ -123,7 +133,8 @@ def served(target: Target, base: Scheme) -> tuple[SiteFormat, ...]:
     possible = fitting(base)
     if target == "any":
         return possible
-    known = (*_SERVED[target].get(base.weights, ()), "float")
+    weights = "int8" if base.weights == "int7" else base.weights
+    known = (*_SERVED[target].get(weights, ()), "float")
     return tuple(name for name in possible if name in known)
 
 

@@ -63,7 +63,7 @@ def probe(library: Library) -> ProbedKernel:
     codes[0], weight[0] = 255, 127  # signed codes of 127, and 127: the most that a pair can lose
     try:
         found = product(library, codes.to(torch.uint8), weight.to(torch.int8))
-    except Exception as error:  # noqa: BLE001, whatever a library of another version raises: the answer is that it was not asked
+    except Exception as error:  # noqa: BLE001  whatever a library of another version raises: the answer is that it was not asked
         return ProbedKernel(library=library, version=version, kernel=None, told=f"cannot be asked: {error_line(error)}")
     exact = codes @ weight.t()
     kernel: Kernel | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any, get_args
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.literals import Kernel, Target
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
+from alphasmith.objectives.quantization.formats import fitting, is_dearer, scheme_of, served
 from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.scheme import (
     FLOAT,
@@ -26,10 +29,8 @@ from tests.support.quantized_models import block_example
 def every_scheme() -> list[Scheme]:
     """All combinations of fields that a scheme accepts."""
     made = []
-    fields = (
-        get_args(literal) for literal in (WeightFormat, WeightGranularity, ActivationFormat, ActivationGranularity)
-    )
-    for weights, of_weights, activations, of_activations in product(*fields):
+    literals = (WeightFormat, WeightGranularity, ActivationFormat, ActivationGranularity, Kernel)
+    for weights, of_weights, activations, of_activations, kernel in product(*map(get_args, literals)):
         try:
             made.append(
                 Scheme(
@@ -38,6 +39,7 @@ def every_scheme() -> list[Scheme]:
                     group_size=32 if of_weights == "group" else None,
                     activations=activations,
                     activation_granularity=of_activations,
+                    kernel=kernel,
                 )
             )
         except InputError:
@@ -131,3 +133,29 @@ def test_a_candidate_computes_every_site_in_its_own_scheme() -> None:
     candidate.check_pristine()
     with pytest.raises(InputError, match="no site is named"):
         candidate.use(SiteSchemes.build(Scheme(), {"elsewhere": FLOAT}))
+
+
+@pytest.mark.parametrize("target", ["any", "onnxruntime", "openvino", "vllm"])
+def test_seven_bits_are_a_choice_where_eight_saturate(target: Target) -> None:
+    saturating, exact = Scheme(kernel="u8s8-pairs16"), Scheme()
+    assert "int7-weights" in served(target, saturating)
+    assert "int7-weights" not in served(target, exact)
+    assert "int7-weights" not in served("tensorrt", saturating)
+    given = scheme_of("int7-weights", saturating)
+    assert (given.weights, given.activations, given.saturates) == ("int7", "int8", False)
+    assert not is_dearer("int7-weights", "int8-static")
+
+
+def test_every_format_of_a_saturating_scheme_is_a_scheme() -> None:
+    base = Scheme(kernel="u8s8-pairs16")
+    kernels = {name: scheme_of(name, base).kernel for name in fitting(base)}
+    assert kernels["uint8-static"] == kernels["int8-token"] == kernels["int8-static"] == "u8s8-pairs16"
+    assert kernels["int16-static"] == kernels["float"] == "exact"
+
+
+@pytest.mark.parametrize(
+    "name", ["w8a16-channel", "w8ai16-channel-static", "w8a8-g64-static", "wfp8afp8-channel-static"]
+)
+def test_kernels_for_bytes_multiply_nothing_else(name: str) -> None:
+    with pytest.raises(InputError, match=r"scheme.kernel: .*'u8s8-pairs16' multiplies bytes"):
+        replace(Scheme.parse(name), kernel="u8s8-pairs16")
