@@ -3,7 +3,8 @@
 One layer: ``alphasmith.search_site(x, w, scheme="w8a8-channel-static")``. A whole model: ``alphasmith.run(config, model=...,
 batches=...)``, gone on with by ``alphasmith.resume``; its output folder is read by ``load_smoothed`` and ``load_quantized``, and its
 compressed model is trained further by ``alphasmith.finetune``. ``alphasmith.compress`` makes a model smaller by sparse, low-rank and
-codebook forms together; ``alphasmith.export`` writes a result in a format that other software loads.
+codebook forms together; ``alphasmith.export`` writes a result in a format that other software loads, ``alphasmith.recipe`` a script
+for another tool's quantizer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         load_compressed,
         load_quantized,
         load_smoothed,
+        recipe,
         resume,
         run,
         search_site,
@@ -50,6 +52,7 @@ __all__ = [
     "load_compressed",
     "load_quantized",
     "load_smoothed",
+    "recipe",
     "resume",
     "run",
     "search_site",

@@ -81,3 +81,5 @@ DropRule = Literal["any", "all"]
 
 #: Formats of other tools that a result is written in.
 ExportFormat = Literal["compressed-tensors"]
+#: Tools that a recipe is written for.
+RecipeTool = Literal["llm-compressor", "modelopt", "inc", "torchao", "ctranslate2"]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from alphasmith.search.compression.compress import CompressionResult, compress
     from alphasmith.search.config import RunConfig
     from alphasmith.search.exports.export import ExportResult, export
+    from alphasmith.search.exports.recipes.recipe import recipe
     from alphasmith.search.launch.pipeline import resume, run
     from alphasmith.search.launch.recorder import RunResult
     from alphasmith.search.processing.classifier import Classifier
@@ -58,6 +59,7 @@ __all__ = [
     "load_compressed",
     "load_quantized",
     "load_smoothed",
+    "recipe",
     "resume",
     "run",
     "search_site",
@@ -79,6 +81,7 @@ _HOMES = {
     "load_compressed": "compression.artifact",
     "load_quantized": "checkpoints.load",
     "load_smoothed": "checkpoints.load",
+    "recipe": "exports.recipes.recipe",
     "resume": "launch.pipeline",
     "run": "launch.pipeline",
     "search_site": "site.search",

@@ -2,7 +2,7 @@
 
 - ``_compress``: ``alphasmith compress``: a model made smaller by sparse, low-rank and codebook forms together
 - ``_db``: ``alphasmith db``: making, upgrading, checking, cleaning and copying the trial database
-- ``_export``: ``alphasmith export``: a result in the format of another tool
+- ``_export``: ``alphasmith export`` and ``alphasmith recipe``: a result in the format of another tool, or as a script for its quantizer
 - ``_finetune``: ``alphasmith finetune``: a compressed model trained further on labelled media
 - ``_layout``: tables and sentences as a terminal holds them
 - ``_options``: options that several commands take, and how every command prints its answer

@@ -1,4 +1,4 @@
-"""``alphasmith export``: a result in the format of another tool."""
+"""``alphasmith export`` and ``alphasmith recipe``: a result in the format of another tool, or as a script for its quantizer."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ def export(source: str, format_: str, out: Path, as_json: bool, **places: Any) -
     record = json.loads(result.record.to_json())
     answer = {"folder": str(result.folder), "bytes": result.bytes, "record": record}
     print_answer(answer, as_json, lambda: _text(result))
+
+
+@click.command()
+@click.argument("tool", metavar="TOOL")
+@click.argument("source", metavar="RUN|DIR")
+@click.option("--out", metavar="FILE.py", type=PATH, help="Write the script to a file, too.")
+@storage_option
+@json_option
+def recipe(tool: str, source: str, out: Path | None, storage: str | None, as_json: bool) -> None:
+    """Print the script with which a tool quantizes smoothed/ of a run, its own smoothing switched off.
+
+    TOOL is llm-compressor, modelopt, inc (Neural Compressor), torchao or ctranslate2.
+    """
+    from alphasmith.search.exports.recipes.recipe import recipe as written
+
+    text = written(tool, source, out, storage=storage)
+    print_answer({"tool": tool, "script": text}, as_json, lambda: text.rstrip("\n"))
 
 
 def _text(result: ExportResult) -> str:

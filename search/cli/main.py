@@ -16,7 +16,7 @@ from alphasmith.objectives.errors import AlphasmithError, EquivalenceError, Inpu
 from alphasmith.objectives.text import one_line
 from alphasmith.search.cli._compress import compress, join_compression, print_compression, resume_compression
 from alphasmith.search.cli._db import db
-from alphasmith.search.cli._export import export
+from alphasmith.search.cli._export import export, recipe
 from alphasmith.search.cli._finetune import finetune, print_training, resume_training
 from alphasmith.search.cli._options import (
     PATH,
@@ -78,6 +78,7 @@ app.add_command(serve)
 app.add_command(finetune)
 app.add_command(compress)
 app.add_command(export)
+app.add_command(recipe)
 
 
 @app.command()

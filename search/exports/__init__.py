@@ -5,7 +5,8 @@
 - ``_plain_sites``: operators as if no alpha had been found, for formats without a division at run time
 - ``_source``: what an export is made from, read only as it was written
 - ``export``: ``alphasmith export``: a result in the format of another tool, whole or not at all
+- ``recipes``: scripts for the quantizers of other tools, which begin from ``smoothed/``
 - ``verification``: an exported folder against its record and against the run that it came from
 """
 
-__all__ = ["export", "verification"]
+__all__ = ["export", "recipes", "verification"]

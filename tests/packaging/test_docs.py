@@ -184,13 +184,15 @@ def test_readme_snippets_run_in_order(tmp_path: Path) -> None:
         if language == "python":
             steps.append(content)
         for arguments in shown_commands(f"```{language}\n{content}```"):
-            if arguments[0] == "run" and "--model" in arguments:
-                command = ["-m", "alphasmith.search.cli.main", *arguments, *QUICK]
+            if (arguments[0] == "run" and "--model" in arguments) or arguments[0] == "export":
+                quick = QUICK if arguments[0] == "run" else []
+                command = ["-m", "alphasmith.search.cli.main", *arguments, *quick]
                 steps.append(f"import subprocess, sys\nsubprocess.run([sys.executable, *{command!r}], check=True)\n")
-    assert len(steps) >= 4
+    assert len(steps) >= 5
     (tmp_path / "readme.py").write_text("\n".join(steps), encoding="utf-8")
     done = subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "served" / "export.json").is_file()
 
 
 @pytest.mark.slow
