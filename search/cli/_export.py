@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source", metavar="RUN|DIR")
-@click.option("--format", "format_", metavar="compressed-tensors", required=True, help="What to write.")
+@click.option("--format", "format_", metavar="compressed-tensors|onnx", required=True, help="What to write.")
+@click.option("--layout", metavar="ort-u8|qdq", help="Of onnx: for ONNX Runtime alone (default), or portable.")
 @click.option("--out", metavar="DIR2", type=PATH, required=True, help="Where it goes; must be empty.")
 @storage_option
 @click.option(
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
     help="Write sites with a division at run time as if no alpha had been found, where the format has no place for it.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export in DIR2.")
-@click.option("--data", type=PATH, help="With --unsmoothed-sites: the run's media, when they have moved.")
+@click.option("--data", type=PATH, help="With --unsmoothed-sites or onnx: the run's media, when they have moved.")
 @click.option(
     "--allow-code",
     metavar="MODULE:FUNCTION|DIR",
     multiple=True,
-    help="With --unsmoothed-sites: let code that the manifest names run; repeatable.",
+    help="With --unsmoothed-sites or onnx: let code that the manifest names run; repeatable.",
 )
 @json_option
 def export(source: str, format_: str, out: Path, as_json: bool, **places: Any) -> None:
     """Write the integer model of a run or training in the format of another tool.
 
-    compressed-tensors: a folder that transformers and vLLM load.
+    compressed-tensors: a folder that transformers and vLLM load. onnx: graphs for ONNX Runtime, OpenVINO and others.
     """
     from alphasmith.search.exports.export import export as exported
 
@@ -67,7 +68,7 @@ def recipe(tool: str, source: str, out: Path | None, storage: str | None, as_jso
 def _text(result: ExportResult) -> str:
     record = result.record
     lines = [
-        f"{record.format} in {result.folder}: {len(record.operators)} quantized operators, {size_text(result.bytes)}",
+        f"{record.format}{'' if record.layout is None else f' ({record.layout})'} in {result.folder}: {len(record.operators)} quantized operators, {size_text(result.bytes)}",
     ]
     if record.left:
         reasons = sorted({one.reason for one in record.left})

@@ -24,6 +24,22 @@ model = CLASS.from_pretrained("FOLDER")
 ```
 
 Language models: `vllm serve FOLDER`.""",
+    "onnx": """Needs `pip install onnxruntime`:
+
+```python
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+OPTIONS
+session = onnxruntime.InferenceSession("FOLDER/FILE", options)
+print([value.name for value in session.get_inputs()])  # what it takes
+outputs = session.run(None, {...})
+```""",
+}
+#: Session options by layout of ONNX models.
+_OPTIONS = {
+    "ort-u8": "# no option needed: unsigned codes are exact on every processor",
+    "qdq": 'options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x86 without VNNI, too',
 }
 
 
@@ -41,11 +57,21 @@ def model_card(
     """
     front = "\n".join(("---", *_front(record, original), "---"))
     parts = [front, f"# {manifest.model.name}, {record.scheme}", *_done(manifest, record), *_losses(manifest)]
-    parts += ["## Loading", _LOADING[record.format].replace("CLASS", architecture)]
+    parts += ["## Loading", _loading(record, architecture)]
     if record.notes or record.left or record.unsmoothed:
         parts += ["## What differs", "\n".join(f"- {line}" for line in _differs(record))]
     parts += ["## Licence", _licence(original, licences), "## Provenance", _provenance(manifest, record)]
     return "\n\n".join(parts) + "\n"
+
+
+def _loading(record: ExportRecord, architecture: str) -> str:
+    told = (
+        _LOADING[record.format].replace("CLASS", architecture).replace("OPTIONS", _OPTIONS.get(record.layout or "", ""))
+    )
+    models = [entry.path for entry in record.artifacts if entry.path.endswith(".onnx")]
+    if len(models) > 1:
+        told += f"\n\nModels: {listed(models)}."
+    return told.replace("FILE", models[0] if models else "")
 
 
 def _front(record: ExportRecord, original: str | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.text import listed
-from alphasmith.search.exports._source import DeployedOperator, ExportSource
+from alphasmith.search.exports.source import DeployedOperator, ExportSource
 
 Layout = Literal["int-quantized", "float-quantized", "pack-quantized"]
 

@@ -20,7 +20,7 @@ from alphasmith.objectives.quantization.quantizers import activation_grid, quant
 from alphasmith.objectives.smoothing import ChannelRange
 from alphasmith.search.checkpoints.load import load_smoothed
 from alphasmith.search.checkpoints.verification import original_config
-from alphasmith.search.exports._source import DeployedOperator, ExportSource
+from alphasmith.search.exports.source import DeployedOperator, ExportSource
 from alphasmith.search.inputs.permission import check_code
 from alphasmith.search.inputs.preparation import survey
 from alphasmith.search.inputs.task import load_task

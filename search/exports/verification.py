@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from alphasmith.objectives.errors import IntegrityError
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.checkpoints.find import find_result
 from alphasmith.search.exports._compressed_tensors import read_operator
-from alphasmith.search.exports._source import ExportSource
+from alphasmith.search.exports._extra import require_onnx
+from alphasmith.search.exports.source import DeployedOperator, ExportSource
 from alphasmith.storage.files.durable import digest_file
 from alphasmith.storage.output.checkpoint import SINGLE
 from alphasmith.storage.output.export_record import ExportFolder
@@ -34,16 +36,13 @@ def verify_export(folder: Path, *, run: str | Path | None = None, storage: str |
     export = ExportFolder(folder)
     record = export.record
     export.check()
-    files = [name for name in export.names() if name.endswith(".safetensors")]
-    if not files:
-        raise IntegrityError(f"{folder}: no {SINGLE} is on record")
-    tensors = {name: value for file in files for name, value in export.read_tensors(file).items()}
+    stored = _onnx(export) if record.format == "onnx" else _checkpoint(export)
     for entry in record.operators:
         try:
-            operator = read_operator(entry.name, tensors, Scheme.parse(entry.scheme))
+            found = stored(entry.name, Scheme.parse(entry.scheme))
         except KeyError as error:
             raise IntegrityError(f"{folder}: operator {entry.name} has no tensor {error}") from error
-        if operator.digest != entry.digest:
+        if any(operator.digest != entry.digest for operator in found):
             raise IntegrityError(f"{folder}: codes or scales of operator {entry.name} are not those on record")
     answer: dict[str, Any] = {
         "folder": str(folder),
@@ -63,3 +62,23 @@ def verify_export(folder: Path, *, run: str | Path | None = None, storage: str |
                 raise IntegrityError(f"{folder}: operator {entry.name} is not the run's")
         answer["compared"] = "run"
     return answer
+
+
+def _checkpoint(export: ExportFolder) -> Callable[[str, Scheme], list[DeployedOperator]]:
+    """Reads an operator of a safetensors checkpoint by its name."""
+    files = [name for name in export.names() if name.endswith(".safetensors")]
+    if not files:
+        raise IntegrityError(f"{export.path}: no {SINGLE} is on record")
+    tensors = {name: value for file in files for name, value in export.read_tensors(file).items()}
+    return lambda name, scheme: [read_operator(name, tensors, scheme)]
+
+
+def _onnx(export: ExportFolder) -> Callable[[str, Scheme], list[DeployedOperator]]:
+    """Reads an operator of ONNX models by its name."""
+    files = [name for name in export.names() if name.endswith(".onnx")]
+    if not files:
+        raise IntegrityError(f"{export.path}: no ONNX model is on record")
+    require_onnx()
+    from alphasmith.search.exports.onnx.reading import OnnxOperators
+
+    return OnnxOperators([export.path / file for file in files]).read

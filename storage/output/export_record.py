@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.literals import ExportFormat
+from alphasmith.objectives.literals import ExportFormat, OnnxLayout
 from alphasmith.objectives.reading import parse_json, read_text
 from alphasmith.storage.files.durable import ArtifactDigest, artifact_kind, canonical_json
 from alphasmith.storage.output._named_files import NamedFiles
@@ -61,6 +61,8 @@ class ExportRecord(Part):
 
     export_version: Literal[1] = EXPORT_VERSION
     format: ExportFormat
+    layout: OnnxLayout | None = None
+    """Of an ONNX model: how integers stand in it."""
     run: str
     """Id of the run."""
     training: str | None = None

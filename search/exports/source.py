@@ -78,6 +78,11 @@ class ExportSource:
         self._structure = result.read_json(STRUCTURE)
         self._tensors: Mapping[str, Tensor] = result.read_tensors("quantized/model.safetensors")
 
+    @property
+    def of_transformers(self) -> bool:
+        """Whether the model is one of transformers."""
+        return self.result.has(f"{self.folder}/config.json")
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The transformers configuration.
@@ -85,7 +90,7 @@ class ExportSource:
         Raises:
             InputError: The model is not one of transformers.
         """
-        if not self.result.has(f"{self.folder}/config.json"):
+        if not self.of_transformers:
             raise InputError(
                 "--format",
                 f"{self.result.path} is no model of transformers, whose folders this format extends",

@@ -1,0 +1,183 @@
+"""The ONNX files of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+    TopologicalSortPass,
+)
+from torch import nn
+
+from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.literals import OnnxLayout
+from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.text import listed
+from alphasmith.search.checkpoints.load import load_quantized
+from alphasmith.search.checkpoints.verification import original_config
+from alphasmith.search.exports.onnx._examples import SAMPLES, example
+from alphasmith.search.exports.onnx._rewriting import rewrite
+from alphasmith.search.exports.onnx._tracing import mark_operators, trace
+from alphasmith.search.exports.source import ExportSource
+from alphasmith.search.inputs.permission import check_code
+from alphasmith.search.inputs.task import load_task
+from alphasmith.storage.output.manifest import FILE_NAME
+from alphasmith.storage.output.output_folder import OutputFolder
+
+#: What a model may hold in one file [bytes]; a larger one has its weights in a file beside it.
+INSIDE = 128 * 2**20
+#: Initializers below this stay in the model [bytes].
+_SMALL = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxModels:
+    """What is written.
+
+    Attributes:
+        models: By the stem of the file name.
+        quantized: Names of the operators whose integers they hold.
+        left: Operators that the run quantized and that no graph holds, with the reason.
+        notes: What the consumer computes otherwise than the run did, and what sizes may change.
+    """
+
+    models: Mapping[str, ir.Model]
+    quantized: tuple[str, ...]
+    left: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def write(self, folder: OutputFolder, inside: int = INSIDE) -> None:
+        """Write every model, its weights beside it where they are many.
+
+        Args:
+            folder: Of the export.
+            inside: Most bytes of weights that are put into the model itself.
+        """
+        for stem, model in self.models.items():
+            size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+            beside = f"{stem}.onnx.data" if size > inside else None
+            target = folder.path / f"{stem}.onnx"
+            ir.save(model, target, external_data=beside, size_threshold_bytes=_SMALL)
+            folder.adopt(target.name)
+            if beside is not None:
+                folder.adopt(beside)
+
+
+def onnx_models(
+    source: ExportSource,
+    layout: OnnxLayout,
+    *,
+    model: nn.Module | None = None,
+    batch: Batch | None = None,
+    data: Path | None = None,
+    allow_code: Collection[str | Path] = (),
+) -> OnnxModels:
+    """The graphs of a result.
+
+    Args:
+        source: The result.
+        layout: See :func:`~alphasmith.search.exports.export.export`.
+        model: The float architecture, where a script handed the model over.
+        batch: What it is traced with; None: made for models of transformers, else the first of the run's data.
+        data: Where the run's media are now.
+        allow_code: Functions and folders that the manifest may lead to, as of ``resume``.
+
+    Raises:
+        InputError: A scheme that the layout lacks, a part of the model that cannot be traced (named), or no example.
+    """
+    operators = {operator.name: operator for operator in source.operators}
+    quantized, found = _deployed(source, model, batch, data, allow_code)
+    mark_operators(quantized)
+    models: dict[str, ir.Model] = {}
+    used: dict[str, None] = {}
+    floating: dict[str, None] = {}
+    notes: list[str] = []
+    for stem, part, given in _parts(quantized, found):
+        traced = trace(part, given)
+        rewritten = rewrite(traced.model, operators, layout)
+        models[stem] = _cleaned(traced.model)
+        used |= dict.fromkeys(rewritten.operators)
+        floating |= dict.fromkeys(rewritten.float_products)
+        axes = [f"{name} ({', '.join(sizes)})" for name, sizes in traced.dynamic.items() if sizes]
+        notes.append(f"axes of any size in {stem}.onnx: {listed(axes)}")
+    if not used:
+        raise InputError("--format", "no quantized operator is in the graph", "export to another format")
+    twice = set(operators) - set(dict(quantized.named_modules()))
+    left = {name: "no forward call reaches it" for name in operators if name not in used and name not in twice}
+    left |= dict.fromkeys(source.stacks, "several matrices in one tensor: float values of the integers")
+    if floating:
+        notes.append(f"the product of {listed(list(floating))} is a float one of dequantized values")
+    saturating = layout == "ort-u8" and any(operators[name].scheme.kernel != "exact" for name in used)
+    if saturating:
+        notes.append("products are exact here, the run took them as saturating")
+    return OnnxModels(models=models, quantized=tuple(used), left=left, notes=(*notes, *_notes(layout)))
+
+
+def _deployed(
+    source: ExportSource,
+    model: nn.Module | None,
+    batch: Batch | None,
+    data: Path | None,
+    allow_code: Collection[str | Path],
+) -> tuple[nn.Module, Batch]:
+    """The quantized model, and an example of what it reads."""
+    result, folder = source.result, source.result.path
+    if result.has("quantized/config.json"):
+        deployed = load_quantized(folder)
+        return deployed, batch or example(deployed, _processor(source))
+    if model is not None and batch is not None:
+        return load_quantized(folder, model), _two(batch)
+    if result.manifest.model.kind == "module":
+        raise InputError(
+            "--format",
+            f"{folder} does not say how to build the model",
+            "export from Python: export(..., model=..., batch=...)",
+        )
+    config = original_config(result.manifest, None, data, None, None)
+    check_code(config, allow_code, str(folder / FILE_NAME), ("model", "metric"))
+    task = load_task(config)
+    return load_quantized(folder, model or task.loaded.model), _two(batch or next(iter(task.calibration)))
+
+
+def _processor(source: ExportSource) -> Mapping[str, Any]:
+    name = f"{source.folder}/preprocessor_config.json"
+    return source.result.read_json(name) if source.result.has(name) else {}
+
+
+def _two(batch: Batch) -> Batch:
+    if batch.size < SAMPLES:
+        raise InputError("--format", "the example has one sample", f"give a batch of {SAMPLES} or more")
+    return batch.narrow(0, SAMPLES)
+
+
+def _parts(model: nn.Module, batch: Batch) -> Iterator[tuple[str, nn.Module, Batch]]:
+    """The graphs that a model becomes: stem of the file, module, example."""
+    yield "model", model, batch
+
+
+def _cleaned(model: ir.Model) -> ir.Model:
+    """Without what the exporter says of the machine and the code, and without what nothing reads."""
+    model = RemoveUnusedNodesPass()(model).model
+    model = RemoveUnusedOpsetsPass()(model).model
+    model = TopologicalSortPass()(model).model
+    model.producer_name, model.producer_version = "alphasmith", None
+    model.graph.name = "model"
+    return ClearMetadataAndDocStringPass()(model).model
+
+
+def _notes(layout: OnnxLayout) -> Iterator[str]:
+    if layout == "qdq":
+        yield (
+            "saturation: on x86 processors without VNNI, kernels for unsigned times signed codes of ONNX Runtime and OpenVINO add "
+            "pairs of products in 16 bits with saturation; in ONNX Runtime the session option session.x64quantprecision = 1 keeps "
+            "products exact"
+        )
+    else:
+        yield "needs ONNX Runtime: products and convolutions are its own nodes, exact on every processor"

@@ -1,0 +1,299 @@
+"""ONNX exports: ONNX Runtime and OpenVINO compute what our module computes, at sizes that were not traced, from the run's integers."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alphasmith.objectives.errors import InputError, IntegrityError
+from alphasmith.objectives.media.batch import Batch, call, main_output
+from alphasmith.objectives.quantization.operator import QuantizedOperator
+from alphasmith.search import export, load_quantized
+from alphasmith.search.exports import _extra
+from alphasmith.search.exports._card import CARD
+from alphasmith.search.exports.verification import verify_export
+from tests.support.run_cases import Mlp, Pictures, alphasmith, launch, seeded, vectors
+
+onnx = pytest.importorskip("onnx", reason="needs pip install 'alphasmith[onnx]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
+
+Results = Callable[[str], Path]
+#: Of the numbers of an output; float parts are summed in another order.
+CLOSE = 2e-6
+PLAIN = {"search": {"trials": 4, "refine": False, "guard": "site"}}
+
+
+def session(file: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.optimized_model_filepath = str(file.parent.parent / f"{file.stem}-optimized.onnx")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def kinds(file: Path) -> Counter[str]:
+    """Nodes that ONNX Runtime made of a model that was opened."""
+    optimized = onnx.load(file.parent.parent / f"{file.stem}-optimized.onnx")
+    return Counter(node.op_type for node in optimized.graph.node)
+
+
+def simulated(model: nn.Module, batch: Batch) -> Tensor:
+    for module in model.modules():
+        if isinstance(module, QuantizedOperator):
+            module.execution = "simulated"
+    with torch.no_grad():
+        return main_output(call(model, batch))
+
+
+def difference(found: Any, expected: Tensor) -> float:
+    return float(np.linalg.norm(np.asarray(found) - expected.numpy()) / np.linalg.norm(expected.numpy()))
+
+
+def texts(samples: int, length: int, *names: str) -> dict[str, Tensor]:
+    ids = torch.arange(samples * length).reshape(samples, length) % 27
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return {name: made[name] for name in names}
+
+
+def numbers(given: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout", "product"),
+    [
+        ("w8a8-channel-static", "ort-u8", "MatMulIntegerToFloat"),
+        ("w8a8-channel-static", "qdq", "MatMulIntegerToFloat"),
+        pytest.param("w8au8-channel-static", "qdq", "MatMulIntegerToFloat", marks=pytest.mark.slow),
+        pytest.param("w8a8-channel-token", "ort-u8", "MatMulInteger", marks=pytest.mark.slow),
+    ],
+)
+def test_a_language_model(result_of: Results, scheme: str, layout: str, product: str, tmp_path: Path) -> None:
+    result = result_of(scheme)
+    made = export(result, "onnx", tmp_path / "out", layout=layout)
+    file = tmp_path / "out/model.onnx"
+    onnx.checker.check_model(str(file), full_check=layout == "qdq")
+    opened = session(file)
+    for samples, length in ((3, 5), (1, 11)):
+        given = texts(samples, length, "input_ids", "attention_mask")
+        expected = simulated(load_quantized(result), Batch(kwargs=given))
+        assert difference(opened.run(["logits"], numbers(given))[0], expected) < CLOSE
+    assert kinds(file)[product] == len(made.record.operators) == 8
+    assert verify_export(tmp_path / "out", run=result)["operators"] == 8
+
+
+def test_a_division_at_run_time_is_a_product_with_the_reciprocal(explicit_result: Path, tmp_path: Path) -> None:
+    export(explicit_result, "onnx", tmp_path / "out", layout="qdq")
+    file = tmp_path / "out/model.onnx"
+    given = texts(3, 9, "input_ids", "attention_mask", "token_type_ids")
+    expected = simulated(load_quantized(explicit_result), Batch(kwargs=given))
+    opened = session(file)
+    assert difference(opened.run(["logits"], numbers(given))[0], expected) < CLOSE
+    names = {initializer.name for initializer in onnx.load(file).graph.initializer}
+    assert any(name.endswith("output.dense.inverse") for name in names)
+    assert [str(axis) for axis in opened.get_inputs()[0].shape] == ["batch", "length"]
+    # The weights travel as integers alone.
+    assert not {name for name in names if name.endswith(("query.weight", "dense.weight"))}
+
+
+@pytest.mark.parametrize("layout", ["ort-u8", "qdq"])
+def test_convolutions_of_a_model_of_a_script(layout: str, tmp_path: Path) -> None:
+    model, batches = seeded(Pictures), vectors(48, 3, 9, 9)
+    result = launch(tmp_path / "run", model, batches, PLAIN).folder
+    with pytest.raises(InputError, match=r"model=\.\.\., batch="):
+        export(result, "onnx", tmp_path / "out", layout=layout)
+    made = export(result, "onnx", tmp_path / "out", layout=layout, model=model, batch=batches[0])
+    assert {"stem", "body", "head"} == {operator.name for operator in made.record.operators}
+    file = tmp_path / "out/model.onnx"
+    opened = session(file)
+    for x in (batches[1], batches[2][:3, :, :7, :8]):
+        expected = simulated(load_quantized(result, model), Batch(args=(x,)))
+        assert difference(opened.run(None, {"x": x.numpy()})[0], expected) < (CLOSE if layout == "ort-u8" else 1e-4)
+    if layout == "ort-u8":
+        assert kinds(file)["ConvInteger"] == 2
+    assert verify_export(tmp_path / "out", run=result)["operators"] == 3
+
+
+class Odd(nn.Module):
+    """Operators of kinds that other models here lack: transposed and grouped convolutions, padding of values, one weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(4, 8, 3, padding=2, dilation=2, groups=2)
+        self.mirrored = nn.Conv1d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.up = nn.ConvTranspose1d(8, 6, 4, stride=2, padding=1, groups=2)
+        self.again = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 4, L) -> (B, 3)."""
+        x = torch.relu(self.up(torch.relu(self.mirrored(torch.relu(self.first(x))))))
+        x = self.again(torch.relu(self.again(x.mT)))
+        return torch.as_tensor(self.head(x.mean(1)))
+
+
+@pytest.mark.parametrize("layout", ["ort-u8", "qdq"])
+def test_operators_without_integers_in_a_layout_are_told(layout: str, tmp_path: Path) -> None:
+    model, batches = seeded(Odd), vectors(48, 4, 12)
+    result = launch(tmp_path / "run", model, batches, PLAIN).folder
+    made = export(result, "onnx", tmp_path / "out", layout=layout, model=model, batch=(batches[0],)).record
+    assert {operator.name for operator in made.operators} == {"first", "mirrored", "up", "again", "head"}
+    assert any("up" in note and "float" in note for note in made.notes)
+    expected = simulated(load_quantized(result, model), Batch(args=(batches[1],)))
+    found = session(tmp_path / "out/model.onnx").run(None, {"x": batches[1].numpy()})[0]
+    assert difference(found, expected) < 1e-4
+    assert verify_export(tmp_path / "out", run=result)["operators"] == 5
+
+
+def test_openvino_reads_the_portable_layout(explicit_result: Path, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
+    record = export(explicit_result, "onnx", tmp_path / "out", layout="qdq").record
+    compiled = openvino.Core().compile_model(str(tmp_path / "out/model.onnx"), "CPU")
+    given = texts(3, 9, "input_ids", "attention_mask", "token_type_ids")
+    expected = simulated(load_quantized(explicit_result), Batch(kwargs=given))
+    found = next(iter(compiled(numbers(given)).values()))
+    assert difference(found, expected) < 0.1  # kernels of processors without VNNI saturate
+    kinds_run = Counter(
+        (node.get_rt_info()["layerType"].astype(str), node.get_rt_info()["runtimePrecision"].astype(str))
+        for node in compiled.get_runtime_model().get_ops()
+    )
+    assert kinds_run["FullyConnected", "i8"] == len(record.operators)
+
+
+def test_the_same_result_gives_the_same_bytes_and_none_of_the_machine(result_of: Results, tmp_path: Path) -> None:
+    result = result_of("w8a8-channel-static")
+    for name in ("a", "b"):
+        export(result, "onnx", tmp_path / name)
+    root = str(Path(__file__).resolve().parents[4]).encode()
+    for file in (tmp_path / "a").iterdir():
+        content = file.read_bytes()
+        assert content == (tmp_path / "b" / file.name).read_bytes()
+        for place in (root, str(tmp_path).encode(), b"site-packages", b"stack_trace"):
+            assert place not in content
+
+
+def test_many_weights_lie_beside_the_model(result_of: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alphasmith.search.exports.onnx import models
+
+    result = result_of("w8a8-channel-static")
+    write = models.OnnxModels.write
+    monkeypatch.setattr(models.OnnxModels, "write", lambda self, folder: write(self, folder, inside=0))
+    export(result, "onnx", tmp_path / "out")
+    assert (tmp_path / "out/model.onnx.data").stat().st_size > 1000
+    given = texts(2, 6, "input_ids", "attention_mask")
+    expected = simulated(load_quantized(result), Batch(kwargs=given))
+    assert difference(session(tmp_path / "out/model.onnx").run(["logits"], numbers(given))[0], expected) < CLOSE
+    assert verify_export(tmp_path / "out", run=result)["operators"] == 8
+    beside = tmp_path / "out/model.onnx.data"
+    beside.write_bytes(beside.read_bytes()[::-1])
+    with pytest.raises(IntegrityError, match=r"model\.onnx\.data"):
+        verify_export(tmp_path / "out")
+
+
+def test_a_changed_integer_is_found(result_of: Results, tmp_path: Path) -> None:
+    from alphasmith.storage.files.durable import digest_file
+    from alphasmith.storage.output.export_record import read_export_record
+
+    out = tmp_path / "out"
+    export(result_of("w8a8-channel-static"), "onnx", out)
+    file = out / "model.onnx"
+    model = onnx.load(file)
+    codes = next(i for i in model.graph.initializer if i.name.endswith("q_proj.weight_codes"))
+    codes.raw_data = bytes([codes.raw_data[0] ^ 1]) + codes.raw_data[1:]
+    onnx.save(model, file)
+    record = read_export_record(out)
+    anew = [
+        entry.model_copy(update={"sha256": digest_file(file).sha256, "bytes": file.stat().st_size})
+        if entry.path == file.name
+        else entry
+        for entry in record.artifacts
+    ]
+    (out / "export.json").write_text(record.model_copy(update={"artifacts": tuple(anew)}).to_json())
+    with pytest.raises(IntegrityError, match="q_proj"):
+        verify_export(out)
+
+
+class Untraceable(Mlp):
+    """Its second half asks for the numbers of a tensor."""
+
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            """Any shape, doubled where its sum is positive."""
+            return x * 2 if float(x.sum()) > 0 else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = self.Half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of :class:`Mlp`."""
+        return super().forward(self.part(x))
+
+
+def test_what_cannot_be_traced_is_named(tmp_path: Path) -> None:
+    model, batches = seeded(Untraceable), vectors()
+    result = launch(tmp_path / "run", model, batches, PLAIN).folder
+    with pytest.raises(InputError, match=r"cannot trace part \(") as caught:
+        export(result, "onnx", tmp_path / "out", model=model, batch=batches[0])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(result_of: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx_ir
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    with pytest.raises(InputError, match="no space left"):
+        export(result_of("w8a8-channel-static"), "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"layout": "s8"}, "ort-u8, qdq"),
+        ({"unsmoothed_sites": True}, "every site is written"),
+        ({"batch": "text"}, "batch"),
+    ],
+)
+def test_what_does_not_belong_to_the_format_is_refused(
+    result_of: Results, given: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=told):
+        export(result_of("w8a8-channel-static"), "onnx", tmp_path / "out", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extra, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'alphasmith\[onnx\]'"):
+        export(tmp_path, "onnx", tmp_path / "out")
+
+
+def test_the_command_line(result_of: Results, tmp_path: Path) -> None:
+    result = result_of("w8a8-channel-token")
+    out = str(tmp_path / "o")
+    bad = alphasmith("export", str(result), "--format", "onnx", "--layout", "qdq", "--out", out, cwd=tmp_path)
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+    assert "cannot hold w8a8-channel-token" in bad.stderr
+    good = alphasmith("export", str(result), "--format", "onnx", "--out", out, "--json", cwd=tmp_path)
+    assert json.loads(good.stdout)["record"]["layout"] == "ort-u8"
+    checked = alphasmith("verify", out, "--run", str(result), cwd=tmp_path)
+    assert "8 operators" in checked.stdout
+    card = (tmp_path / "o" / CARD).read_text()
+    assert "onnxruntime" in card
+    assert "model.onnx" in card
