@@ -29,6 +29,8 @@ ChannelStatistic = Literal["absmax", "percentile", "rms"]
 SearchedRange = Literal["tail", "absmax", "percentile", "margin"]
 #: How it is set in the end; ``output``: as the model's output asked for, clipped or widened.
 RangeStatistic = Literal[SearchedRange, "output"]
+#: What the scales of folded sites are rounded to in the end.
+ScaleRounding = Literal["none", "pow2"]
 #: What is subtracted from every channel before it is scaled.
 ShiftStatistic = Literal["none", "mean", "middle"]
 

@@ -21,6 +21,9 @@ from alphasmith.objectives.errors import InputError, NonFiniteError
 SCALE_MIN = 2.0**-14
 SCALE_MAX = 2.0**15
 
+#: Factors between two powers of two that are tried where scales are rounded to powers.
+_PHASES = 16
+
 #: What happens to channels that the formula is undefined for or says too little of (trap T7), as the manifest states it.
 DEAD_CHANNEL_RULE = (
     "geometric mean of the live channels' scales where the activation or the weight statistic is 0; limited there and where "
@@ -238,6 +241,24 @@ def coefficient_map(
         groups=int(labels.max()) + 1,
         neutral=neutral,
     )
+
+
+def power_of_two_scales(scales: Tensor) -> Tensor:
+    """Powers of two near scales: multiplying a float by one, or dividing, is exact, so that folding them is undone to the bit.
+
+    What a site loses hardly depends on a factor that all of its scales share, so the factor is chosen under which they lie nearest to
+    powers of two, by the squares of the logarithms.
+
+    Args:
+        scales: (C,) positive.
+
+    Returns:
+        (C,) float32, equal where the scales are, within ``[SCALE_MIN, SCALE_MAX]``; scales that are powers of two stay.
+    """
+    logs = scales.to(torch.float64).log2() + torch.arange(_PHASES, device=scales.device).view(-1, 1) / _PHASES
+    rounded = logs.round()
+    best = rounded[(logs - rounded).square().sum(dim=1).argmin()]
+    return torch.exp2(best.clamp(math.log2(SCALE_MIN), math.log2(SCALE_MAX))).to(torch.float32)
 
 
 def group_scales(

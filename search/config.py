@@ -20,6 +20,7 @@ from alphasmith.objectives.literals import (
     MediaKind,
     MemoryMode,
     OutputLoss,
+    ScaleRounding,
     Scope,
     SearchedRange,
     ShiftStatistic,
@@ -409,6 +410,8 @@ class RunConfig(Configuration):
         dtype: Type of the weights in ``smoothed/``: ``own``, the type that the model came in (bfloat16, float16, else float32), or
             ``float32``.
         target: What will serve the model: ``any``, or a stack that limits the formats of sites to those that it serves.
+        round_scales: ``pow2``: the scales of folded sites are rounded to powers of two in the end, and no shift goes into biases, so that
+            folding changes exponents alone and ``alphasmith undo`` gives the original's bits; the cost is told. ``none``: as found.
     """
 
     name: Label = Field(default="", max_length=200)
@@ -418,6 +421,7 @@ class RunConfig(Configuration):
     artifacts: Annotated[Label, Field(max_length=4096)] | None = None
     dtype: Literal["own", "float32"] = "own"
     target: Target = "any"
+    round_scales: ScaleRounding = "none"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     scheme: Annotated[SchemeConfig, BeforeValidator(scheme_fields)] = SchemeConfig()
@@ -438,6 +442,9 @@ class RunConfig(Configuration):
                 "is 'blockwise', where formats of sites are not chosen: that needs the whole model again and again"
             )
             raise InputError("memory.mode", problem, "use 'resident', or leave sites.formats and budget out")
+        if self.memory.mode == "blockwise" and self.round_scales != "none":
+            problem = "is 'blockwise', where scales are not rounded: what that costs takes the whole model again"
+            raise InputError("memory.mode", problem, "use 'resident', or leave round_scales out")
         if self.model.demo and (self.model.path or self.model.factory):
             raise InputError("model.demo", "given together with another model", "keep one of demo, path and factory")
         if self.model.factory_path and not self.model.factory:
@@ -447,6 +454,11 @@ class RunConfig(Configuration):
         if self.data.path and self.data.factory:
             raise InputError("data.factory", "given together with data.path", "keep one of them")
         return self
+
+    @property
+    def site_search(self) -> SearchConfig:
+        """Settings of the search at a site: without shifts where folding has to be exact, since biases round."""
+        return self.search if self.round_scales == "none" else self.search.model_copy(update={"shift": ("none",)})
 
     @classmethod
     def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:

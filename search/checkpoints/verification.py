@@ -143,7 +143,8 @@ def undo(folder: Path, out: Path) -> dict[str, Any]:
     """Take scales and folded shifts out of the smoothed checkpoint again.
 
     Float32 division does not take back float32 multiplication bit for bit: every weight is within two roundings of the
-    original's, every bias within the roundings of what a shift added to it.
+    original's, every bias within the roundings of what a shift added to it. Scales that are powers of two (``round_scales``) are taken
+    back to the bit.
 
     Args:
         folder: Output folder of a run.

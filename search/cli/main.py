@@ -91,6 +91,7 @@ app.add_command(recipe)
 @storage_option
 @engine_options
 @click.option("--out", metavar="DIR", type=PATH, help="Output folder; must not exist.")
+@click.option("--round-scales", metavar="none|pow2", help="Round the scales of folded sites: undo is then bit exact.")
 @click.option(
     "--new", "fresh", is_flag=True, help="Begin a new run even if an unfinished one of the same kind is there."
 )

@@ -7,6 +7,7 @@
 - ``_manifest_builder``: the manifest of a run, put together from what it decided
 - ``_outcome``: what a run decided and made, between the search and the records
 - ``_parts``: what is known of one part of a model that is read block by block, and all parts put together
+- ``_rounded``: scales rounded to powers of two, and what that costs at the output
 - ``_states``: what goes from block to block, as files of a folder that a killed run finds again
 - ``pipeline``: the main job, end to end: search, guard, prove, quantize, keep
 - ``recorder``: the driver's records of a run: the outcome, the output folder, the end

@@ -74,6 +74,7 @@ _NOTE = (
 _NO_FORMATS = (
     "formats of sites were not chosen (sites.formats, budget): that takes the whole model, memory.mode = 'resident'"
 )
+_NO_ROUNDING = "scales were not rounded (round_scales): what that costs takes the whole model, memory.mode = 'resident'"
 
 
 def finish_blockwise(
@@ -122,7 +123,8 @@ class _BlockwiseRun:
     ) -> None:
         self._config = config
         left = (_NO_FORMATS,) if config.sites.formats or config.budget.given else ()
-        self._task = replace(task, notes=(*task.notes, _NOTE, *left))
+        exact = (_NO_ROUNDING,) if config.round_scales != "none" else ()
+        self._task = replace(task, notes=(*task.notes, _NOTE, *left, *exact))
         self._streamed = streamed
         self._ahead = ahead
         self._handle = handle

@@ -148,6 +148,7 @@ def build_manifest(
         refinement=None if found.refinement is None else refinement_entry(found.refinement),
         formats=None if found.formats is None else formats_entry(found.formats, found.format_metric),
         format_advice=advice_entry(found),
+        rounding=found.rounding,
         memory=MemoryEntry(
             predicted=prepared.plan.total,
             measured=products.peak,

@@ -34,6 +34,7 @@ from alphasmith.search.progress import Progress
 from alphasmith.search.site.result import SiteResult
 from alphasmith.search.study.alpha_ranges import DEFAULT_ALPHA
 from alphasmith.search.study.candidates import Candidate
+from alphasmith.storage.output.entries import RoundingEntry
 
 R = TypeVar("R", SiteResult, ModelResult)
 
@@ -57,6 +58,7 @@ class SearchOutcome:
         formats: What was chosen among formats of sites; None: every site has the scheme's own.
         format_metric: Task metric under that choice; None: not measured.
         format_advice: What other formats at a few sites would bring; None: not looked at, or the error comes from many sites.
+        rounding: Scales of folded sites that were rounded, and what that cost; None: they are as they were found.
         notes: What people should know of the search, e.g. that there are fewer groups than asked for.
     """
 
@@ -74,6 +76,7 @@ class SearchOutcome:
     formats: FormatResult | None = None
     format_metric: float | None = None
     format_advice: Advice | None = None
+    rounding: RoundingEntry | None = None
 
     def kept(self, result: R) -> R:
         """The result of a site or of the model as it was kept: after a fallback, with the baseline in the winner's place."""

@@ -44,6 +44,7 @@ from alphasmith.search.launch._lookup import (
     writable_store,
 )
 from alphasmith.search.launch._outcome import SearchOutcome, decide, produce, with_shares
+from alphasmith.search.launch._rounded import with_rounded_scales
 from alphasmith.search.launch.recorder import RunRecorder, RunResult, conclude, written_before
 from alphasmith.search.launch.site_searches import (
     input_ranges,
@@ -335,6 +336,7 @@ def _search(launch: _Launch) -> SearchOutcome:
         sweep=sweep,
         swept=lambda best: with_one_alpha(config, prepared, sites, smoothings["one_alpha"], best),
     )
+    found = with_rounded_scales(found, config, task, prepared, candidate, reserve, launch.progress)
     found = with_shares(found, config, task, prepared, candidate, launch.progress, launch.stop)
     found = with_formats(found, config, task, prepared, candidate, reserve, launch.handle, launch.progress, launch.stop)
     launch.recorder.outcome(found)

@@ -62,7 +62,7 @@ def search_sites(
     settings = SiteSettings(
         scheme=config.scheme.build(),
         groups=config.groups,
-        search=config.search,
+        search=config.site_search,
         rho=prepared.survey.scarcity.rho,
         budget=_scratch(config, prepared),
     )

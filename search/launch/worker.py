@@ -151,7 +151,7 @@ def _search(
             settings = SiteSettings(
                 scheme=config.scheme.build(),
                 groups=config.groups,
-                search=config.search,
+                search=config.site_search,
                 rho=float(record.hardware["rho"]),
             )
             SiteStage(

@@ -450,6 +450,25 @@ class RefinementEntry(Judged):
     """Optuna study."""
 
 
+class RoundingEntry(Part):
+    """Scales rounded after the search; losses of sites are those before."""
+
+    to: Literal["pow2"]
+    """Powers of two."""
+    sites: PositiveInt
+    """Folded sites that were rounded."""
+    inexact: tuple[str, ...] = ()
+    """Those whose fold is not exact all the same: weights that are stored less 1."""
+    before: NonNegativeFloat | None
+    """Held-out loss at the model's output with the scales as found; null where it is not finite."""
+    after: NonNegativeFloat | None
+    """With the rounded ones."""
+    difference: float | None
+    """``before`` minus ``after``, paired over held-out samples."""
+    standard_error: NonNegativeFloat | None
+    """Of the difference."""
+
+
 class MemoryEntry(Part):
     """Peak memory of the search."""
 

@@ -33,6 +33,7 @@ from alphasmith.storage.output.entries import (
     PayloadEntry,
     ProofEntry,
     RefinementEntry,
+    RoundingEntry,
     RunEntry,
     SchemeEntry,
     Sha256,
@@ -96,6 +97,8 @@ class Manifest(Part):
     """Formats of sites that were chosen among. Null: the scheme's own at every site."""
     format_advice: FormatAdvice | None = None
     """What other formats at a few sites would bring. Null: nothing was tried, or the error comes from many sites."""
+    rounding: RoundingEntry | None = None
+    """Scales of folded sites that were rounded, and what that cost at the output. Null: they are as they were found."""
     training: TrainingEntry | None = None
     """Where the compressed model was trained further: all else in this manifest is about the run that it comes from. Null: it was not."""
     memory: MemoryEntry

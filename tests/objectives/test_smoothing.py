@@ -14,6 +14,7 @@ from alphasmith.objectives.smoothing import (
     SCALE_MAX,
     SCALE_MIN,
     expand_alphas,
+    power_of_two_scales,
     smoothing_scales,
 )
 from tests.support.site_cases import relaxed
@@ -144,3 +145,19 @@ def test_non_finite_statistics_and_alphas_are_refused(bad: float) -> None:
     for arguments in ((spoiled, one, 0.5), (one, spoiled, 0.5), (one, one, spoiled), (one, one, bad)):
         with pytest.raises(NonFiniteError):
             smoothing_scales(*arguments)
+
+
+@relaxed
+@given(st.lists(st.floats(2.0**-13, 2.0**14), min_size=1, max_size=12), st.integers(0, 2**31))
+def test_powers_of_two_are_near_equal_where_scales_are_and_undone_to_the_bit(values: list[float], seed: int) -> None:
+    scales = torch.tensor([*values, values[0]])
+    found = power_of_two_scales(scales)
+    assert torch.equal(found.log2(), found.log2().round())
+    assert found[0] == found[-1]
+    assert bool((found >= SCALE_MIN).all() & (found <= SCALE_MAX).all())
+    # At most half an octave off, beside the factor that all of them share.
+    off = found.double().log2() - scales.double().log2()
+    assert float(off.max() - off.min()) <= 1.0 + 1e-9
+    w = torch.randn(5, len(scales), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal((w * found) / found, w)
+    assert torch.equal(power_of_two_scales(found), found)

@@ -213,6 +213,34 @@ def test_the_smoothed_model_is_the_original_and_undo_gives_it_back(
         torch.testing.assert_close(undone[name], original, rtol=1e-6, atol=1e-6 if name.endswith("bias") else 0)
 
 
+def test_rounded_scales_are_taken_out_to_the_bit_and_their_cost_is_told(tmp_path: Path, model: nn.Module) -> None:
+    metric = Likeness(model, vectors(seed=9))
+    values = {"round_scales": "pow2", "search": {"trials": 5}, "data": {"metric_name": "agreement"}}
+    result = launch(tmp_path, model, vectors(), values, metric=metric)
+    scales = {n: t for n, t in load_file(result.folder / "scales.safetensors").items() if n.startswith("scale/")}
+    assert any(bool((value != 1).any()) for value in scales.values())
+    folded = [f"scale/{site.name}" for site in result.manifest.sites if site.mode == "fold"]
+    assert all(torch.equal(scales[name].log2(), scales[name].log2().round()) for name in folded if name in scales)
+    assert not any(site.shift for site in result.manifest.sites)
+    undo(result.folder, tmp_path / "undone")
+    undone = load_file(tmp_path / "undone" / "model.safetensors")
+    smoothed = load_file(result.folder / "smoothed" / "model.safetensors")
+    for name, original in model.state_dict().items():
+        assert torch.equal(undone[name].view(torch.int32), original.view(torch.int32)), name
+    assert any(not torch.equal(smoothed[name], original) for name, original in model.state_dict().items())
+    cost = result.manifest.rounding
+    assert cost is not None
+    assert (cost.to, cost.inexact) == ("pow2", ())
+    assert cost.sites == sum(name in scales for name in folded)
+    kept = result.manifest.output.kept
+    assert cost.after == getattr(result.manifest.output, "alpha_half" if kept == "alpha_0.5" else kept)
+    told = next(note for note in result.manifest.notes if note.startswith("scales are powers of two at"))
+    assert "held-out output loss" in told
+    assert cost.before is not None
+    assert cost.after is not None
+    assert cost.difference == pytest.approx(cost.before - cost.after, rel=1e-4, abs=1e-9)
+
+
 def test_reloaded_integers_give_the_bits_that_were_quantized(
     finished: tuple[Path, RunResult], model: nn.Module
 ) -> None:
