@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
+from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.text import listed
 from alphasmith.storage.output.export_record import ExportRecord
 from alphasmith.storage.output.manifest import Manifest
@@ -15,7 +16,7 @@ CARD = "README.md"
 ORIGINAL_CARD = f"ORIGINAL_{CARD}"
 
 _LOADING = {
-    "compressed-tensors": """Needs `pip install transformers compressed-tensors`:
+    "compressed-tensors": """In transformers, after `pip install transformers compressed-tensors`:
 
 ```python
 from transformers import CLASS
@@ -23,7 +24,15 @@ from transformers import CLASS
 model = CLASS.from_pretrained("FOLDER")
 ```
 
-Language models: `vllm serve FOLDER`.""",
+Language models in vLLM, which needs nothing else: `vllm serve FOLDER`, or
+
+```python
+from vllm import LLM
+
+model = LLM(model="FOLDER")
+```
+
+Codes and scales are checked by `alphasmith verify FOLDER`.""",
     "onnx": """Needs `pip install onnxruntime`:
 
 ```python
@@ -56,7 +65,7 @@ def model_card(
         licences: Names of the licence files that travel with the model.
     """
     front = "\n".join(("---", *_front(record, original), "---"))
-    parts = [front, f"# {manifest.model.name}, {record.scheme}", *_done(manifest, record), *_losses(manifest)]
+    parts = [front, f"# {manifest.model.name}, {record.scheme}", *_done(manifest, record), *_losses(manifest, record)]
     parts += ["## Loading", _loading(record, architecture)]
     if record.notes or record.left or record.unsmoothed:
         parts += ["## What differs", "\n".join(f"- {line}" for line in _differs(record))]
@@ -104,11 +113,16 @@ def _done(manifest: Manifest, record: ExportRecord) -> Iterator[str]:
             f"Alphas of {len(alphas)} groups at {len(smoothed)} sites: from {min(alphas):.2f} to {max(alphas):.2f}, "
             f"median {statistics.median(alphas):.2f}."
         )
+    else:
+        yield "No site has an alpha: what was kept is the model without smoothing."
+    divided = sum(site.mode == "explicit" for site in manifest.sites)
+    if divided and not record.unsmoothed:
+        yield f"{divided} of {len(manifest.sites)} sites are divided at run time, the others in the weights before them."
     if manifest.training is not None:
         yield f"The quantized model was trained further ({manifest.training.id})."
 
 
-def _losses(manifest: Manifest) -> Iterator[str]:
+def _losses(manifest: Manifest, record: ExportRecord) -> Iterator[str]:
     output = manifest.output
     columns = [
         ("no smoothing", output.naive, "naive"),
@@ -128,10 +142,20 @@ def _losses(manifest: Manifest) -> Iterator[str]:
     if len(rows) > 2:
         yield "## Quality"
         trained = "" if manifest.training is None else " before it was trained further"
-        yield f"On held-out samples, exact 8-bit products{trained}:"
+        yield f"On held-out samples, {_products(record)}{trained}:"
         yield "\n".join(rows)
     if output.kept != "ours":
         yield f"What was kept is the baseline {output.kept}: the search found nothing better at the output."
+
+
+def _products(record: ExportRecord) -> str:
+    """What the losses were measured with."""
+    schemes = {Scheme.parse(operator.scheme) for operator in record.operators}
+    if any(scheme.kernel != "exact" for scheme in schemes):
+        return "products of 8-bit integers that saturate in pairs"
+    if all(scheme.integer_operands for scheme in schemes):
+        return "exact products of integers"
+    return "products of the rounded values"
 
 
 def _differs(record: ExportRecord) -> Iterator[str]:

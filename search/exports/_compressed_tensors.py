@@ -161,10 +161,12 @@ def packed(codes: Tensor, bits: int) -> Tensor:
         (O, ceil(D * bits / 32)) int32; the last word of a row is filled with zero bits.
     """
     per_word = _WORD // bits
-    raised = codes.to(torch.int64) + (1 << (bits - 1))
-    filled = functional.pad(raised, (0, -codes.shape[1] % per_word)).reshape(codes.shape[0], -1, per_word)
-    words = (filled << (torch.arange(per_word) * bits)).sum(-1)
-    return torch.where(words >= 1 << (_WORD - 1), words - (1 << _WORD), words).to(torch.int32)
+    # Bytes wrap around, so that -8..7 become 0..15 and -128..127 become 0..255 without a wider copy.
+    raised = functional.pad(codes.view(torch.uint8) + (1 << (bits - 1)), (0, -codes.shape[1] % per_word))
+    words = torch.zeros(codes.shape[0], raised.shape[1] // per_word, dtype=torch.int32)
+    for place in range(per_word):
+        words |= raised[:, place::per_word].to(torch.int32) << (place * bits)
+    return words
 
 
 def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -179,8 +181,10 @@ def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
         (O, columns) int8.
     """
     per_word = _WORD // bits
-    raised = (words.to(torch.int64).unsqueeze(-1) >> (torch.arange(per_word) * bits)) & ((1 << bits) - 1)
-    return (raised.flatten(-2)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+    codes = torch.empty(words.shape[0], words.shape[1] * per_word, dtype=torch.int8)
+    for place in range(per_word):
+        codes[:, place::per_word] = ((words >> (place * bits)) & ((1 << bits) - 1)) - (1 << (bits - 1))
+    return codes[:, :columns].contiguous()
 
 
 def _no_place(operator: DeployedOperator, source: ExportSource) -> str:

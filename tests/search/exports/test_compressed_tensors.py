@@ -26,6 +26,7 @@ from alphasmith.search.exports._card import CARD
 from alphasmith.search.exports._compressed_tensors import layout_of, packed, unpacked
 from alphasmith.search.exports.verification import verify_export
 from alphasmith.storage.output.export_record import read_export_record
+from alphasmith.storage.output.result_folder import ResultFolder
 from tests.support.run_cases import Mlp, alphasmith, launch, seeded, vectors
 
 Results = Callable[[str], Path]
@@ -114,6 +115,18 @@ def test_the_folder_says_what_it_is(result_of: Results, tmp_path: Path) -> None:
     assert "license: mit" in card
     assert "LlamaForCausalLM" in card
     assert made.record.run in card
+    manifest = ResultFolder(result).manifest
+    alphas = [group.alpha for site in manifest.sites for group in site.groups if group.alpha is not None]
+    told = [
+        manifest.data_digest,
+        manifest.model.digest,
+        f"torch {manifest.versions['torch']}",
+        "exact products of integers",
+    ]
+    told += ["LlamaForCausalLM.from_pretrained", "vllm serve", "alphasmith verify", "with saturation", "see LICENSE"]
+    told += [f"from {min(alphas):.2f} to {max(alphas):.2f}"] if alphas else ["No site has an alpha"]
+    assert [words for words in told if words not in card] == []
+    assert f"| {manifest.output.naive:.4g} |" in card
     assert str(tmp_path) not in card + (out / "export.json").read_text() + (out / "config.json").read_text()
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     linear = {name for name, module in load_quantized(result).named_modules() if isinstance(module, nn.Linear)}
