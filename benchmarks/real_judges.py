@@ -353,6 +353,7 @@ class Sizes:
         probed: Sentences of the probe.
         images: Images judged.
         clips: Clips of speech.
+        words: Whether words of transcripts are counted, which takes a pass for every token.
     """
 
     windows: int = 16
@@ -360,9 +361,10 @@ class Sizes:
     probed: int = 300
     images: int = 160
     clips: int = 8
+    words: bool = True
 
 
-SHORT = Sizes(windows=8, pairs=120, probed=0, images=80, clips=6)
+SHORT = Sizes(windows=8, pairs=120, probed=0, images=80, clips=6, words=False)
 
 
 def make_judge(name: str, model_folder: Path, sizes: Sizes, work: Path) -> Judge:
@@ -394,6 +396,10 @@ def make_judge(name: str, model_folder: Path, sizes: Sizes, work: Path) -> Judge
         return LanguageJudge(texts, ("wikitext-2", "TinyStories"), references)
     if name == "Whisper":
         return SpeechJudge(
-            WhisperFeatureExtractor.from_pretrained(model_folder), tokenizer, judged_waves(sizes.clips), references
+            WhisperFeatureExtractor.from_pretrained(model_folder),
+            tokenizer,
+            judged_waves(sizes.clips),
+            references,
+            written=sizes.words,
         )
     return EncoderJudge(tokenizer, judged_pairs(sizes.pairs), sizes.probed, references)
