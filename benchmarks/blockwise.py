@@ -1,18 +1,21 @@
 """A model block by block against the same model in memory as a whole: peak resident memory, tokens per second, what was predicted.
 
-    python benchmarks/blockwise.py [--work DIR] [--layers 6 47] [--hidden 2560] [--intermediate 6912] [--out FILE]
+    python benchmarks/blockwise.py [--work DIR] [--layers 6 47 | --gib 0.5 6] [--hidden 2560] [--intermediate 6912] [--out FILE]
 
 LLaMA-shaped models of random weights in bfloat16, written layer by layer so that none is ever held whole, with 1 % loud channels
-behind every norm. Each pass is a process of its own; its memory is the kernel's peak resident size (VmHWM), libraries included, its
-tokens are those of all samples, its time is that from the call to the written ``quantized/``. The whole model is run in memory up to
-``--most`` layers. The work folder takes five bytes a parameter and more; it is removed at the end.
+behind every norm. Each pass is a process of its own; its memory is the kernel's peak resident size (VmHWM), libraries included, of it or
+of the largest process it started; its tokens are those of all samples, its time is that from the call to the written ``quantized/``. The whole
+model is run in memory, too, up to ``--most`` layers: both passes then start together, so that both see the same machine, one thread each.
+The work folder takes five bytes a parameter and more; it is removed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import math
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from alphasmith.search import RunConfig, run
+from alphasmith.search.large_pages import large_pages
 from alphasmith.search.progress import Silent
 
 HIDDEN, INTERMEDIATE, HEADS, GROUPS, VOCABULARY = 2560, 6912, 20, 5, 4096
@@ -47,7 +51,8 @@ class Pass:
     Attributes:
         seconds: From the call to the result.
         alike: The same without stages that only the whole model has.
-        peak: The kernel's peak resident size of the process [bytes].
+        cpu: Processor time of the same [s].
+        peak: The kernel's peak resident size of the process, or of the largest one that it started [bytes].
         predicted: Of the run, beyond the libraries [bytes].
         measured: Likewise.
         parameters: Of the model.
@@ -56,6 +61,7 @@ class Pass:
 
     seconds: float
     alike: float
+    cpu: float
     peak: int
     predicted: int
     measured: int
@@ -173,7 +179,7 @@ def measure(model: Path, work: Path, mode: str) -> Pass:
         "groups": {"k": 1},
     }
     progress = StageSeconds()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     result = run(RunConfig.build(values), batches=[{"input_ids": ids}], progress=progress)
     seconds = time.perf_counter() - start
     progress.stage("end")
@@ -182,7 +188,8 @@ def measure(model: Path, work: Path, mode: str) -> Pass:
     return Pass(
         seconds=seconds,
         alike=seconds - left_out,
-        peak=high_water(),
+        cpu=time.process_time() - used,
+        peak=max(high_water(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss),
         predicted=manifest.memory.predicted,
         measured=manifest.memory.measured or 0,
         parameters=manifest.model.parameter_count,
@@ -190,10 +197,25 @@ def measure(model: Path, work: Path, mode: str) -> Pass:
     )
 
 
-def _in_own_process(model: Path, work: Path, mode: str) -> Pass:
+def layers_of(gib: float, hidden: int, intermediate: int) -> int:
+    """Layers with which the whole model in bfloat16 has at least so many GiB."""
+    narrow = hidden * GROUPS // HEADS
+    layer = 2 * hidden * (hidden + narrow) + 3 * hidden * intermediate + 2 * hidden
+    ends = 2 * VOCABULARY * hidden + hidden
+    return max(2, math.ceil((gib * 2**30 / 2 - ends) / layer))
+
+
+def _started(model: Path, work: Path, mode: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--one", str(model), str(work), mode]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return Pass(**json.loads(answer.stdout.splitlines()[-1]))
+    environment = {**os.environ, **large_pages(os.environ), "OMP_NUM_THREADS": "1"}  # as the command line has it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def _ended(process: subprocess.Popen[str]) -> Pass:
+    answer, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return Pass(**json.loads(answer.splitlines()[-1]))
 
 
 def _row(layers: int, mode: str, found: Pass) -> str:
@@ -208,6 +230,7 @@ def _row(layers: int, mode: str, found: Pass) -> str:
         f"{found.predicted / found.measured:.2f}",
         f"{tokens / found.seconds:.2f}",
         f"{tokens / found.alike:.2f}",
+        f"{tokens / found.cpu:.2f}",
         f"{found.loss:.6g}",
     )
     return f"| {' | '.join(map(str, cells))} |"
@@ -217,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 47])
+    parser.add_argument("--gib", type=float, nargs="+", help="sizes in bfloat16, in place of --layers")
     parser.add_argument("--most", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=HIDDEN)
     parser.add_argument("--intermediate", type=int, default=INTERMEDIATE)
@@ -228,18 +252,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(asdict(measure(Path(model), Path(work), mode))))
         return
     columns = ("layers", "model, bfloat16 [GiB]", "mode", "peak resident [GiB]", "predicted [GiB]", "measured [GiB]")
-    more = ("predicted / measured", "tokens/s", "tokens/s without what only the whole model has", "output loss")
+    more = (
+        "predicted / measured",
+        "tokens/s",
+        "tokens/s without what only the whole model has",
+        "tokens/s of processor time",
+        "output loss",
+    )
     lines = [f"| {' | '.join((*columns, *more))} |", "|---" * len((*columns, *more)) + "|"]
     print("\n".join(lines))
-    for layers in given.layers:
+    sizes = given.layers
+    if given.gib:
+        sizes = [layers_of(gib, given.hidden, given.intermediate) for gib in given.gib]
+    for layers in sizes:
         with tempfile.TemporaryDirectory(dir=given.work, prefix="blockwise-") as made:
             model = Path(made) / "model"
             write_llama(model, layers, given.hidden, given.intermediate)
-            for mode in ("blockwise", "resident")[: 2 if layers <= given.most else 1]:
-                found = _in_own_process(model, Path(made), mode)
-                lines.append(_row(layers, mode, found))
+            modes = ("blockwise", "resident")[: 2 if layers <= given.most else 1]
+            started = [(mode, _started(model, Path(made), mode)) for mode in modes]
+            for mode, process in started:
+                lines.append(_row(layers, mode, _ended(process)))
                 print(lines[-1], flush=True)
-                shutil.rmtree(Path(made) / mode)
     if given.out:
         given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@
 - ``dead_channels``: scales of channels that say nothing, or hardly anything, of their own scale
 - ``demo``: small models trained on data that ships with Python packages, for the embedded demo
 - ``errors``: errors a user can act on, named by remedy
+- ``finite``: whether a tensor is free of NaN and infinity
 - ``groups``: groups of channels by magnitude: claims A-6, A-8, A-10
 - ``joint``: compression by sparse, low-rank and codebook forms of a model's weights together
 - ``judge``: the exact loss of a candidate, at a site and at the output; proof and memory
@@ -29,6 +30,7 @@ __all__ = [
     "dead_channels",
     "demo",
     "errors",
+    "finite",
     "groups",
     "joint",
     "judge",

@@ -12,6 +12,7 @@
 - ``idle_threads``: how idle threads of the numeric libraries wait, settled before torch is imported
 - ``inputs``: what a run works on: model and data, sites, hardware, calibration
 - ``interruption``: interrupts: the first Ctrl-C stops a run in good order, the second one at once
+- ``large_pages``: memory pages of large tensors, settled before torch is imported
 - ``launch``: one run from first to last line: launch, go on, outcome, manifest, record
 - ``model``: the model's output: whole-model search, refinement, variants
 - ``processing``: the compressed model at work: media in, classes or text out

@@ -15,6 +15,7 @@ from alphasmith.objectives.blocks._others import LEAF
 from alphasmith.objectives.blocks.parts import BlockPart, StatesIn, StatesOut, block_batch
 from alphasmith.objectives.blocks.stored_weights import StoredWeights
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.finite import all_finite
 from alphasmith.objectives.media.batch import Batch, call, data_errors
 from alphasmith.objectives.model.hf_folder import weight_files
 from alphasmith.objectives.model.loading import LoadedModel, load_empty, processors_in, tensors_digest
@@ -97,7 +98,7 @@ class StreamedModel:
                 value = self.weights.read(name) if name in self.weights else self._state[name]
                 if value.is_meta:
                     value = self.weights.read(self._source(name))
-                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                if value.is_floating_point() and not all_finite(value):
                     remedy = "give a checkpoint with finite weights"
                     raise InputError("model.path", f"NaN or infinity in {name}", remedy)
                 yield name, value

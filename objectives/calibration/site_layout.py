@@ -7,6 +7,7 @@ from torch import Tensor
 
 from alphasmith.objectives.calibration.site_data import SiteData, SitePart
 from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.finite import all_finite
 
 
 def subset_rows(size: int, rows: int, part_rows: int) -> int:
@@ -75,7 +76,7 @@ def check_site_data(data: SiteData) -> None:
             if bool((values < 0).any()):
                 raise InputError(data.name, f"{weight_name} holds negative weights", "weigh errors with 0 or more")
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise NonFiniteError(f"site {data.name}: {name} holds NaN or infinity")
     for name, tensor in magnitudes.items():
         if bool((tensor < 0).any()):

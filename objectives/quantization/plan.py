@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.finite import all_finite
 from alphasmith.objectives.quantization.operator import (
     OperatorTensors,
     QuantizedOperator,
@@ -278,7 +279,7 @@ class Plan:
         """
         pristine = source[target.weight].detach()
         weight = self._scaled(target.weight, pristine.to(compute_dtype(pristine.dtype)), smoothings)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise NonFiniteError(
                 f"site {target.site.name}: the smoothed weight of {target.operator.name} is NaN or infinite"
             )

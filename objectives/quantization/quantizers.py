@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.finite import all_finite
 from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Scheme, WeightFormat
 
 # Scales stay normal numbers: below the smallest normal float32 the quotient v / scale loses its bits, and above max / qmax
@@ -341,14 +342,14 @@ def _checked_matrix(w: Tensor) -> Tensor:
     if w.dim() != 2 or w.numel() == 0:
         raise InputError("w", f"has shape {tuple(w.shape)}", "give a non-empty weight (outputs, inputs)")
     w = w.detach().to(torch.float32)
-    if not bool(torch.isfinite(w).all()):
+    if not all_finite(w):
         raise NonFiniteError("the weight holds NaN or infinity")
     return w
 
 
 def _checked_activation(x: Tensor, scale: Tensor) -> Tensor:
     x = x.to(torch.float32)
-    if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(scale).all()):
+    if not all_finite(x) or not bool(torch.isfinite(scale).all()):
         raise NonFiniteError("the activation or its scale holds NaN or infinity")
     return x
 

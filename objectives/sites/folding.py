@@ -59,19 +59,21 @@ def _edited(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
     if value.numel() <= _BLOCK or value.dim() < 2:
         return _edited_block(value, channel, edit, scales)
     result = torch.empty_like(value)
-    channel = channel.expand(value.shape)
+    whole = channel.dim() < value.dim() or channel.shape[0] == 1  # the same for every row
     for rows in _row_blocks(value):
-        result[rows] = _edited_block(value[rows], channel[rows], edit, scales)
+        result[rows] = _edited_block(value[rows], channel if whole else channel[rows], edit, scales)
     return result
 
 
 def _edited_block(value: Tensor, channel: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
+    # One factor for every channel that is named, not for every element: most edits name a whole row or column at once.
     factor = scales.to(device=value.device, dtype=torch.float64)[channel.clamp(min=0)] ** edit.power
     # p * f + offset * (f - 1) is the same number and returns p exactly where f = 1
     result = value.double() * factor
     if edit.offset:
         result += edit.offset * (factor - 1.0)
-    return torch.where(channel >= 0, result.to(value.dtype), value)
+    edited, touched = result.to(value.dtype), channel >= 0
+    return edited if bool(touched.all()) else torch.where(touched, edited, value)
 
 
 def _row_blocks(value: Tensor) -> list[slice]:

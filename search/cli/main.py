@@ -32,6 +32,7 @@ from alphasmith.search.cli._serve import serve
 from alphasmith.search.config import RunConfig
 from alphasmith.search.idle_threads import passive_waiting
 from alphasmith.search.interruption import Interrupted
+from alphasmith.search.large_pages import large_pages
 from alphasmith.search.toml_values import apply_overrides
 
 if TYPE_CHECKING:
@@ -401,7 +402,7 @@ def dashboard(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point: errors a user can act on become one line on standard error."""
     if arguments is None:  # this process is ours, and has not imported torch yet
-        os.environ.update(passive_waiting(os.environ))
+        os.environ.update({**passive_waiting(os.environ), **large_pages(os.environ)})
     try:
         code = app.main(args=arguments, prog_name="alphasmith", standalone_mode=False)
     except Interrupted as error:

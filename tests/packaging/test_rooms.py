@@ -12,7 +12,7 @@ from tests.support.rooms import ROOT, TOPS, both_ways, picture, product_files, r
 #: migrations read the tables, so these two share a floor.
 FLOORS: dict[str, list[set[str]]] = {
     "objectives": [
-        {"dead_channels", "errors", "literals", "partition", "stored_types"},
+        {"dead_channels", "errors", "finite", "literals", "partition", "stored_types"},
         {"text"},
         {"smoothing", "reading"},
         {"groups", "media"},
@@ -40,7 +40,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"study_views"},
     ],
     "search": [
-        {"toml_values", "sections", "idle_threads", "interruption"},
+        {"toml_values", "sections", "idle_threads", "interruption", "large_pages"},
         {"budget"},
         {"config"},
         {"progress", "devices"},

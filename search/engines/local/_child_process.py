@@ -21,6 +21,7 @@ from typing import IO, Any, TypeAlias
 from alphasmith.objectives.errors import AlphasmithError
 from alphasmith.search.engines.local.worker_loop import Setup, dump
 from alphasmith.search.idle_threads import passive_waiting
+from alphasmith.search.large_pages import large_pages
 
 _LOGGER = logging.getLogger("alphasmith")
 _SCRIPT = Path(__file__).with_name("worker_process.py")
@@ -67,6 +68,7 @@ class ChildProcess:
                 env={
                     **os.environ,
                     **passive_waiting(os.environ),
+                    **large_pages(os.environ),
                     **dict.fromkeys(_THREADS, str(setup.threads)),
                 },
                 # The terminal sends Ctrl-C to the driver's process group; it is for the driver to decide.
