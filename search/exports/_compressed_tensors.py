@@ -268,7 +268,7 @@ def _quantization(
         mine = [operator.name for operator in operators if operator.scheme == scheme]
         groups[f"group_{number}"] = {
             # With one scheme every nn.Linear is meant, and the float ones are listed; with several each is named.
-            "targets": ["Linear"] if len(layouts) == 1 else mine,
+            "targets": ["Linear", *_heads(mine, source)] if len(layouts) == 1 else mine,
             "format": layout,
             "weights": _arguments(_bits(scheme), scheme, scheme.weight_granularity, scheme.group_size),
             "input_activations": _inputs(scheme),
@@ -287,6 +287,12 @@ def _quantization(
         "ignore": sorted(ignored),
         "config_groups": groups,
     }
+
+
+def _heads(names: Sequence[str], source: ExportSource) -> tuple[str, ...]:
+    """Those of the operators that make logits of a language model: for vLLM they are no linear layers, so that they are named."""
+    found = getattr(source.architecture, "get_output_embeddings", lambda: None)()
+    return tuple(name for name in names if found is not None and source.architecture.get_submodule(name) is found)
 
 
 def _arguments(

@@ -76,7 +76,7 @@ class ExportSource:
         self.result = result
         self.folder = "smoothed" if result.manifest.training is None else "quantized"
         self._structure = result.read_json(STRUCTURE)
-        self._tensors: Mapping[str, Tensor] = result.read_tensors("quantized/model.safetensors")
+        self._tensors: Mapping[str, Tensor] = result.read_checkpoint("quantized")
 
     @property
     def of_transformers(self) -> bool:

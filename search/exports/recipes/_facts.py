@@ -68,7 +68,7 @@ def read_facts(result: ResultFolder, shown: Path) -> RecipeFacts:
         )
     structure = result.read_json(STRUCTURE)
     # A tensor that several layers share is stored once.
-    names = {*result.read_tensors("quantized/model.safetensors"), *structure.get("aliases", ())}
+    names = {*result.read_checkpoint("quantized"), *structure.get("aliases", ())}
     linear = [o for o in structure["operators"] if o["kind"] == "linear" and not o["transposed"]]
     if not linear:
         raise InputError("RUN", f"{shown} has no quantized linear layer", "export it to another format")

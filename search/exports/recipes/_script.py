@@ -18,7 +18,8 @@ model = {architecture}.from_pretrained(RESULT / "smoothed").eval()
 record = json.loads((RESULT / "quantized" / "quantization.json").read_text())
 linear = [one for one in record["operators"] if one["kind"] == "linear" and not one["transposed"]]
 operators = {{one["name"]: one["scheme"] for one in linear}}
-ours = load_file(RESULT / "quantized" / "model.safetensors")
+files = sorted((RESULT / "quantized").glob("*.safetensors"))
+ours = {{name: tensor for file in files for name, tensor in load_file(file).items()}}
 ours |= {{name: ours[stored] for name, stored in record["aliases"].items()}}  # tensors that several layers share
 """
 

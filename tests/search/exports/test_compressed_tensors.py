@@ -21,13 +21,14 @@ from torch import nn
 from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.scheme import Scheme
-from alphasmith.search import export, load_quantized
+from alphasmith.search import export, load_quantized, recipe, run
 from alphasmith.search.exports._card import CARD
 from alphasmith.search.exports._compressed_tensors import layout_of, packed, unpacked
 from alphasmith.search.exports.verification import verify_export
 from alphasmith.storage.output.export_record import read_export_record
 from alphasmith.storage.output.result_folder import ResultFolder
-from tests.support.run_cases import Mlp, alphasmith, launch, seeded, vectors
+from tests.support.run_cases import Mlp, alphasmith, launch, seeded, settings, tokens, vectors
+from tests.support.streamed_models import deep_llama, saved
 
 Results = Callable[[str], Path]
 
@@ -131,6 +132,8 @@ def test_the_folder_says_what_it_is(result_of: Results, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     linear = {name for name, module in load_quantized(result).named_modules() if isinstance(module, nn.Linear)}
     assert set(config["ignore"]) == {name for name in linear if not name.endswith(".inner")}
+    # For vLLM the layer that makes logits is no linear layer.
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear", "lm_head"]]
     stored = load_file(out / "model.safetensors")
     for fused in ("self_attn.q_proj", "self_attn.v_proj"):
         layer = "model.layers.0.self_attn.k_proj.input_scale"
@@ -142,6 +145,21 @@ def test_the_same_result_gives_the_same_bytes(result_of: Results, tmp_path: Path
         export(result_of("w4a16-g8"), "compressed-tensors", tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_a_result_in_several_files_is_exported_and_has_a_recipe(tmp_path: Path) -> None:
+    values = {
+        "model": {"path": saved(deep_llama(2), tmp_path / "model", torch.bfloat16)},
+        "memory": {"mode": "blockwise"},
+        "search": {"trials": 4, "shift": ["none"]},
+        "sites": {"explicit": "never"},
+    }
+    result = run(settings(tmp_path, values), batches=[{"input_ids": ids} for ids in tokens()]).folder
+    assert len(ResultFolder(result).weight_files("quantized")) > 1
+    record = export(result, "compressed-tensors", tmp_path / "served").record
+    assert len(record.operators) > 7
+    assert verify_export(tmp_path / "served", run=result)["compared"] == "run"
+    assert "LlamaForCausalLM" in recipe("torchao", result)
 
 
 def test_what_the_format_has_no_place_for_is_refused_by_name_or_written_without(

@@ -1,0 +1,257 @@
+"""Exports as compressed-tensors: the metric in their consumer against our module on the same data, and what an export costs.
+
+    python -m benchmarks.exports [--models SmolLM2 ...] [--schemes w8a8-channel-static ...] [--short] [--large] [--home FOLDER]
+                                 [--work FOLDER] [--out [docs/exports.md]]
+
+A real model is searched in a small way (few trials, no division or shift at run time, for which the layout has no place), exported by a process of
+its own whose time and highest memory are measured, and loaded by transformers. It and our module are judged on the data of benchmarks/real_models.py,
+which nobody saw; differences are paired, with the standard error over the samples. ``--large`` exports a generated model as well, which
+is only measured. Results that are in ``--work`` are taken.
+
+Memory of an export is counted above that of a process that has imported what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alphasmith.objectives.text import size_text
+from alphasmith.search import RunConfig, export, load_quantized, load_smoothed, run
+from benchmarks.real_folders import PACKAGES, AbsentError, home_folder, model_folder
+from benchmarks.real_judges import SHORT, Judged, Measure, Sizes, make_judge
+from benchmarks.real_runs import Request, configured
+from benchmarks.timing import machine, publish, table
+
+_ROOT = Path(__file__).resolve().parents[1]
+_DOCUMENT = _ROOT / "docs/exports.md"
+#: How a run is made that is only to be exported.
+_SMALL = {"trials": 8, "rows": 256, "refine": False, "single_alphas": 5, "shift": ["none"]}
+_LARGE = "generated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What an export took.
+
+    Attributes:
+        model: Bytes of the float checkpoint.
+        layer: Bytes of its largest tensor.
+        written: Bytes of the export.
+        peak: Highest memory beyond that of the imports [bytes].
+        wall: [s].
+        cpu: [s].
+    """
+
+    model: int
+    layer: int
+    written: int
+    peak: int
+    wall: float
+    cpu: float
+
+
+def result_of(request: Request, work: Path) -> Path:
+    """The output folder of a small run, made where it is not there yet.
+
+    Args:
+        request: The model, by name; ``generated`` is calibrated on the texts of SmolLM2.
+        work: Where results are kept.
+
+    Raises:
+        AbsentError: Model or data are not here.
+    """
+    folder = work / f"{request.model}-{request.scheme}"
+    if (folder / "out" / "manifest.json").is_file():
+        return folder / "out"
+    folder.mkdir(parents=True, exist_ok=True)
+    read = model_folder("SmolLM2" if request.model == _LARGE else request.model, request.home)
+    if request.model == _LARGE:
+        request = dataclasses.replace(request, model="SmolLM2", short=True)
+        config, batches = configured(request, read, folder)
+        read = _generated(folder / "model")
+    else:
+        config, batches = configured(request, read, folder)
+    values = config.model_dump()
+    values["data"] = {n: v for n, v in values["data"].items() if n not in ("metric_name", "metric_goal")}
+    values["model"]["path"] = read
+    values["sites"]["explicit"] = "never"
+    values["search"] |= _SMALL
+    return run(RunConfig.build(values), batches=batches).folder
+
+
+def _generated(target: Path) -> Path:
+    """A LLaMA of random weights, 1.5 GB in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not (target / "config.json").is_file():
+        config = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=1536,
+            intermediate_size=4096,
+            num_hidden_layers=11,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
+            architectures=["LlamaForCausalLM"],
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            LlamaForCausalLM(config).save_pretrained(target)
+    return target
+
+
+def cost_of(result: Path, out: Path) -> Cost:
+    """Export in a process of its own, which tells what it took.
+
+    Args:
+        result: Of a run.
+        out: Target; must not exist.
+    """
+    command = [sys.executable, "-m", "benchmarks.exports", "--measure", str(result), str(out)]
+    done = subprocess.run(command, cwd=_ROOT, check=True, capture_output=True, text=True)
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(result: Path, out: Path) -> None:
+    """The work of :func:`cost_of`; what an export imports is imported before."""
+    from transformers import AutoConfig, AutoModel
+
+    files = sorted((result / "smoothed").glob("*.safetensors"))
+    sizes = [size for file in files for size in _tensor_sizes(file)]
+    with torch.device("meta"):
+        AutoModel.from_config(AutoConfig.from_pretrained(result / "smoothed"))
+    before, wall, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
+    made = export(result, "compressed-tensors", out)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    cost = Cost(
+        model=sum(file.stat().st_size for file in files),
+        layer=max(sizes),
+        written=made.bytes,
+        peak=_memory("VmHWM") - before,
+        wall=wall,
+        cpu=cpu,
+    )
+    print(json.dumps(asdict(cost)))
+
+
+def _tensor_sizes(file: Path) -> Iterator[int]:
+    """Bytes of every tensor of a file, from its head alone."""
+    with file.open("rb") as stream:
+        head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    for name, entry in head.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield end - begin
+
+
+def _memory(entry: str) -> int:
+    """What Linux says of this process [bytes]."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
+
+
+def _consumer(folder: Path) -> nn.Module:
+    """An export as transformers loads it."""
+    import transformers
+
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    model: nn.Module = getattr(transformers, architecture).from_pretrained(folder).eval()
+    return model
+
+
+def _paired(measure: Measure, ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    """Difference of a measure's mean over samples, with its standard error."""
+    difference = (theirs - ours).double()
+    error = float(difference.std()) / len(difference) ** 0.5
+    unit = " nats" if measure.exponential else ""
+    return f"{float(difference.mean()):+.4f} ± {error:.4f}{unit}"
+
+
+def _row(name: str, request: Request, judged: Sequence[Judged], measures: Sequence[Measure], cost: Cost) -> list[str]:
+    plain, ours, theirs = judged
+    shown = [
+        f"{m.name}: {m.value(a):.4g}, {m.value(b):.4g}, {m.value(c):.4g} ({_paired(m, b, c)})"
+        for m, a, b, c in zip(measures, plain.values, ours.values, theirs.values, strict=True)
+    ]
+    return [name, request.scheme, f"{ours.loss:.3g}, {theirs.loss:.3g}", "; ".join(shown), *_cost_cells(cost)]
+
+
+def _cost_cells(cost: Cost) -> list[str]:
+    return [
+        f"{size_text(cost.model)} -> {size_text(cost.written)}",
+        f"{size_text(cost.peak)} of {size_text(cost.model + cost.layer)}",
+        f"{cost.wall:.1f}, {cost.cpu:.1f}",
+    ]
+
+
+def _judged(request: Request, result: Path, exported: Path) -> tuple[list[Judged], tuple[Measure, ...]]:
+    """The float model, our module and the consumer's on the same data."""
+    folder = model_folder(request.model, request.home)
+    with tempfile.TemporaryDirectory() as place:
+        judge = make_judge(request.model, folder, SHORT if request.short else Sizes(), Path(place))
+        made = [judge(load_smoothed(result)), judge(load_quantized(result)), judge(_consumer(exported))]
+        return made, judge.measures
+
+
+def _rows(requests: Sequence[Request], work: Path) -> Iterator[list[str]]:
+    for request in requests:
+        exported = work / f"{request.model}-{request.scheme}" / "served"
+        shutil.rmtree(exported, ignore_errors=True)
+        try:
+            result = result_of(request, work)
+            cost = cost_of(result, exported)
+            if request.model == _LARGE:
+                yield [request.model, request.scheme, "-", "-", *_cost_cells(cost)]
+            else:
+                yield _row(request.model, request, *_judged(request, result, exported), cost)
+        except AbsentError as error:
+            yield [request.model, request.scheme, "-", str(error), "-", "-", "-"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["SmolLM2"], choices=[p.name for p in PACKAGES])
+    parser.add_argument("--schemes", nargs="*", default=["w8a8-channel-static", "w8a8-channel-token", "w4a16-g64"])
+    parser.add_argument("--short", action="store_true", help="judge on less data")
+    parser.add_argument("--large", action="store_true", help="measure a generated model of 1.5 GB, too")
+    parser.add_argument("--home", type=Path, default=home_folder(), help="where packages and model folders are kept")
+    parser.add_argument("--work", type=Path, default=_ROOT / "build/exports", help="where results are kept")
+    parser.add_argument("--out", type=Path, nargs="?", const=_DOCUMENT, help="document; alone: docs/exports.md")
+    parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        _measure(*arguments.measure)
+        return
+    asked = [(model, scheme) for model in arguments.models for scheme in arguments.schemes]
+    asked += [(_LARGE, "w8a8-channel-token")] if arguments.large else []
+    requests = [
+        Request(model=m, scheme=s, seed=0, short=arguments.short, sweep=False, home=arguments.home.resolve())
+        for m, s in asked
+    ]
+    names = (
+        "model",
+        "scheme",
+        "output loss: our module, consumer",
+        "metrics: float, our module, consumer (paired difference of the last two)",
+        "size",
+        "peak memory, model plus one tensor",
+        "seconds: wall, CPU",
+    )
+    publish("EXPORTS", f"{machine()}\n\n{table(names, list(_rows(requests, arguments.work.resolve())))}", arguments.out)
+
+
+if __name__ == "__main__":
+    main()
