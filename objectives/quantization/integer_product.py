@@ -23,6 +23,8 @@ _MULTIPLE = (
 )
 #: Channels whose products a float32 accumulator holds exactly: 128 * 128 * 1023 < 2**24.
 _SLICE = 1023
+#: Integers below it are float32 numbers.
+_FLOATS = 2**24
 #: Channels whose products of any 8-bit codes, zero points included, an int32 accumulator holds: 255 * 128 * 65793 < 2**31.
 MOST_CHANNELS = 65793
 
@@ -84,19 +86,21 @@ def _quickest(work: Callable[[], Tensor], *, worth: float = math.inf) -> float:
     return min(times)
 
 
-def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+def integer_product(x: Tensor, weight: Tensor, floats: Callable[[], Tensor] | None = None) -> Tensor:
     """Exact product of two integer matrices: on integer units where they pay, else in float32, which holds the same integers.
 
     Args:
-        x: (T, C) int8.
+        x: (T, C) int8, or float32 integers in -128..127.
         weight: (O, C) int8.
+        floats: Gives the weight in float32, where that is kept; None: it is converted for the call.
 
     Returns:
-        (T, O) int32, or float32 with the same integers.
+        (T, O) int32, or float32 with the same integers: a tensor of its own.
     """
     rows, channels = x.shape
     if not rows or not channels or not integer_gemm_pays(x.device.type, rows, channels, weight.shape[0]):
-        return _in_slices(x, weight)
+        return _in_slices(x, weight if floats is None else floats())
+    x = x.to(torch.int8)
     outputs = weight.shape[0]
     cuda = x.device.type == "cuda"
     # Zero channels add nothing.
@@ -132,6 +136,55 @@ def activation_product(codes: Tensor, weight: Tensor, sums: Tensor | None, zero:
     low = ((codes & 255) - 128).to(torch.int8)
     together = integer_product(high, weight).to(torch.int64).mul_(256)
     return together.add_(integer_product(low, weight).to(torch.int64)).add_(128 * sums)
+
+
+class WeightProducts:
+    """Exact products of activation codes and one weight, with what they need of it derived once. Source: formula fA17.
+
+    Args:
+        codes: Gives the weight, (O, C) int8.
+        keep: Keep it in float32 where integer units do not pay: 4 bytes per weight, faster with few rows.
+    """
+
+    def __init__(self, codes: Callable[[], Tensor], *, keep: bool) -> None:
+        self._codes, self._keep = codes, keep
+        self._floats: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._largest = 0
+
+    def of_bytes(self, signed: Tensor, zero: Tensor | None) -> Tensor:
+        """The product of codes of 8 bits, from their zero point on.
+
+        Args:
+            signed: (T, C) float32 codes of int8, or those of uint8 minus 128: integers in -128..127; C at most :data:`MOST_CHANNELS`.
+            zero: () or (T, 1) the code of uint8 that stands for 0; None: the codes are those of int8.
+
+        Returns:
+            (T, O) int32, or float32 with the same integers: a tensor of its own.
+        """
+        product = integer_product(signed, self._codes(), self._kept if self._keep else None)
+        if zero is None:
+            return product
+        middle, sums = 128 - zero, self._summed()
+        # As long as every number on the way is an integer that float32 holds, float32 adds them exactly.
+        if product.dtype == torch.float32 and 2**14 * signed.shape[1] + 255 * self._largest < _FLOATS:
+            return product.add_(middle.to(torch.float32) * sums.to(torch.float32))
+        return product.to(torch.int32) + middle.to(torch.int32) * sums.to(torch.int32)
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """The product of int16 codes (T, C), see :func:`activation_product`."""
+        return activation_product(codes, self._codes(), self._summed(), None)
+
+    def _summed(self) -> Tensor:
+        if self._sums is None:
+            self._sums = self._codes().sum(dim=1, dtype=torch.int64)
+            self._largest = int(self._sums.abs().max())
+        return self._sums
+
+    def _kept(self) -> Tensor:
+        if self._floats is None:
+            self._floats = self._codes().to(torch.float32)
+        return self._floats
 
 
 def _in_slices(x: Tensor, weight: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from alphasmith.objectives.calibration.patches import conv_window, pads
 from alphasmith.objectives.calibration.weight_matrix import as_matrix, from_matrix, matrix_shape
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.quantization.integer_product import MOST_CHANNELS, activation_product
+from alphasmith.objectives.quantization.integer_product import MOST_CHANNELS, WeightProducts
 from alphasmith.objectives.quantization.quantizers import (
     CodeGrid,
     QuantizedTensor,
+    activation_bytes,
     activation_grid,
     dequantize_weight,
     fake_quantize_activation,
@@ -105,8 +106,8 @@ class QuantizedOperator(nn.Module):
     Computes ``op(dequantize(quantize((x - shift) / smooth)), dequantize(weight)) + bias + correction``. Where integer
     execution applies (linear forward not overridden, integer activations, integer weights per tensor or channel) the product is
     taken between the integers, exactly, and scaled afterwards, which differs by float rounding only; a zero point of the
-    activations is taken out of the integers as ``zero * sum_c weight``. Where the scheme's kernel saturates, so does the product, to the
-    integer. Source: claim A-12, formulas fA4, fA17 and fA20.
+    activations is taken out of the integers as ``zero * sum_c weight``. Where the scheme's kernel saturates, so does the product.
+    Source: claim A-12, formulas fA4, fA17 and fA20.
 
     The product runs in float32 (float64 for float64 models) whatever the input's dtype, as integer kernels accumulate,
     and returns the input's dtype. Attributes of the replaced module (``bias``, ``in_features``, ``stride`` ...) are
@@ -124,6 +125,9 @@ class QuantizedOperator(nn.Module):
 
     Raises:
         InputError: ``inner`` owns no weight parameter, or the tensors do not fit it or the scheme.
+
+    Attributes:
+        keep_codes: Keep integer weights in float32 between calls where integer units do not pay (4 more bytes per weight).
     """
 
     inner: nn.Module
@@ -158,7 +162,8 @@ class QuantizedOperator(nn.Module):
         self.weight_numel = weight.numel()
         self._dtype = dtype or compute_dtype(weight.dtype)
         self._dense: Tensor | None = None
-        self._sums: Tensor | None = None
+        self._products: WeightProducts | None = None
+        self.keep_codes = False
         self._pairs: tuple[SaturatingPairs, ...] = ()
         self._groups = int(getattr(inner, "groups", 1))
         outputs, inputs = matrix_shape(self._shape, kind, transposed, self._groups)
@@ -350,26 +355,25 @@ class QuantizedOperator(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the payload."""
-        self._dense = self._sums = None
-        self._pairs = ()
+        self._dense, self._products, self._pairs = None, None, ()
 
     def _integer_forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self._channels:  # the reshape below would accept some wrong inputs in silence
             raise InputError("input", f"has {x.shape[-1]} channels", f"give (..., {self._channels})")
         rows = self.smoothed(x.reshape(-1, self._channels).to(self._dtype))
         scale, zero = self._grid_of(rows)
-        codes = quantize_activation(rows, scale, self.scheme.activations, zero).values
-        weight = self.integer_weight()
-        if self._sums is None and self.scheme.activations != "int8":
-            self._sums = weight.sum(dim=1, dtype=torch.int64)
-        product = activation_product(codes, weight, self._sums, zero)
-        if self.scheme.saturates:
-            unsigned = codes if codes.dtype == torch.uint8 else codes.to(torch.int16) + MIDDLE
-            product = product + self._saturating()[0].lost(unsigned)
-        output = product.to(self._dtype) * scale * self.weight_scale.reshape(-1)
-        bias = self.corrected(self.correction)
-        if bias is not None:
-            output = output + bias
+        if self._products is None:
+            self._products = WeightProducts(self.integer_weight, keep=self.keep_codes)
+        if self.scheme.byte_operands:
+            codes = activation_bytes(rows, scale, self.scheme.activations, zero)
+            product = self._products.of_bytes(codes, zero)
+            if self.scheme.saturates:
+                product = product + self._saturating()[0].lost(codes + MIDDLE)
+        else:
+            product = self._products.of_codes(quantize_activation(rows, scale, self.scheme.activations).values)
+        output, factor, bias = product.to(self._dtype), self.weight_scale.reshape(-1), self.corrected(self.correction)
+        output, factor = (output, factor * scale) if scale.dim() == 0 else (output * scale, factor)
+        output = output * factor if bias is None else torch.addcmul(bias, output, factor)
         return output.reshape(*x.shape[:-1], output.shape[-1]).to(x.dtype)
 
     def corrected(self, correction: Tensor | None) -> Tensor | None:

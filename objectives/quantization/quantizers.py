@@ -194,6 +194,25 @@ def quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: T
     return QuantizedTensor(codes.to(_STORAGE[fmt]), scale, zero)
 
 
+def activation_bytes(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
+    """Codes of :func:`quantize_activation` under int8, or those under uint8 minus 128, as float32 integers in -128..127.
+
+    Args:
+        x: (T, D) or any shape.
+        scale: Positive, broadcastable to ``x``.
+        fmt: int8 or uint8.
+        zero: See :func:`quantize_activation`.
+
+    Raises:
+        InputError: ``fmt`` has other codes, or ``zero`` contradicts it.
+        NonFiniteError: ``x`` or the scale holds NaN or infinity.
+    """
+    if fmt not in ("int8", "uint8"):
+        raise InputError("fmt", f"{fmt!r} has no codes of a byte", "use 'int8' or 'uint8'")
+    _require_zero(zero, fmt)
+    return round_bytes_(_checked_activation(x, scale) / scale, fmt, zero)
+
+
 def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
     """Quantize and dequantize activations: exactly (code - zero) times scale, float32; ``none`` returns ``x`` as float32.
 

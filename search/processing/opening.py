@@ -184,7 +184,7 @@ def open_model(place: ModelPlace, *, keep_dense: bool = False) -> IntegerModel:
         model = load_quantized(result.path, None if loaded is None else loaded.model).to(device)
     for module in model.modules():
         if isinstance(module, QuantizedOperator):
-            module.keep_dense = keep_dense
+            module.keep_dense = module.keep_codes = keep_dense
     return IntegerModel(
         model=model,
         config=getattr(model, "config", None) if loaded is None else loaded.config,

@@ -15,6 +15,7 @@ from alphasmith.objectives.quantization import integer_product
 from alphasmith.objectives.quantization.integer_product import (
     MOST_CHANNELS,
     ExactProducts,
+    WeightProducts,
     activation_product,
     integer_gemm_pays,
 )
@@ -124,3 +125,36 @@ def test_the_widest_product_fits() -> None:
     for zero, of_each in ((0.0, 255), (255.0, 0)):
         product = activation_product(codes, weight, sums, torch.tensor(zero))
         assert int(product) == -128 * of_each * MOST_CHANNELS
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([1, 5, 40]),
+    st.sampled_from([1, 17, 900, 1023, 1024, 4100]),
+    st.integers(1, 9),
+    st.sampled_from([None, False, True]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_products_of_a_weight_are_exact_whatever_it_keeps(
+    rows: int, channels: int, outputs: int, by_row: bool | None, units: bool, keep: bool, seed: int
+) -> None:
+    """Codes of int8 (no zero point) and of uint8 minus 128, the largest sums among them, twice with what was kept of the first time."""
+    if units and not integer_product.integer_gemm_works("cpu"):
+        return
+    generator = torch.Generator().manual_seed(seed)
+    signed = torch.randint(-128, 128, (rows, channels), generator=generator).float()
+    weight = torch.randint(-128, 128, (outputs, channels), generator=generator).to(torch.int8)
+    signed[0], weight[0] = 127, -128
+    zero = None
+    if by_row is not None:
+        zero = torch.randint(0, 256, (rows, 1) if by_row else (), generator=generator).float()
+        zero.view(-1)[0] = 0
+    from_zero = signed.double() if zero is None else signed.double() + 128 - zero.double()
+    expected = from_zero @ weight.double().t()
+    products = WeightProducts(lambda: weight, keep=keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integer_product, "integer_gemm_pays", lambda *_: units)
+        for _ in range(2):
+            assert torch.equal(products.of_bytes(signed, zero).double(), expected)
