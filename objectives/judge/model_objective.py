@@ -209,6 +209,11 @@ class ModelObjective:
             self._prefix.forget()
         return run.score()
 
+    def forget(self) -> None:
+        """Keep nothing of what :meth:`remember` was given any more."""
+        self._prefix.forget()
+        self._candidate.favour({}, 0)
+
     def race(
         self,
         candidates: Sequence[Mapping[str, Smoothing]],

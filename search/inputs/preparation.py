@@ -322,6 +322,7 @@ def plan_memory(config: RunConfig, task: Task, found: Survey) -> MemoryPlan:
     demand = MemoryDemand(
         batch=found.example,
         batch_size=max(largest(task.calibration), largest(task.held_out)),
+        proof_size=largest(task.proof),
         schemes=site_schemes(config, found.sites, part=task.part),
         percentiles="percentile" in search.statistic,
         outputs=_output_bytes(found, task, config),

@@ -73,7 +73,11 @@ def look_ahead(config: RunConfig, task: Task, streamed: StreamedModel, baseline:
         parts.append(survey(quick, small))
         # The batches of the run are larger: only their sizes count here.
         plans.append(
-            plan_memory(quick, replace(small, calibration=sizes.calibration, held_out=sizes.held_out), parts[-1])
+            plan_memory(
+                quick,
+                replace(small, calibration=sizes.calibration, held_out=sizes.held_out, proof=sizes.proof),
+                parts[-1],
+            )
         )
 
     with streamed.block(0, device) as block, torch.no_grad():

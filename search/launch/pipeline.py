@@ -194,10 +194,10 @@ def drive(
             database = stack.enter_context(closing(found))
         return_large_blocks()
         progress.stage("loading model and data")
-        baseline = resident_bytes()
         config, task, streamed = open_task(
             config, model=given.model, batches=given.batches, metric=given.metric, progress=progress, stop=stop
         )
+        baseline = resident_bytes()  # with the libraries that the model brought; used where no weight is in memory yet
         if config.search.loss == "task" and config.search.scope == "model" and task.metric is None:
             raise InputError(
                 "search.loss", "is 'task' but there is no metric", "give data.metric, or use 'mse' or 'kl'"
@@ -364,6 +364,7 @@ def _search_output(
     if not config.search.refine:
         return sites, sweep, None
     sites, refinement = refine_sites(config, prepared, sites, scales, sweep, judge, reserve, context, launch.progress)
+    judge.forget()  # what it remembers is of no use to the variants, shares and models that follow
     return sites, sweep, refinement
 
 

@@ -23,9 +23,12 @@ from alphasmith.objectives.judge.memory import (
     resident_bytes,
 )
 from alphasmith.objectives.media.batch import Batch
+from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.quantization.site_schemes import SiteSchemes
+from alphasmith.objectives.sites.discovery import discover
 from alphasmith.objectives.sites.types import Operator, Site
+from alphasmith.objectives.smoothing import ChannelRange, Smoothing
 from alphasmith.objectives.text import size_text
 
 
@@ -133,6 +136,54 @@ def test_the_float64_copy_is_planned_where_it_is_allowed() -> None:
     assert without.proof <= with_copy.proof
 
 
+class _Building(nn.Module):
+    """A candidate of a model is built, and run, in every forward."""
+
+    def __init__(self, model: nn.Module, candidate: CandidateModel, smoothings: dict[str, Smoothing]) -> None:
+        super().__init__()
+        self.float_model = model
+        self.__dict__["_of"] = (candidate, smoothings)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        candidate, smoothings = self.__dict__["_of"]
+        candidate.apply(smoothings)
+        output: torch.Tensor = candidate.model(ids)
+        return output
+
+
+@pytest.mark.parametrize("samples", [2, 64], ids=["weights weigh more", "activations weigh more"])
+@pytest.mark.parametrize("scheme", ["w8a8-channel-static", "w8a8-channel-token", "w4a8-channel-static"])
+def test_a_candidate_takes_what_was_planned(scheme: str, samples: int) -> None:
+    torch.manual_seed(0)  # module initialisers take no generator
+    # The embedding is by far the largest tensor, and no candidate builds it anew.
+    model = nn.Sequential(
+        nn.Embedding(12000, 256), nn.LayerNorm(256), nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256)
+    ).eval()
+    batch = Batch(args=(torch.arange(samples * 32).reshape(samples, 32),))
+    sites = discover(model, batch).sites
+    ranges = {
+        s.name: ChannelRange(low=torch.full((s.channels,), -4.0), high=torch.full((s.channels,), 4.0)) for s in sites
+    }
+    schemes = SiteSchemes(Scheme.parse(scheme))
+    smoothings = {s.name: Smoothing(scales=torch.full((s.channels,), 2.0)) for s in sites if s.mode != "left"}
+    assert smoothings
+    candidate = CandidateModel(model, sites, ranges, schemes, ())
+    plan = predicted_peak(model, sites, rows=64, demand=_demand(batch, schemes=schemes))
+    with candidate.restored():
+        measured = activation_bytes(_Building(model, candidate, smoothings), batch)
+    assert measured / 1.2 <= plan.candidate <= 1.8 * measured
+
+
+def test_the_proof_is_planned_for_its_own_batches() -> None:
+    model, sites, batch = _model()
+    alike = predicted_peak(model, sites, rows=64, demand=_demand(batch, batch_size=200, float64_limit=2**30))
+    small = predicted_peak(
+        model, sites, rows=64, demand=_demand(batch, batch_size=200, proof_size=2, float64_limit=2**30)
+    )
+    assert small.proof < alike.proof
+    assert replace(small, proof=alike.proof) == alike
+
+
 def test_what_only_saves_time_is_given_up_before_rows() -> None:
     torch.manual_seed(0)  # module initialisers take no generator
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(100)))
@@ -221,7 +272,7 @@ def test_fitted_rows_are_the_most_that_fit(rows: int, share: float) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["splits", "model_copies", "evaluators", "batch_size"])
+@pytest.mark.parametrize("field", ["splits", "model_copies", "evaluators", "batch_size", "proof_size"])
 def test_numbers_below_one_are_refused(field: str) -> None:
     model, sites, batch = _model()
     with pytest.raises(InputError) as caught:
