@@ -268,6 +268,8 @@ _PLACES = frozenset(
         "search.threads",
     }
 )
+#: Fields that earlier versions did not know, by the value that says what those did: they count where they say something else.
+_ALWAYS_WAS: Mapping[str, Any] = {"scheme.kernel": "exact", "round_scales": "none"}
 #: Differences that are named in an error; the rest is counted.
 _NAMED = 4
 
@@ -333,12 +335,17 @@ def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
     sections = {name: value for name, value in values.items() if name not in _PLACES}
     if dict(sections.get("memory") or {}).get("mode") != "blockwise":
         sections.pop("memory", None)  # how much of it is in memory decides nothing else
-    return {
+
+    def counts(field: str, value: Any) -> bool:
         # Nothing named is what an earlier version, which could name nothing, recorded.
-        name: {key: v for key, v in value.items() if f"{name}.{key}" not in _PLACES and v != {}}
+        return field not in _PLACES and value != {} and value != _ALWAYS_WAS.get(field, {})
+
+    return {
+        name: {key: v for key, v in value.items() if counts(f"{name}.{key}", v)}
         if isinstance(value, Mapping)
         else value
         for name, value in sections.items()
+        if isinstance(value, Mapping) or counts(name, value)
     }
 
 

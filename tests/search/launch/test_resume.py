@@ -244,6 +244,26 @@ def test_what_changed_is_named(tmp_path: Path, model: nn.Module) -> None:
         resume(run_id, storage=url, model=model, batches=tokens())
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "other"), [("scheme", "kernel", "u8s8-pairs16"), (None, "round_scales", "pow2")]
+)
+def test_a_run_from_before_a_field_existed_goes_on(
+    tmp_path: Path, model: nn.Module, section: str | None, field: str, other: str
+) -> None:
+    with pytest.raises(Interrupted):
+        launch(tmp_path, model, tokens(), stop=after(10))
+    ((run_id, text),) = rows(tmp_path / "runs.db", "SELECT id, config FROM alphasmith_run")
+    config = json.loads(text)
+    del (config if section is None else config[section])[field]
+    with closing(sqlite3.connect(tmp_path / "runs.db")) as connection, connection:
+        connection.execute("UPDATE alphasmith_run SET config = ?", (json.dumps(config),))
+    changes = {field: other} if section is None else {section: {field: other}}
+    told = f"^config: not that of run {run_id}: .*{field} was None and is '{other}'"
+    with pytest.raises(InputError, match=told):
+        resume(run_id, storage=f"sqlite:///{tmp_path / 'runs.db'}", model=model, batches=tokens(), changes=changes)
+    assert launch(tmp_path, model, tokens()).id == run_id
+
+
 def test_another_configuration_and_a_fresh_start_are_runs_of_their_own(tmp_path: Path, model: nn.Module) -> None:
     with pytest.raises(Interrupted):
         launch(tmp_path, model, tokens(), stop=after(10))
