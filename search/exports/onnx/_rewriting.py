@@ -14,7 +14,7 @@ from alphasmith.search.exports.onnx._convolutions import Convolutions
 from alphasmith.search.exports.onnx._graph import MICROSOFT, GraphWriter, replace
 from alphasmith.search.exports.onnx._layouts import check_scheme
 from alphasmith.search.exports.onnx._products import Codes, Products
-from alphasmith.search.exports.onnx._tracing import DOMAIN
+from alphasmith.search.exports.onnx.tracing import DOMAIN
 from alphasmith.search.exports.source import DeployedOperator
 
 

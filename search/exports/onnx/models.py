@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.text import listed
 from alphasmith.search.checkpoints.load import load_quantized
 from alphasmith.search.checkpoints.verification import original_config
-from alphasmith.search.exports.onnx._examples import SAMPLES, example
+from alphasmith.search.exports.onnx._parts import parts
 from alphasmith.search.exports.onnx._rewriting import rewrite
-from alphasmith.search.exports.onnx._tracing import mark_operators, trace
+from alphasmith.search.exports.onnx.examples import SAMPLES, example
+from alphasmith.search.exports.onnx.tracing import mark_operators, trace
 from alphasmith.search.exports.source import ExportSource
 from alphasmith.search.inputs.permission import check_code
 from alphasmith.search.inputs.task import load_task
@@ -99,14 +101,19 @@ def onnx_models(
     used: dict[str, None] = {}
     floating: dict[str, None] = {}
     notes: list[str] = []
-    for stem, part, given in _parts(quantized, found):
-        traced = trace(part, given)
+    for part in parts(quantized, found):
+        try:
+            traced = trace(part.module, part.batch, wrapped=part.wrapped)
+        except InputError as error:
+            if not part.optional:
+                raise
+            notes.append(f"no {part.stem}.onnx: {error}")
+            continue
         rewritten = rewrite(traced.model, operators, layout)
-        models[stem] = _cleaned(traced.model)
+        models[part.stem] = _cleaned(traced.model)
         used |= dict.fromkeys(rewritten.operators)
         floating |= dict.fromkeys(rewritten.float_products)
-        axes = [f"{name} ({', '.join(sizes)})" for name, sizes in traced.dynamic.items() if sizes]
-        notes.append(f"axes of any size in {stem}.onnx: {listed(axes)}")
+        notes.append(f"axes of any size in {part.stem}.onnx: {listed(_free(traced.dynamic))}")
     if not used:
         raise InputError("--format", "no quantized operator is in the graph", "export to another format")
     twice = set(operators) - set(dict(quantized.named_modules()))
@@ -157,9 +164,12 @@ def _two(batch: Batch) -> Batch:
     return batch.narrow(0, SAMPLES)
 
 
-def _parts(model: nn.Module, batch: Batch) -> Iterator[tuple[str, nn.Module, Batch]]:
-    """The graphs that a model becomes: stem of the file, module, example."""
-    yield "model", model, batch
+def _free(dynamic: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Inputs with their axes of any size; of the keys and values of layers the first stands for all."""
+    shown = {name: axes for name, axes in dynamic.items() if axes and not re.match(r"past_(cross_)?[0-9]+_", name)}
+    past = {axes: name for name, axes in reversed(list(dynamic.items())) if name.startswith("past_") and axes}
+    shown |= {f"{name} and its like": axes for axes, name in past.items()}
+    return [f"{name} ({', '.join(axes)})" for name, axes in shown.items()]
 
 
 def _cleaned(model: ir.Model) -> ir.Model:

@@ -92,6 +92,29 @@ def test_a_language_model(result_of: Results, scheme: str, layout: str, product:
     assert verify_export(tmp_path / "out", run=result)["operators"] == 8
 
 
+def test_a_text_goes_on_with_the_keys_and_values_that_are_kept(result_of: Results, tmp_path: Path) -> None:
+    result = result_of("w8a8-channel-static")
+    export(result, "onnx", tmp_path / "out")
+    opened = session(tmp_path / "out/model_with_past.onnx")
+    whole = texts(2, 11, "input_ids", "attention_mask")
+    expected = simulated(load_quantized(result), Batch(kwargs=whole))
+    names = [value.name for value in opened.get_outputs()]
+    kept = {
+        value.name: np.zeros([2, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32)
+        for value in opened.get_inputs()
+        if value.name.startswith("past_")
+    }
+    found, done = [], 0
+    for more in (6, 1, 4):  # nothing before, one token, several
+        ids = whole["input_ids"][:, done : done + more].numpy()
+        done += more
+        output = opened.run(None, {"input_ids": ids, "attention_mask": np.ones((2, done), np.int64), **kept})
+        told = dict(zip(names, output, strict=True))
+        found.append(told["logits"])
+        kept = {name: told[name.replace("past", "present")] for name in kept}
+    assert difference(np.concatenate(found, 1), expected) < CLOSE
+
+
 def test_a_division_at_run_time_is_a_product_with_the_reciprocal(explicit_result: Path, tmp_path: Path) -> None:
     export(explicit_result, "onnx", tmp_path / "out", layout="qdq")
     file = tmp_path / "out/model.onnx"

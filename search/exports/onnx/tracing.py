@@ -69,13 +69,13 @@ def mark_operators(model: nn.Module) -> None:
             owner.register_parameter(leaf, nn.Parameter(dense, requires_grad=False))
 
 
-def trace(model: nn.Module, batch: Batch, *, outputs: Sequence[str] | None = None) -> Traced:
+def trace(model: nn.Module, batch: Batch, *, wrapped: bool = False) -> Traced:
     """Trace a marked model; the first axis of every input, and all others that the model lets, may have any size.
 
     Args:
         model: See :func:`mark_operators`.
         batch: An example of two samples or more, whose axes differ in size.
-        outputs: Names of the outputs; None: as the model names them.
+        wrapped: Whether the model is the ``model`` of this module, whose name then is no part of names.
 
     Raises:
         InputError: Field ``--format``: something cannot be traced; the module is named.
@@ -83,9 +83,9 @@ def trace(model: nn.Module, batch: Batch, *, outputs: Sequence[str] | None = Non
     given = _inputs(model, batch)
     flat = _Flat(model, batch, tuple(given))
     with unfused_attention(), torch.no_grad(), _quiet():
-        named = outputs or flat.output_names(tuple(given.values()))
-        program = _exported(flat, tuple(given.values()), model)
-        made = _translated(program, tuple(given), tuple(named))
+        named = flat.output_names(tuple(given.values()))
+        program = _exported(flat, tuple(given.values()), model.get_submodule(_INSIDE) if wrapped else model)
+        made = _translated(program, tuple(given), tuple(named), wrapped=wrapped)
     return Traced(model=made, dynamic=_named_axes(made))
 
 
@@ -195,7 +195,7 @@ def _exported(flat: _Flat, tensors: tuple[Tensor, ...], model: nn.Module) -> tor
         except Exception as error:  # noqa: BLE001  torch raises whatever the model's own code raises on symbolic sizes
             failed = failed or error
         else:
-            return program
+            return _unguarded(program)
     where = _module_of(failed, model)
     raise InputError(
         "--format",
@@ -204,7 +204,16 @@ def _exported(flat: _Flat, tensors: tuple[Tensor, ...], model: nn.Module) -> tor
     ) from failed
 
 
-def _translated(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+def _unguarded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without its checks of input sizes, which have no form in ONNX, and whose decomposition fails where an input is not used."""
+    if hasattr(program, "_guards_code"):
+        setattr(program, "_guards_code", [])  # noqa: B010  private to torch: an older one has none
+    return program
+
+
+def _translated(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, wrapped: bool
+) -> ir.Model:
     try:
         made = torch.onnx.export(
             program,
@@ -229,7 +238,7 @@ def _translated(program: torch.export.ExportedProgram, inputs: Sequence[str], ou
         raise InputError("--format", "the exporter returned nothing", "report it")
     model = made.model
     for value in list(model.graph.initializers.values()):
-        value.name = _plain_name(str(value.name))
+        value.name = _plain_name(str(value.name), wrapped=wrapped)
     return model
 
 
@@ -239,9 +248,9 @@ def _named_axes(model: ir.Model) -> dict[str, tuple[str, ...]]:
     for value in model.graph.inputs:
         for place, size in enumerate(_sizes(value)):
             if isinstance(size, str):
-                name = "batch" if place == 0 else "length" if len(_sizes(value)) == 2 else f"{value.name}_{place}"
-                # All inputs have the samples of one batch; other axes are named once.
-                shared = place == 0 or name not in names.values()
+                name = _axis(str(value.name), place, len(_sizes(value)))
+                # All inputs have the samples of one batch, and all layers the same past; other axes are named once.
+                shared = name in ("batch", "past", "encoded") or name not in names.values()
                 names.setdefault(size, name if shared else f"{value.name}_{place}")
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = ir.Shape([size if isinstance(size, int) else names.get(str(size)) for size in _sizes(value)])
@@ -252,14 +261,27 @@ def _named_axes(model: ir.Model) -> dict[str, tuple[str, ...]]:
     return {str(value.name): tuple(s for s in _sizes(value) if isinstance(s, str)) for value in model.graph.inputs}
 
 
+def _axis(name: str, place: int, rank: int) -> str:
+    """What an axis of an input is called."""
+    if place == 0:
+        return "batch"
+    if name.startswith("past_cross_"):
+        return "encoded"
+    if name.startswith("past_"):
+        return "past"
+    return "length" if rank == 2 else f"{name}_{place}"
+
+
 def _sizes(value: ir.Value) -> list[int | str | None]:
     """Of the axes: a number, a name, or None where nothing is known; the exporter writes some numbers as names."""
     found = [size if isinstance(size, int) else size.value for size in value.shape or ()]
     return [int(size) if isinstance(size, str) and size.isdigit() else size for size in found]
 
 
-def _plain_name(name: str) -> str:
-    return name.removeprefix(f"{_INSIDE}.").replace(".operator.inner.", ".").replace(".operator.", ".")
+def _plain_name(name: str, *, wrapped: bool) -> str:
+    name = name.removeprefix(f"{_INSIDE}.")
+    name = name.removeprefix(f"{_INSIDE}.") if wrapped else name
+    return name.replace(".operator.inner.", ".").replace(".operator.", ".")
 
 
 def _module_of(error: BaseException | None, model: nn.Module) -> str:
@@ -293,13 +315,12 @@ def _path(node: torch.fx.Node) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what torch.onnx says to developers from users."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep what torch says to its developers from users."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
