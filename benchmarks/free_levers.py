@@ -168,7 +168,7 @@ def _compensate(operator: QuantizedOperator, weight: Tensor, moments: Tensor) ->
     made = torch.empty_like(codes)
     made[:, order] = codes
     operator.weight_values = made.to(torch.int8)
-    operator._dense = operator._sums = None
+    operator._forget()
 
 
 def _run(model: nn.Module, batch: Batch) -> Tensor:
