@@ -262,6 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [f"| {' | '.join((*columns, *more))} |", "|---" * len((*columns, *more)) + "|"]
     print("\n".join(lines))
     sizes = given.layers
+    if given.work is not None:
+        given.work.mkdir(parents=True, exist_ok=True)
     if given.gib:
         sizes = [layers_of(gib, given.hidden, given.intermediate) for gib in given.gib]
     for layers in sizes:
