@@ -16,6 +16,7 @@ HOMES = {
     "search/engines/cluster/_ray_private.py": "ray",
     "objectives/model/private_copy.py": "torch.compile",
     "objectives/model/_parametrizations.py": "torch.nn.utils",
+    "search/exports/onnx/_guards.py": "torch.export",
 }
 #: What Python documents with an underscore, and what torch has under no other name: a module's registries and hooks, the
 #: integer product, operators and their schemas, the forward of a convolution without its padding, what tells that a tensor changed.

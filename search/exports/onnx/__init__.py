@@ -4,6 +4,7 @@
 - ``_convolutions``: integer convolutions as nodes of a graph
 - ``examples``: inputs that a model is traced with
 - ``_graph``: nodes and initializers put into a traced graph
+- ``_guards``: the one place that touches private names of ``torch.export``
 - ``_layouts``: which schemes a layout holds
 - ``_parts``: the graphs that a model becomes: one, or those that write text token by token
 - ``_products``: integer products of linear operators as nodes of a graph

@@ -24,6 +24,7 @@ from alphasmith.objectives.media.batch import Batch, floating_outputs, unfused_a
 from alphasmith.objectives.quantization.operator import QuantizedOperator, replace_module
 from alphasmith.objectives.quantization.stack import QuantizedStack
 from alphasmith.objectives.text import error_line
+from alphasmith.search.exports.onnx._guards import unguarded
 
 #: Of the nodes that mark an operator.
 DOMAIN = "alphasmith"
@@ -195,20 +196,13 @@ def _exported(flat: _Flat, tensors: tuple[Tensor, ...], model: nn.Module) -> tor
         except Exception as error:  # noqa: BLE001  torch raises whatever the model's own code raises on symbolic sizes
             failed = failed or error
         else:
-            return _unguarded(program)
+            return unguarded(program)
     where = _module_of(failed, model)
     raise InputError(
         "--format",
         f"the exporter cannot trace {where} ({error_line(failed)})",  # type: ignore[arg-type]
         "export to compressed-tensors, or take the operation out of the model",
     ) from failed
-
-
-def _unguarded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Without its checks of input sizes, which have no form in ONNX, and whose decomposition fails where an input is not used."""
-    if hasattr(program, "_guards_code"):
-        setattr(program, "_guards_code", [])  # noqa: B010  private to torch: an older one has none
-    return program
 
 
 def _translated(
