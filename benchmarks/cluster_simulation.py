@@ -2,10 +2,13 @@
 
     python -m benchmarks.cluster_simulation [--costs FILE.json] [--seconds S ...] [--gpus N ...] [--sites N ...]
         [--bandwidth GBIT] [--store GBIT] [--hidden C] [--measured FILE.json] [--json FILE] [--image FILE.png] [--out docs/scaling.md]
+    python -m benchmarks.cluster_simulation --blocks [--layers N] [--hidden C] [--intermediate C] [--heads N] [--length TOKENS]
+        [--samples N] [--peak TFLOPS] [--memory GB] [--out docs/scaling.md]
 
 Costs come from ``benchmarks/cluster_costs.json`` (written by ``benchmarks.site_costs``). What a
 search takes on a GPU was not measured: it is assumed, and shown for several values. The shape of its distribution over sites is
-the measured one. ``--measured`` compares the simulation with real runs, see ``compare``.
+the measured one. ``--measured`` compares the simulation with real runs, see ``compare``. ``--blocks`` simulates a run block by block
+instead, see ``benchmarks.block_simulation``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,15 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from alphasmith.objectives.errors import InputError
+from benchmarks.block_simulation import (
+    SHARES,
+    BlockCosts,
+    BlockShape,
+    Cluster,
+    Samples,
+    simulate_blocks,
+)
+from benchmarks.block_tables import block_figure, run_table, size_table, stage_table
 from benchmarks.cluster_events import SimSite, Simulated, Steps, autonomous, block_sites, with_driver
 from benchmarks.costs import COSTS, Cost, load_costs
 from benchmarks.scaling import photograph
@@ -34,6 +46,7 @@ GPUS = (8, 16, 32, 64, 128, 256, 512)
 SITES = (100, 300, 1000, 10_000)
 SECONDS = (0.2, 1.0, 5.0)
 IMAGE = Path("docs/images/scaling_cluster.png")
+BLOCK_IMAGE = Path("docs/images/scaling_blocks.png")
 #: Width of one block's MLP over that of its channels, and rows kept per site and split (search.rows).
 _MLP, _ROWS, _FLOAT = 8 / 3, 1024, 4
 
@@ -268,6 +281,8 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
     """Every cost with its source."""
     rows = []
     for name, cost in sorted(costs.items()):
+        if name.startswith("block."):
+            continue  # shown with the run that they are for
         values = cost.numbers
         shown = (
             f"{values[0]:.3g}" if len(values) == 1 else f"{len(values)} values, mean {sum(values) / len(values):.3g}"
@@ -324,6 +339,34 @@ def figure(every: Sequence[Line]) -> go.Figure:
     return made
 
 
+def publish_blocks(
+    costs: Mapping[str, Cost], shape: BlockShape, samples: Samples, cluster: Cluster, *, image: Path, out: Path | None
+) -> None:
+    """Tables and figure of a run block by block.
+
+    Raises:
+        InputError: A cost was not measured, or ``out`` has no place for the tables.
+    """
+    measured = BlockCosts.of(costs)
+    steps = steps_of(costs, "driver", Setting(bandwidth=cluster.link, store=cluster.store, hidden=shape.hidden))
+    found = simulate_blocks(shape, samples, measured, cluster, steps)
+    if not photograph(block_figure(found), image):
+        print("no chromium: the figure was not drawn")
+    publish(
+        "BLOCK_COSTS",
+        f"{costs['block.product_rate'].source} One thread: {measured.cpu.product / 1e9:.0f} GFLOP/s, "
+        f"{measured.cpu.memory / 1e9:.1f} GB/s. By default {costs['site.trials'].number:.1f} trials a site, {measured.default_trials:.2f} times those fitted.\n\n"
+        f"{stage_table(measured, shape, samples, cluster)}",
+        out,
+    )
+    assumed = (
+        f"{shape.parameters / 1e9:.2f} thousand million parameters, {samples.calibration} + {samples.held_out} + {samples.proof} samples "
+        f"of {samples.length} tokens. Assumed: GPUs of {cluster.peak / 1e12:g} TFLOP/s and {cluster.memory / 1e9:g} GB/s, links and "
+        f"a store of {cluster.link * 8e-9:g} and {cluster.store * 8e-9:g} Gbit/s."
+    )
+    publish("BLOCKS", f"{assumed}\n\n{run_table(found)}\n\n{size_table(found[SHARES[0]])}", out)
+
+
 def main() -> None:
     arguments_of = parser(__doc__)
     arguments_of.add_argument("--costs", type=Path, default=COSTS, help="measured costs")
@@ -335,9 +378,35 @@ def main() -> None:
     arguments_of.add_argument("--hidden", type=int, default=4096, help="channels of the model")
     arguments_of.add_argument("--measured", type=Path, help="real runs to compare with")
     arguments_of.add_argument("--json", type=Path, help="write every simulated run")
-    arguments_of.add_argument("--image", type=Path, default=IMAGE)
+    arguments_of.add_argument("--image", type=Path)
+    blocks = arguments_of.add_argument_group("a run block by block")
+    blocks.add_argument("--blocks", action="store_true", help="simulate that instead")
+    blocks.add_argument("--layers", type=int, default=32)
+    blocks.add_argument("--intermediate", type=int, default=11_008, help="width of the MLP")
+    blocks.add_argument("--heads", type=int, default=32)
+    blocks.add_argument("--length", type=int, default=2048, help="tokens of a sample")
+    blocks.add_argument("--samples", type=int, default=128, help="samples that calibrate")
+    blocks.add_argument("--peak", type=float, default=19.5, help="float32 products of a GPU [TFLOP/s]")
+    blocks.add_argument("--memory", type=float, default=2000.0, help="of a GPU [GB/s]")
     arguments = arguments_of.parse_args()
     costs = load_costs(arguments.costs)
+    if arguments.blocks:
+        shape = BlockShape(
+            blocks=arguments.layers,
+            hidden=arguments.hidden,
+            intermediate=arguments.intermediate,
+            heads=arguments.heads,
+            groups=arguments.heads,
+        )
+        cluster = Cluster(
+            peak=1e12 * arguments.peak,
+            memory=1e9 * arguments.memory,
+            link=arguments.bandwidth * 1e9 / 8,
+            store=arguments.store * 1e9 / 8,
+        )
+        samples = Samples(length=arguments.length, calibration=arguments.samples)
+        publish_blocks(costs, shape, samples, cluster, image=arguments.image or BLOCK_IMAGE, out=arguments.out)
+        return
     setting = Setting(bandwidth=arguments.bandwidth * 1e9 / 8, store=arguments.store * 1e9 / 8, hidden=arguments.hidden)
     every = lines(costs, setting, gpus=arguments.gpus, sites=arguments.sites, seconds=arguments.seconds)
     if arguments.json is not None:
@@ -347,7 +416,7 @@ def main() -> None:
             for run in line.runs
         ]
         arguments.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    if not photograph(figure(every), arguments.image):
+    if not photograph(figure(every), arguments.image or IMAGE):
         print("no chromium: the figure was not drawn")
     assumed = (
         f"Assumed: site work of {setting.payload / 1e6:.0f} MB (hidden size {setting.hidden}, fp32), links of "
