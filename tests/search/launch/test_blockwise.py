@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ import torch
 from alphasmith.objectives.errors import InputError
 from alphasmith.search import RunConfig, RunResult, resume, run
 from alphasmith.search.checkpoints.load import load_quantized
+from alphasmith.search.engines import perform
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.progress import Silent
 from alphasmith.storage.output.result_folder import ResultFolder
@@ -110,6 +111,27 @@ def test_the_result_loads_and_nothing_is_left_beside_it(both: tuple[RunResult, R
     with torch.no_grad():
         assert bool(torch.isfinite(model(BATCHES[0]["input_ids"]).logits).all())
     assert [path.name for path in streamed.folder.parent.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_workers_of_every_engine_share_the_sites_of_a_block(
+    engine: str, folder: Path, both: tuple[RunResult, RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("the driver searched a site itself")
+
+    monkeypatch.setattr(perform, "search_data", refused)  # in this process alone
+    if engine == "ray":
+        pytest.importorskip("ray", reason="ray is not installed")
+    shared = run(
+        config(folder, tmp_path, values={"engine": engine, "workers": {"count": 2, "threads": 1}}), batches=BATCHES
+    )
+    alone = both[1]
+    for below in ("quantized", "smoothed"):
+        expected, found = (ResultFolder(result.folder).read_checkpoint(below) for result in (alone, shared))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), below
+    assert shared.manifest.memory.mode == "blockwise"
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_next_block(
