@@ -16,9 +16,9 @@ from torch import Tensor
 from alphasmith.objectives.calibration.calibrate import calibrate
 from alphasmith.objectives.calibration.weight_matrix import as_matrix
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.model.loading import load_model
 from alphasmith.objectives.quantization.quantizers import activation_grid, quantize_weight
 from alphasmith.objectives.smoothing import ChannelRange
-from alphasmith.search.checkpoints.load import load_smoothed
 from alphasmith.search.checkpoints.verification import original_config
 from alphasmith.search.exports.source import DeployedOperator, ExportSource
 from alphasmith.search.inputs.permission import check_code
@@ -82,14 +82,14 @@ def _ranges(
         return {}
     manifest, folder = source.result.manifest, source.result.path
     config = original_config(manifest, None, data, None, None)
-    # The smoothed model stands for the original: it computes the same, and is here.
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder / "smoothed"})})
     check_code(config, allow_code, str(folder / FILE_NAME), ("model", "metric"))
-    task = load_task(config)
-    task = replace(task, loaded=replace(task.loaded, model=load_smoothed(folder)))
-    found = survey(config, task)
-    sites = [site for site in found.sites if {o.name for o in site.operators} & set(names)]
-    calibration = calibrate(found.model, sites, task.calibration, rows=1, seed=0)
+    # The smoothed model stands for the original: it computes the same, and is here. So nothing that built the original runs.
+    with source.result.only_named("smoothed") as checked:
+        task = load_task(config, loaded=load_model(path=checked))
+        found = survey(config, task)
+        sites = [site for site in found.sites if {o.name for o in site.operators} & set(names)]
+        calibration = calibrate(found.model, sites, task.calibration, rows=1, seed=0)
     found_ranges = {site.name: calibration.input_range(site) for site in sites}
     spans = {o.name: _span(found_ranges[site.name]) for site in sites for o in site.operators}
     lost = sorted(set(names) - spans.keys())

@@ -148,7 +148,7 @@ def _deployed(
             "export from Python: export(..., model=..., batch=...)",
         )
     config = original_config(result.manifest, None, data, None, None)
-    check_code(config, allow_code, str(folder / FILE_NAME), ("model", "metric"))
+    check_code(config, allow_code, str(folder / FILE_NAME), ("metric",))
     task = load_task(config)
     return load_quantized(folder, model or task.loaded.model), _two(batch or next(iter(task.calibration)))
 
