@@ -70,7 +70,9 @@ def main() -> None:
     first = table(
         ["model", "layout", "file [MB]", "export [s]", "peak [MB]", "our error", "its error", "difference"], quality
     )
-    second = table(["model", "threads", "batch", "float [ms]", *(f"{name}, speed over float" for name in LAYOUTS)], speed)
+    second = table(
+        ["model", "threads", "batch", "float [ms]", *(f"{name}, speed over float" for name in LAYOUTS)], speed
+    )
     text = f"{told}\n\n{first}\n\n{given.length} tokens, where the model takes any number:\n\n{second}"
     print(text)
     publish("ONNX", text, given.out)

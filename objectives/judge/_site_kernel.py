@@ -28,6 +28,7 @@ from alphasmith.objectives.quantization.integer_product import (
     integer_gemm_pays,
 )
 from alphasmith.objectives.quantization.quantizers import (
+    BYTE_MIDDLE,
     CodeGrid,
     byte_zero,
     code_grid,
@@ -35,7 +36,7 @@ from alphasmith.objectives.quantization.quantizers import (
     round_bytes_,
     round_codes_,
 )
-from alphasmith.objectives.quantization.saturating_pairs import MIDDLE, SaturatingPairs
+from alphasmith.objectives.quantization.saturating_pairs import SaturatingPairs
 from alphasmith.objectives.quantization.scheme import ActivationFormat, Scheme
 from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import Smoothing
@@ -453,7 +454,7 @@ class _PartScorer:
     def _saturate(self, out: Tensor, prepared: PreparedPart, codes: Tensor, zero: Tensor | None) -> None:
         """Add what saturation loses to products (n, g, rows, O/g) of rounded rows."""
         # Codes multiplied as bytes are those of uint8 minus 128 as well; other codes of uint8 are counted from their zero point.
-        middle = torch.full_like(codes[:1, :1, :1, :1], MIDDLE) if self._exact or zero is None else zero
+        middle = torch.full_like(codes[:1, :1, :1, :1], BYTE_MIDDLE) if self._exact or zero is None else zero
         unsigned = codes + middle
         for n, candidate in enumerate(prepared.pairs):
             for g, pairs in enumerate(candidate):

@@ -25,6 +25,7 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch, call
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.quantization.site_schemes import SiteSchemes
+from alphasmith.objectives.sites.folding import EDITED_ELEMENTS
 from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.text import size_text
 
@@ -47,8 +48,7 @@ _SMOOTHED = 8
 #: What a quantized operator makes beside what the float one does, in tensors of the size of its input or output: the input divided and as
 #: codes, the outputs as integers and times their steps. 0.3 to 2.8 were measured, not all of it where the float forward has its peak.
 _QUANTIZED_FORWARD = 2
-#: Elements that an edit turns into float64 at a time, and the bytes of each: as float64, and edited.
-_EDITED_ELEMENTS = 1 << 21
+#: Bytes of each element that an edit turns into float64 at a time: as float64, and edited.
 _EDITED = 16
 #: Bytes that are remembered at most, or as many as the model has if these are more; and the part of the outputs that weights
 #: may take beside them.
@@ -272,7 +272,7 @@ class _Predictor:
         # Calibration copies one tensor at a time without its padding, and converts it chunk by chunk.
         copies = self._largest + min(CHUNK_ELEMENTS, self._largest) * CHUNK_BYTES
         quantized_forward = self._forward + _QUANTIZED_FORWARD * self._largest
-        edit = _EDITED * min(self._largest_edit, _EDITED_ELEMENTS)
+        edit = _EDITED * min(self._largest_edit, EDITED_ELEMENTS)
         return MemoryPlan(
             rows=rows,
             parameters=self._parameters,

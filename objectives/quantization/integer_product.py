@@ -129,13 +129,18 @@ def activation_product(codes: Tensor, weight: Tensor, sums: Tensor | None, zero:
     if codes.dtype == torch.int8 or sums is None:
         return integer_product(codes, weight)
     if codes.dtype == torch.uint8:
-        middle = 128 if zero is None else 128 - zero.to(torch.int32)
         signed = (codes ^ 128).view(torch.int8)  # the same bits as code - 128
-        return integer_product(signed, weight).to(torch.int32) + middle * sums.to(torch.int32)
+        return _from_zero(integer_product(signed, weight), 0 if zero is None else zero, sums)
     high = (codes >> 8).to(torch.int8)
     low = ((codes & 255) - 128).to(torch.int8)
     together = integer_product(high, weight).to(torch.int64).mul_(256)
     return together.add_(integer_product(low, weight).to(torch.int64)).add_(128 * sums)
+
+
+def _from_zero(product: Tensor, zero: Tensor | int, sums: Tensor) -> Tensor:
+    """The product of codes minus 128, counted from their zero point instead, as int32."""
+    raised = 128 - (zero if isinstance(zero, int) else zero.to(torch.int32))
+    return product.to(torch.int32) + raised * sums.to(torch.int32)
 
 
 class WeightProducts:
@@ -165,11 +170,11 @@ class WeightProducts:
         product = integer_product(signed, self._codes(), self._kept if self._keep else None)
         if zero is None:
             return product
-        middle, sums = 128 - zero, self._summed()
+        sums = self._summed()
         # As long as every number on the way is an integer that float32 holds, float32 adds them exactly.
         if product.dtype == torch.float32 and 2**14 * signed.shape[1] + 255 * self._largest < _FLOATS:
-            return product.add_(middle.to(torch.float32) * sums.to(torch.float32))
-        return product.to(torch.int32) + middle.to(torch.int32) * sums.to(torch.int32)
+            return product.add_((128 - zero).to(torch.float32) * sums.to(torch.float32))
+        return _from_zero(product, zero, sums)
 
     def of_codes(self, codes: Tensor) -> Tensor:
         """The product of int16 codes (T, C), see :func:`activation_product`."""

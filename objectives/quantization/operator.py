@@ -24,6 +24,7 @@ from alphasmith.objectives.calibration.weight_matrix import as_matrix, from_matr
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.quantization.integer_product import MOST_CHANNELS, WeightProducts
 from alphasmith.objectives.quantization.quantizers import (
+    BYTE_MIDDLE,
     CodeGrid,
     QuantizedTensor,
     activation_bytes,
@@ -36,7 +37,7 @@ from alphasmith.objectives.quantization.quantizers import (
     row_grid,
     unpack_int4,
 )
-from alphasmith.objectives.quantization.saturating_pairs import MIDDLE, SaturatedCalls, SaturatingPairs
+from alphasmith.objectives.quantization.saturating_pairs import SaturatedCalls, SaturatingPairs
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.types import OperatorKind
 
@@ -292,14 +293,9 @@ class QuantizedOperator(nn.Module):
         if self.uses_integers and not more and not named:
             return self._integer_forward(input)
         weight, grids = self._dequantized(), list[CodeGrid]()
+        bias, quantize = self.corrected(self.correction), partial(self._fake_quantized, grids=grids)
         with self._saturated(weight, grids):
-            return self.simulated(
-                args,
-                kwargs,
-                weight=weight,
-                bias=self.corrected(self.correction),
-                quantize=partial(self._fake_quantized, grids=grids),
-            )
+            return self.simulated(args, kwargs, weight=weight, bias=bias, quantize=quantize)
 
     def simulated(
         self,
@@ -368,7 +364,7 @@ class QuantizedOperator(nn.Module):
             codes = activation_bytes(rows, scale, self.scheme.activations, zero)
             product = self._products.of_bytes(codes, zero)
             if self.scheme.saturates:
-                product = product + self._saturating()[0].lost(codes + MIDDLE)
+                product = product + self._saturating()[0].lost(codes + BYTE_MIDDLE)
         else:
             product = self._products.of_codes(quantize_activation(rows, scale, self.scheme.activations).values)
         output, factor, bias = product.to(self._dtype), self.weight_scale.reshape(-1), self.corrected(self.correction)

@@ -27,7 +27,7 @@ from alphasmith.objectives.quantization.scheme import QMAX, ActivationFormat, Sc
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max * (1 - 2**-20)
 #: What is subtracted from the codes of uint8 where the machine multiplies int8.
-_BYTE_MIDDLE = 128
+BYTE_MIDDLE = 128
 _STORAGE: dict[str, torch.dtype] = {
     "int8": torch.int8,
     "int7": torch.int8,
@@ -270,12 +270,12 @@ def round_bytes_(codes: Tensor, fmt: ActivationFormat, zero: Tensor | None) -> T
     """Round float32 ``codes`` in place to integers in -128..127: those of int8, or those of uint8 minus 128. Returns ``codes``."""
     if zero is None:
         return round_codes_(codes, fmt)
-    return codes.round_().add_(zero - _BYTE_MIDDLE).clamp_(-_BYTE_MIDDLE, _BYTE_MIDDLE - 1)
+    return codes.round_().add_(zero - BYTE_MIDDLE).clamp_(-BYTE_MIDDLE, BYTE_MIDDLE - 1)
 
 
 def byte_zero(zero: Tensor) -> Tensor:
     """Zero point of the codes of :func:`round_bytes_` under a uint8 ``zero`` point: -128..127, float32."""
-    return zero.to(torch.float32) - _BYTE_MIDDLE
+    return zero.to(torch.float32) - BYTE_MIDDLE
 
 
 def pack_int4(values: Tensor) -> Tensor:

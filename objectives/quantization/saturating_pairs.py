@@ -20,9 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from alphasmith.objectives.calibration.patches import Window, convolution_call, gather_patches
+from alphasmith.objectives.quantization.quantizers import BYTE_MIDDLE
 
-#: What is added to signed codes.
-MIDDLE = 128
 _LOW, _HIGH = -(2**15), 2**15 - 1
 _LARGEST = 255  # of an unsigned code
 _IN_FLIGHT = 1 << 22  # codes times pairs at a time
@@ -148,4 +147,4 @@ class SaturatedCalls(TorchFunctionMode):
 
 
 def _unsigned(codes: Tensor, zero: Tensor | None) -> Tensor:
-    return codes + (MIDDLE if zero is None else zero)
+    return codes + (BYTE_MIDDLE if zero is None else zero)

@@ -17,7 +17,7 @@ from alphasmith.objectives.sites.types import ParameterEdit, ShiftEdit, Site
 from alphasmith.objectives.smoothing import Smoothing
 
 #: Elements of a parameter that are turned into float64 at a time: bounds the temporaries of a large weight to some tens of MiB.
-_BLOCK = 1 << 21
+EDITED_ELEMENTS = 1 << 21
 
 
 def edit_parameter(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def edit_parameter(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor
 
 def _edited(value: Tensor, edit: ParameterEdit, scales: Tensor) -> Tensor:
     channel = edit.channel.to(value.device)
-    if value.numel() <= _BLOCK or value.dim() < 2:
+    if value.numel() <= EDITED_ELEMENTS or value.dim() < 2:
         return _edited_block(value, channel, edit, scales)
     result = torch.empty_like(value)
     whole = channel.dim() < value.dim() or channel.shape[0] == 1  # the same for every row
@@ -77,8 +77,8 @@ def _edited_block(value: Tensor, channel: Tensor, edit: ParameterEdit, scales: T
 
 
 def _row_blocks(value: Tensor) -> list[slice]:
-    """Slices of the first axis with at most ``_BLOCK`` elements each, or one row."""
-    rows = max(1, _BLOCK * value.shape[0] // value.numel())
+    """Slices of the first axis with at most ``EDITED_ELEMENTS`` elements each, or one row."""
+    rows = max(1, EDITED_ELEMENTS * value.shape[0] // value.numel())
     return [slice(start, start + rows) for start in range(0, value.shape[0], rows)]
 
 

@@ -134,10 +134,7 @@ class ExportSource:
 
     def companions(self) -> tuple[str, ...]:
         """Files beside the weights, e.g. of the tokenizer, by their names in the checkpoint's folder."""
-        inside = self.result.names(self.folder)
-        names = (name.removeprefix(f"{self.folder}/") for name in inside if ".safetensors" not in name)
-        own = {Path(STRUCTURE).name, "config.json"}
-        return tuple(name for name in names if name not in own)
+        return companions(self.result, self.folder)
 
     def sites_of(self, operators: Iterable[str]) -> tuple[str, ...]:
         """Names of the sites that operators read, in the order of the run."""
@@ -172,6 +169,18 @@ class ExportSource:
         weights = self.float_tensors if self.folder == "smoothed" else self.architecture.state_dict()
         weight = weights.get(f"{name}.weight")
         return packed.shape[-1] * 2 if weight is None else weight.numel() // packed.shape[0]
+
+
+def companions(result: ResultFolder, folder: str) -> tuple[str, ...]:
+    """Files beside the weights of a checkpoint, e.g. of the tokenizer, by their names in its folder.
+
+    Args:
+        result: What it belongs to.
+        folder: The checkpoint, e.g. ``smoothed``.
+    """
+    names = (name.removeprefix(f"{folder}/") for name in result.names(folder) if ".safetensors" not in name)
+    own = {Path(STRUCTURE).name, "config.json"}
+    return tuple(name for name in names if name not in own)
 
 
 def to_json(value: object) -> str:

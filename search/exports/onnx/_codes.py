@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from alphasmith.objectives.calibration.weight_matrix import as_matrix, from_matrix
+from alphasmith.objectives.quantization.quantizers import BYTE_MIDDLE
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.exports.onnx._graph import GraphWriter
 from alphasmith.search.exports.source import DeployedOperator
 
-#: Unsigned code that stands for 0 where signed codes are raised.
-MIDDLE = 128
 #: Form of a weight in a graph: the matrix (C, O) of a product, or a kernel as convolutions take it.
 Form = Literal["product", "convolution", "transposed convolution"]
 #: Last parts of the names of an operator's initializers.
@@ -68,7 +67,7 @@ class OperatorConstants:
             transposed = found.form == "transposed convolution"
             codes = from_matrix(self._operator.codes, found.shape, "conv", transposed, found.groups)
         stored = codes.contiguous()
-        return self._constant(WEIGHT, (stored.view(torch.uint8) ^ MIDDLE if self._unsigned else stored).numpy())
+        return self._constant(WEIGHT, (stored.view(torch.uint8) ^ BYTE_MIDDLE if self._unsigned else stored).numpy())
 
     def weight_scale(self, axes: int = 0) -> ir.Value:
         """() float32 per tensor, (O, 1, ...) per channel.
@@ -93,7 +92,7 @@ class OperatorConstants:
         Args:
             per_channel: Of the shape of the scale, which DequantizeLinear wants; else ().
         """
-        kind, code = (np.uint8, MIDDLE) if self._unsigned else (np.int8, 0)
+        kind, code = (np.uint8, BYTE_MIDDLE) if self._unsigned else (np.int8, 0)
         scale = self._operator.scale
         if per_channel and scale.dim():
             return self._constant("weight_zero_points", np.full((scale.numel(),), code, kind))
@@ -101,35 +100,28 @@ class OperatorConstants:
 
     def input_scale(self) -> ir.Value:
         """() float32 of static activations."""
-        scale = self._operator.input_scale
-        assert_static(scale)
-        return self._constant(INPUT_SCALE, scale.reshape(()).numpy())  # type: ignore[union-attr]
+        return self._constant(INPUT_SCALE, self._static_scale().reshape(()).numpy())
 
     def input_zero(self) -> ir.Value:
         """() the code of 0: uint8 of activations with a zero point or raised ones, else int8."""
         zero = self._operator.input_zero
         if zero is not None:
             return self._constant(INPUT_ZERO, zero.reshape(()).numpy())
-        return self._constant(INPUT_ZERO, np.array(MIDDLE, np.uint8) if self._unsigned else np.array(0, np.int8))
+        return self._constant(INPUT_ZERO, np.array(BYTE_MIDDLE, np.uint8) if self._unsigned else np.array(0, np.int8))
 
     def input_key(self) -> tuple[float, int | None]:
         """Equal for operators that round one tensor alike."""
-        scale, zero = self._operator.input_scale, self._operator.input_zero
-        assert_static(scale)
-        return float(scale), None if zero is None else int(zero)  # type: ignore[arg-type]
+        zero = self._operator.input_zero
+        return float(self._static_scale()), None if zero is None else int(zero)
+
+    def _static_scale(self) -> torch.Tensor:
+        scale = self._operator.input_scale
+        if scale is None:  # the schemes were checked
+            raise ValueError("an operator with static activations has no input scale")
+        return scale
 
     def _constant(self, leaf: str, value: NDArray[Any]) -> ir.Value:
         return self._writer.constant(f"{self._operator.name}.{leaf}{self._suffix}", value)
-
-
-def assert_static(scale: object) -> None:
-    """Static activations have a scale: the schemes were checked.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if scale is None:
-        raise ValueError("an operator with static activations has no input scale")
 
 
 def read_codes(
@@ -148,7 +140,7 @@ def read_codes(
         KeyError: An initializer is missing.
     """
     stored = torch.from_numpy(np.array(constants[f"{name}.{WEIGHT}"]))
-    codes = (stored ^ MIDDLE).view(torch.int8) if stored.dtype == torch.uint8 else stored
+    codes = (stored ^ BYTE_MIDDLE).view(torch.int8) if stored.dtype == torch.uint8 else stored
     matrix = codes.t() if form == "product" else as_matrix(codes, "conv", form == "transposed convolution", groups)
     scale = torch.from_numpy(np.array(constants[f"{name}.{WEIGHT_SCALE}"]))
     static = scheme.static

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from alphasmith.objectives.literals import OnnxLayout
+from alphasmith.objectives.quantization.quantizers import BYTE_MIDDLE
 from alphasmith.objectives.quantization.scheme import QMAX
-from alphasmith.search.exports.onnx._codes import MIDDLE, OperatorConstants
+from alphasmith.search.exports.onnx._codes import OperatorConstants
 from alphasmith.search.exports.onnx._graph import MICROSOFT, GraphWriter
 from alphasmith.search.exports.source import DeployedOperator
 
@@ -126,7 +127,7 @@ class Products:
                 before, "Cast", [x.codes], f"{operator.name}.input_raised", to=int(ir.DataType.FLOAT)
             )
             counts = self._writer.node(
-                before, "Sub", [counts, self._number("middle", MIDDLE)], f"{operator.name}.input_counts"
+                before, "Sub", [counts, self._number("middle", BYTE_MIDDLE)], f"{operator.name}.input_counts"
             )
             return self._writer.node(before, "Mul", [counts, x.scale], f"{operator.name}.input")
         return self._writer.node(before, "DequantizeLinear", [x.codes, x.scale, x.zero], f"{operator.name}.input")
@@ -166,10 +167,10 @@ class Products:
         kept = node(before, "Max", [width, number("smallest_step", float(np.finfo(np.float32).tiny))], f"{name}_kept")
         scale = node(before, "Where", [flat, number("one", 1), kept], f"{name}_step")
         rounded = node(before, "Round", [node(before, "Div", [x, scale], f"{name}_quotient")], f"{name}_rounded")
-        raised = node(before, "Add", [rounded, number("middle", MIDDLE)], f"{name}_raised")
+        raised = node(before, "Add", [rounded, number("middle", BYTE_MIDDLE)], f"{name}_raised")
         clipped = node(before, "Clip", [raised, number("nothing", 0), number("last_code", 255)], f"{name}_clipped")
         codes = node(before, "Cast", [clipped], f"{name}_codes", dtype=_UINT8, to=int(_UINT8))
-        zero = self._writer.constant("middle_code", np.array(MIDDLE, np.uint8))
+        zero = self._writer.constant("middle_code", np.array(BYTE_MIDDLE, np.uint8))
         return Codes(codes=codes, scale=scale, zero=zero, static=False)
 
     def _number(self, name: str, value: float) -> ir.Value:

@@ -7,6 +7,7 @@ of two nodes of a domain of our own. Whatever the module does around its product
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -174,8 +175,6 @@ class _Flat(nn.Module):
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The tensors of a batch under the names that the forward gives them."""
-    import inspect
-
     parameters = list(inspect.signature(model.forward).parameters.values())
     plain = [p.name for p in parameters if p.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
     found: dict[str, Tensor] = {}

@@ -11,12 +11,11 @@ from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.text import listed
 from alphasmith.search.checkpoints.load import STRUCTURE
+from alphasmith.search.exports.source import companions
 from alphasmith.storage.output.manifest import Manifest
 from alphasmith.storage.output.result_folder import ResultFolder
 
 _TOKENIZER = "smoothed/tokenizer_config.json"
-#: Endings of the names of weights in a checkpoint; all else in its folder travels with them.
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +86,7 @@ def read_facts(result: ResultFolder, shown: Path) -> RecipeFacts:
         divided=tuple(o["name"] for o in linear if f"{o['name']}.smooth" in names),
         shifted=tuple(o["name"] for o in linear if f"{o['name']}.shift" in names),
         tokenizer=result.read_json(_TOKENIZER) if result.has(_TOKENIZER) else {},
-        companions=tuple(
-            name.removeprefix("smoothed/")
-            for name in result.names("smoothed")
-            if not name.endswith(_WEIGHTS) and name != "smoothed/config.json"
-        ),
+        companions=companions(result, "smoothed"),
     )
 
 
