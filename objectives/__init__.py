@@ -5,6 +5,7 @@
 - ``dead_channels``: scales of channels that say nothing, or hardly anything, of their own scale
 - ``demo``: small models trained on data that ships with Python packages, for the embedded demo
 - ``errors``: errors a user can act on, named by remedy
+- ``extras``: packages that only some installations have
 - ``finite``: whether a tensor is free of NaN and infinity
 - ``groups``: groups of channels by magnitude: claims A-6, A-8, A-10
 - ``joint``: compression by sparse, low-rank and codebook forms of a model's weights together
@@ -30,6 +31,7 @@ __all__ = [
     "dead_channels",
     "demo",
     "errors",
+    "extras",
     "finite",
     "groups",
     "joint",

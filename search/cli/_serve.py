@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import click
 
-from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.extras import require_extra
 from alphasmith.objectives.literals import MediaKind
 from alphasmith.search.cli._options import PATH, options, place_options, seconds, storage_option
 from alphasmith.search.config import parse_bytes
-
-#: Modules of the extra ``serve``.
-_EXTRA = ("fastapi", "fastapi_offline", "prometheus_client", "python_multipart", "uvicorn")
 
 
 def _size(context: click.Context, option: click.Parameter, value: str) -> int:
@@ -90,7 +86,7 @@ def serve(
 
     SIGTERM or Ctrl-C stops it when all that was accepted is answered; a second Ctrl-C at once.
     """
-    _check_extra()
+    require_extra("serve", "serve")
     from alphasmith.objectives.media.items import ItemLimits
     from alphasmith.search.processing.classifier import Classifier
     from alphasmith.search.processing.service.server import BatchSettings, RequestLimits
@@ -118,9 +114,3 @@ def serve(
         requests=requests,
         ready=ready,
     )
-
-
-def _check_extra() -> None:
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError("serve", f"{missing[0]} is not installed", "pip install 'alphasmith[serve]'")

@@ -2,7 +2,6 @@
 
 - ``_card``: the model card of an export
 - ``_compressed_tensors``: checkpoints in the layout of compressed-tensors, which transformers and vLLM load
-- ``_extra``: whether the packages of an extra are installed
 - ``_plain_sites``: operators as if no alpha had been found, for formats without a division at run time
 - ``export``: ``alphasmith export``: a result in the format of another tool, whole or not at all
 - ``onnx``: ONNX models that compute with the integers of a result

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.extras import require_extra
 from alphasmith.objectives.literals import ExportFormat, OnnxLayout
 from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.reading import usable_path
 from alphasmith.search.checkpoints.find import as_written, find_result
 from alphasmith.search.exports._card import CARD, ORIGINAL_CARD, model_card
 from alphasmith.search.exports._compressed_tensors import Checkpoint, compressed_tensors, explicit_operators
-from alphasmith.search.exports._extra import require_onnx
 from alphasmith.search.exports._plain_sites import plain_operators
 from alphasmith.search.exports.source import DeployedOperator, ExportSource, to_json
 from alphasmith.storage.files.durable import digest_file
@@ -136,7 +136,7 @@ def _check_choices(format: str, layout: str | None, unsmoothed_sites: bool, in_m
         if unsmoothed_sites:
             told = "onnx has a place for a division at run time"
             raise InputError("--unsmoothed-sites", told, "leave it out; every site is written as it was found")
-        require_onnx()
+        require_extra("--format", "onnx")
     elif layout is not None or in_memory:
         raise InputError(
             "--layout", f"{format} has one layout, and needs no model", "leave it out, or give --format onnx"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from alphasmith.objectives.errors import IntegrityError
+from alphasmith.objectives.extras import require_extra
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.checkpoints.find import find_result
 from alphasmith.search.exports._compressed_tensors import read_operator
-from alphasmith.search.exports._extra import require_onnx
 from alphasmith.search.exports.source import DeployedOperator, ExportSource
 from alphasmith.storage.files.durable import digest_file
 from alphasmith.storage.output.checkpoint import SINGLE
@@ -78,7 +78,7 @@ def _onnx(export: ExportFolder) -> Callable[[str, Scheme], list[DeployedOperator
     files = [name for name in export.names() if name.endswith(".onnx")]
     if not files:
         raise IntegrityError(f"{export.path}: no ONNX model is on record")
-    require_onnx()
+    require_extra("verify", "onnx")
     from alphasmith.search.exports.onnx.reading import OnnxOperators
 
     return OnnxOperators([export.path / file for file in files]).read

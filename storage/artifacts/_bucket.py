@@ -17,6 +17,7 @@ from optuna.artifacts import Boto3ArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.extras import require_extra
 from alphasmith.storage.artifacts.folder import StoredObject, check_id
 
 if TYPE_CHECKING:
@@ -189,10 +190,8 @@ class BucketBackend:
 
 
 def _installed(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise InputError("artifacts", "boto3 is not installed", "pip install 'alphasmith[s3]'") from error
+    require_extra("artifacts", "s3")
+    return importlib.import_module(module)
 
 
 def _errors(*names: str) -> tuple[type[Exception], ...]:

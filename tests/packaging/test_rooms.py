@@ -13,7 +13,7 @@ from tests.support.rooms import ROOT, TOPS, both_ways, picture, product_files, r
 FLOORS: dict[str, list[set[str]]] = {
     "objectives": [
         {"dead_channels", "errors", "finite", "literals", "partition", "stored_types"},
-        {"text"},
+        {"text", "extras"},
         {"smoothing", "reading"},
         {"groups", "media"},
         {"sites", "model"},

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 import socket
 from typing import Any
 
 from alphasmith.objectives.errors import AlphasmithError, InputError
+from alphasmith.objectives.extras import require_extra
 from alphasmith.objectives.text import one_line
 from alphasmith.search.config import WorkersConfig
 
@@ -25,8 +25,7 @@ def import_ray() -> Any:
     Raises:
         InputError: It is not installed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise InputError("engine", "ray is not installed", "pip install 'alphasmith[ray]'")
+    require_extra("engine", "ray")
     return importlib.import_module("ray")
 
 

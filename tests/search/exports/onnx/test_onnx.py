@@ -18,7 +18,6 @@ from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.search import export, load_quantized
-from alphasmith.search.exports import _extra
 from alphasmith.search.exports._card import CARD
 from alphasmith.search.exports.verification import verify_export
 from tests.support.run_cases import Mlp, Pictures, alphasmith, launch, seeded, vectors
@@ -301,7 +300,7 @@ def test_what_does_not_belong_to_the_format_is_refused(
 
 
 def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extra, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'alphasmith\[onnx\]'"):
         export(tmp_path, "onnx", tmp_path / "out")
 
