@@ -31,13 +31,18 @@ def size_text(count: float) -> str:
     return f"{count:.4g} TiB"
 
 
-def number(value: float | None) -> str:
-    """A loss or ratio with three significant digits, e.g. ``3.31e-4`` or ``0.912``; ``n/a`` when there is none."""
+def number(value: float | None, digits: int = 3) -> str:
+    """A loss or ratio, e.g. ``3.31e-4`` or ``0.912``; ``n/a`` when there is none.
+
+    Args:
+        value: Any.
+        digits: How many are significant, three or more.
+    """
     if value is None or not math.isfinite(value):
         return "n/a"
     if value == 0 or 1e-2 <= abs(value) < 1e4:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.{max(0, digits - 4)}f}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alphasmith.objectives.text import listed, size_text
+from alphasmith.objectives.text import listed, number, size_text
 from alphasmith.search.cli._options import PATH, json_option, print_answer, storage_option
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ def _text(result: ExportResult) -> str:
         reasons = sorted({one.reason for one in record.left})
         lines.append(f"float here: {listed([one.name for one in record.left])} ({listed(reasons)})")
     for site in record.unsmoothed:
-        without, found = (_number(value) for value in (site.loss_unsmoothed, site.loss))
+        without, found = (number(value) for value in (site.loss_unsmoothed, site.loss))
         lines.append(f"unsmoothed: {site.name}, loss {without} in place of {found}")
     lines += [f"note: {note}" for note in record.notes]
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3g}"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from alphasmith.objectives.quantization.scheme import Scheme
-from alphasmith.objectives.text import listed
+from alphasmith.objectives.text import listed, number
 from alphasmith.storage.output.export_record import ExportRecord
 from alphasmith.storage.output.manifest import Manifest
 
@@ -135,10 +135,10 @@ def _losses(manifest: Manifest, record: ExportRecord) -> Iterator[str]:
     names = " | ".join(name for name, _, _ in columns)
     rows = [f"| | float | {names} |", "|---" * (len(columns) + 2) + "|"]
     if any(value is not None for _, value, _ in columns):
-        rows.append(f"| {told[output.loss]} at the output | 0 | {' | '.join(_number(v) for _, v, _ in columns)} |")
+        rows.append(f"| {told[output.loss]} at the output | 0 | {' | '.join(number(v, 4) for _, v, _ in columns)} |")
     for metric in output.metrics:
-        values = " | ".join(_number(getattr(metric, field)) for _, _, field in columns)
-        rows.append(f"| {metric.name} | {_number(metric.float_model)} | {values} |")
+        values = " | ".join(number(getattr(metric, field), 4) for _, _, field in columns)
+        rows.append(f"| {metric.name} | {number(metric.float_model, 4)} | {values} |")
     if len(rows) > 2:
         yield "## Quality"
         trained = "" if manifest.training is None else " before it was trained further"
@@ -161,8 +161,8 @@ def _products(record: ExportRecord) -> str:
 def _differs(record: ExportRecord) -> Iterator[str]:
     for site in record.unsmoothed:
         yield (
-            f"site {site.name} is written as if no alpha had been found: its loss is {_number(site.loss_unsmoothed)}, "
-            f"{_number(site.loss)} with what was found"
+            f"site {site.name} is written as if no alpha had been found: its loss is {number(site.loss_unsmoothed)}, "
+            f"{number(site.loss)} with what was found"
         )
     if record.left:
         yield f"float here, quantized in the run: {listed([one.name for one in record.left])}"
@@ -186,7 +186,3 @@ def _provenance(manifest: Manifest, record: ExportRecord) -> str:
         "- every operator's codes and scales have a digest in `export.json`; check them with `alphasmith verify FOLDER`"
     ]
     return "\n".join(rows)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

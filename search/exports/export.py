@@ -137,10 +137,12 @@ def _check_choices(format: str, layout: str | None, unsmoothed_sites: bool, in_m
             told = "onnx has a place for a division at run time"
             raise InputError("--unsmoothed-sites", told, "leave it out; every site is written as it was found")
         require_extra("--format", "onnx")
-    elif layout is not None or in_memory:
-        raise InputError(
-            "--layout", f"{format} has one layout, and needs no model", "leave it out, or give --format onnx"
-        )
+        return
+    remedy = "leave it out, or give --format onnx"
+    if layout is not None:
+        raise InputError("--layout", f"{format} has one layout", remedy)
+    if in_memory:
+        raise InputError("model, batch", f"{format} is written from the result alone", remedy)
 
 
 def _as_batch(given: Any) -> Batch:

@@ -20,6 +20,7 @@ from alphasmith.objectives.model.hf_folder import architecture_names, save_folde
 from alphasmith.objectives.model.plain_operators import bake_plain
 from alphasmith.objectives.sensitivity.output_shares import OutputShares
 from alphasmith.objectives.sites.types import Site
+from alphasmith.objectives.text import number
 from alphasmith.search.config import RunConfig
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.inputs.task import Task
@@ -97,14 +98,14 @@ class RunResult:
         kept = {"identity": "naive", "alpha_0.5": "alpha_half"}.get(output.kept, output.kept)
 
         def change(of: OutputEntry | MetricEntry) -> str:
-            return f"{_number(of.naive)} quantized without smoothing, {_number(getattr(of, kept))} with"
+            return f"{number(of.naive, 4)} quantized without smoothing, {number(getattr(of, kept), 4)} with"
 
         return {
             "run": f"{self.id}{run.name and f' ({run.name})'} in {self.storage}",
             "status": f"finished {run.finished:%Y-%m-%d %H:%M} UTC",
             "scheme": self.manifest.scheme.name,
             f"output loss ({output.loss})": change(output),
-            **{m.name: f"{_number(m.float_model)} in float, {change(m)}" for m in output.metrics},
+            **{m.name: f"{number(m.float_model, 4)} in float, {change(m)}" for m in output.metrics},
             "folder": str(self.folder),
         }
 
@@ -325,10 +326,6 @@ def _annotate_formats(handle: RunHandle, manifest: Manifest) -> None:
     if manifest.formats is not None and manifest.formats.study is not None:
         study = optuna.load_study(study_name=manifest.formats.study, storage=handle.optuna_storage)
         annotate_formats(study, manifest.model_dump(mode="json"))
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

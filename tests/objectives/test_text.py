@@ -24,9 +24,10 @@ from alphasmith.objectives.text import (
 
 
 @settings(deadline=None)
-@given(st.floats(min_value=1e-300, max_value=1e300))
-def test_number_keeps_three_digits(value: float) -> None:
+@given(st.floats(min_value=1e-300, max_value=1e300), st.integers(3, 6))
+def test_number_keeps_its_digits(value: float, digits: int) -> None:
     assert float(number(value)) == pytest.approx(value, rel=6e-3)
+    assert float(number(value, digits)) == pytest.approx(value, rel=6 * 10.0**-digits)
 
 
 def test_number_of_nothing() -> None:

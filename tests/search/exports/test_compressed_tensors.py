@@ -21,6 +21,7 @@ from torch import nn
 from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.scheme import Scheme
+from alphasmith.objectives.text import number
 from alphasmith.search import export, load_quantized, recipe, run
 from alphasmith.search.exports._card import CARD
 from alphasmith.search.exports._compressed_tensors import layout_of, packed, unpacked
@@ -127,7 +128,7 @@ def test_the_folder_says_what_it_is(result_of: Results, tmp_path: Path) -> None:
     told += ["LlamaForCausalLM.from_pretrained", "vllm serve", "alphasmith verify", "with saturation", "see LICENSE"]
     told += [f"from {min(alphas):.2f} to {max(alphas):.2f}"] if alphas else ["No site has an alpha"]
     assert [words for words in told if words not in card] == []
-    assert f"| {manifest.output.naive:.4g} |" in card
+    assert f"| {number(manifest.output.naive, 4)} |" in card
     assert str(tmp_path) not in card + (out / "export.json").read_text() + (out / "config.json").read_text()
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     linear = {name for name, module in load_quantized(result).named_modules() if isinstance(module, nn.Linear)}

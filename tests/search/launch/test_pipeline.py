@@ -21,6 +21,7 @@ from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.model.loading import parameters_digest
 from alphasmith.objectives.sensitivity.output_shares import MEASURED
 from alphasmith.objectives.smoothing import SCALE_MAX, SCALE_MIN, Smoothing
+from alphasmith.objectives.text import number
 from alphasmith.search import RunResult, load_quantized, load_smoothed, run
 from alphasmith.search.checkpoints.verification import undo, verify
 from alphasmith.search.cli.tables import result_text
@@ -160,14 +161,14 @@ def test_a_result_is_shown_in_a_few_lines_and_as_html(finished: tuple[Path, RunR
     assert max(map(len, lines)) < 200
     output = result.manifest.output
     assert output.naive is not None
-    shown = [result.id, "finished", f"{output.naive:.4g}", result.manifest.scheme.name, str(result.folder)]
-    shown += [part for m in output.metrics for part in (m.name, f"{m.float_model:.4g}", f"{m.ours:.4g}")]
+    shown = [result.id, "finished", number(output.naive, 4), result.manifest.scheme.name, str(result.folder)]
+    shown += [part for m in output.metrics for part in (m.name, number(m.float_model, 4), number(m.ours, 4))]
     assert [part for part in shown if part not in repr(named) or part not in named._repr_html_()] == []
     assert "<b>" in repr(named)
     assert "<b>" not in named._repr_html_()
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; more" in named._repr_html_()
     missing = output.model_copy(update={"naive": None, "ours": None, "metrics": ()})
-    assert "unknown" in repr(replace(result, manifest=result.manifest.model_copy(update={"output": missing})))
+    assert "n/a" in repr(replace(result, manifest=result.manifest.model_copy(update={"output": missing})))
 
 
 def test_every_study_shows_two_figures_and_a_note(finished: tuple[Path, RunResult]) -> None:
