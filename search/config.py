@@ -268,7 +268,8 @@ class SearchConfig(Section):
         pruner: What stops a candidate on growing row subsets (scope ``site``) or samples (scope ``model``). ``paired``: a loss
             above the incumbent's by more than three paired standard errors; else an Optuna pruner.
         noise_model: Score the optimum of the rounding-noise model after the baselines, and let it find the best single alpha
-            and the per-channel limit (scope ``site``). Off: the grid of ``single_alphas`` exact losses, then the sampler.
+            and the per-channel limit (scope ``site``). Off: the grid of ``single_alphas`` exact losses, then the sampler. Where the
+            scheme's kernel saturates it proposes alone: the grid finds the single alpha, and there is no limit.
         tolerance: Stop a site's study once its best loss is at most this far above the per-channel limit, relative.
         patience: Stop a site's study after this many sampler trials without improvement.
         seed: Seed of sampling, grouping, calibration rows and samplers.

@@ -42,6 +42,15 @@ def columns_by_block(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0], groups, -1).transpose(0, 1)
 
 
+def kernel_columns(channel: Tensor) -> int:
+    """Columns of a part that every input channel has, side by side: kernel positions of a convolution, 1 for linear.
+
+    Args:
+        channel: (D,) int64 site channel of every column, or shaped otherwise.
+    """
+    return channel.numel() // (int(channel.max()) + 1)
+
+
 def check_site_data(data: SiteData) -> None:
     """Refuse data whose shapes contradict each other or whose tensors are not finite.
 

@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from alphasmith.objectives.calibration.site_data import SiteData, SitePart
-from alphasmith.objectives.calibration.site_layout import by_block, columns_by_block, outputs_by_block, subset_rows
+from alphasmith.objectives.calibration.site_layout import (
+    by_block,
+    columns_by_block,
+    kernel_columns,
+    outputs_by_block,
+    subset_rows,
+)
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.judge.producer_noise import ProducerNoise
 from alphasmith.objectives.quantization.integer_product import (
@@ -447,8 +453,7 @@ class _PartScorer:
 
     def _saturating(self, codes: Tensor) -> tuple[tuple[SaturatingPairs, ...], ...]:
         """The pairs that can saturate, of every candidate and group, of weight codes (n, g, D/g, O/g)."""
-        # Every input channel of a convolution has a column for each kernel position.
-        kernel = self._channel.numel() // (int(self._channel.max()) + 1)
+        kernel = kernel_columns(self._channel)
         return tuple(tuple(SaturatingPairs(w.t(), kernel) for w in candidate) for candidate in codes)
 
     def _saturate(self, out: Tensor, prepared: PreparedPart, codes: Tensor, zero: Tensor | None) -> None:

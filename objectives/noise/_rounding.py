@@ -6,7 +6,7 @@ The parts of :mod:`alphasmith.objectives.noise.model`. Source: formula fA4.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,21 @@ class FixedPeaks:
     below: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class SampledCodes:
+    """What sampled rows of a tensor round to under candidates.
+
+    Attributes:
+        codes: (n, B, R, N) float32 codes, counted from the zero point.
+        step: (n, B or 1, R) steps.
+        zero: (n, B or 1, R, 1) code that stands for 0, under a zero point.
+    """
+
+    codes: Tensor
+    step: Tensor
+    zero: Tensor | None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rounding:
     """Rounding of one tensor, in B blocks whose noise meets its own partners, with N columns each.
@@ -85,15 +100,7 @@ class Rounding:
         fp8 and clipping are what they are. Errors of different columns are taken to be independent, except along ``directions``:
         there the errors of a fixed weight add up over all rows that share them.
         """
-        codes = QMAX[self.number_format]
-        factors = scales if self.grows else scales.reciprocal()
-        columns = factors[:, self.channel]
-        scaled = self.entries * columns.unsqueeze(2)
-        peak, below = self._spans(scaled, factors)
-        span = peak if below is None else peak + below
-        step = torch.where(span == 0, 1.0, span / codes)
-        zero = None if below is None else (below / step).round_().unsqueeze(-1)
-        scaled.mul_(step.reciprocal().unsqueeze(-1))
+        columns, scaled, step, zero = self._in_steps(scales)
         scaled.sub_(round_codes_(scaled.clone(), self.number_format, zero))
         # Steps are squared relative to the largest, so that tensors of any size stay within float32.
         unit = step.amax(dim=(1, 2), keepdim=True)
@@ -110,6 +117,33 @@ class Rounding:
         noise = torch.matmul(weight, scaled.square_()).squeeze(2).to(torch.float64)
         alone = (noise * partner / columns.to(torch.float64).square()).sum(dim=(1, 2))
         return (alone + shared) * unit.flatten().to(torch.float64).square() * self.mass
+
+    def codes(self, scales: Tensor) -> SampledCodes:
+        """What the sampled rows round to under candidates ``scales`` (n, C) float32."""
+        _, scaled, step, zero = self._in_steps(scales)
+        return SampledCodes(round_codes_(scaled, self.number_format, zero), step, zero)
+
+    def thinned(self, rows: int) -> Rounding:
+        """The same with at most ``rows`` of its sampled rows, for :meth:`codes`."""
+        picked = evenly(self.entries.shape[1], rows, self.entries.device)
+        return replace(
+            self,
+            entries=self.entries[:, picked],
+            mass=self.mass * self.entries.shape[1] / len(picked),
+            peaks=None if self.peaks is None else replace(self.peaks, step=self.peaks.step[picked]),
+            emphasis=None if self.emphasis is None else self.emphasis[:, picked],
+        )
+
+    def _in_steps(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Factors (n, B, N) of the columns, and sampled rows (n, B, R, N) divided by their steps, with steps and zero points."""
+        factors = scales if self.grows else scales.reciprocal()
+        columns = factors[:, self.channel]
+        scaled = self.entries * columns.unsqueeze(2)
+        peak, below = self._spans(scaled, factors)
+        span = peak if below is None else peak + below
+        step = torch.where(span == 0, 1.0, span / QMAX[self.number_format])
+        zero = None if below is None else (below / step).round_().unsqueeze(-1)
+        return columns, scaled.mul_(step.reciprocal().unsqueeze(-1)), step, zero
 
     def _spans(self, scaled: Tensor, factors: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the steps of every sampled row (n, B, R) reach up to: the largest magnitude; or both sides of 0 under a zero point."""

@@ -8,9 +8,10 @@ leading ones are followed. Without that, sites with few outputs and images as in
 product of X and W is needed. Two forms of E_j serve two purposes:
 
 - :meth:`NoiseModel.losses` rounds sampled rows of X and W as the quantizer does: exact for every format and granularity up to
-  sampling, with zeros, dead zones, 4 bits, fp8 and clipping. It ranks candidates.
+  sampling, with zeros, dead zones, 4 bits, fp8 and clipping. It ranks candidates. Where products saturate, what they lose is counted on
+  fewer rows and outputs (:mod:`alphasmith.objectives.noise._saturation`).
 - The closed form of :mod:`alphasmith.objectives.noise._closed_form`, uniform noise, is smooth and close to convex in log s. Descent
-  follows it; its minima are ranked by the first form, the starts among them.
+  follows it; its minima are ranked by the first form, the starts among them. It takes products as exact.
 
 The model proposes; :class:`~alphasmith.objectives.judge.site_objective.SiteObjective` judges. Source: claim A-2, formulas fA1 to fA5.
 """
@@ -34,7 +35,8 @@ from alphasmith.objectives.judge.losses import squared_sum
 from alphasmith.objectives.judge.producer_noise import ProducerNoise
 from alphasmith.objectives.noise._closed_form import POWERS, ClosedForm
 from alphasmith.objectives.noise._descent import descend
-from alphasmith.objectives.noise._rounding import Rounding, measure
+from alphasmith.objectives.noise._rounding import PartRounding, Rounding, measure
+from alphasmith.objectives.noise._saturation import SampledSaturation
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.quantization.unseen_rows import UnseenClipping
 from alphasmith.objectives.smoothing import SCALE_MAX, SCALE_MIN, LogScales, tie_index, tied_extreme
@@ -124,7 +126,10 @@ class NoiseModel:
             raise NonFiniteError(f"site {data.name}: the float output has energy {self._energy}")
         # Steps of weight rows differ less than those of rows of x. Conversion to fp8 costs several times an integer's rounding.
         self._rows = -(-max_rows // 2) if scheme.weights == "fp8" else max_rows
-        self._roundings = self._measured(self._rows, -(-self._rows // 2))
+        parts = self._measured(self._rows, -(-self._rows // 2))
+        self._roundings = _of_all(parts)
+        pairs = zip(data.parts, parts, strict=True)
+        self._saturations = [SampledSaturation(*pair) for pair in pairs] if scheme.saturates else []
         if not all(bool(torch.isfinite(r.partner).all()) for r in self._roundings):
             raise NonFiniteError(f"site {data.name}: the energy of a column of its rows or weights is not finite")
         self._producers = ProducerNoise(data, scheme)
@@ -221,7 +226,7 @@ class NoiseModel:
         members = torch.bincount(index).to(torch.float64)
         widest = max(rounding.entries.shape[0] * rounding.entries.shape[2] for rounding in self._roundings)
         rows = max(self._rows, _LIMIT_ENTRIES // widest)
-        roundings = self._measured(rows, rows)
+        roundings = _of_all(self._measured(rows, rows))
         forms = [ClosedForm(rounding, self.data.channels, rounding.entries.shape[1]) for rounding in roundings]
 
         def by_tie(values: Tensor) -> Tensor:
@@ -252,14 +257,9 @@ class NoiseModel:
         return scales[best]
 
     @torch.no_grad()
-    def _measured(self, rows: int, outputs: int) -> list[Rounding]:
-        found: list[Rounding] = []
-        for part in self.data.parts:
-            measured = measure(self.data, part, self.scheme, self.shift, self._range_factor, rows, outputs)
-            found += measured.weights
-            if measured.activations is not None:
-                found.append(measured.activations)
-        return found
+    def _measured(self, rows: int, outputs: int) -> list[PartRounding]:
+        given = self.scheme, self.shift, self._range_factor, rows, outputs
+        return [measure(self.data, part, *given) for part in self.data.parts]
 
     def _closed_forms(self) -> list[ClosedForm]:
         if not self._forms:
@@ -273,6 +273,8 @@ class NoiseModel:
         for rounding in roundings:
             size = max(1, limit // rounding.entries.numel())
             total += torch.cat([rounding.errors(chunk) for chunk in torch.split(scales, size)])
+        for saturation in self._saturations:
+            total += saturation.errors(scales)
         logs = scales.to(torch.float64).log()
         total += self._producers.error(logs)
         if self._unseen is not None:
@@ -349,6 +351,15 @@ def _through(
         logs = logs_of(point)
     value, slope = log_loss(logs.detach())
     return value, torch.autograd.grad(logs, point, slope)[0]
+
+
+def _of_all(parts: list[PartRounding]) -> list[Rounding]:
+    found: list[Rounding] = []
+    for part in parts:
+        found += part.weights
+        if part.activations is not None:
+            found.append(part.activations)
+    return found
 
 
 def _output_energy(data: SiteData) -> float:

@@ -7,7 +7,6 @@ reshapes before it multiplies keeps its behaviour.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -37,7 +36,7 @@ from alphasmith.objectives.quantization.quantizers import (
     row_grid,
     unpack_int4,
 )
-from alphasmith.objectives.quantization.saturating_pairs import SaturatedCalls, SaturatingPairs
+from alphasmith.objectives.quantization.saturating_pairs import SaturatedCalls, SaturatingPairs, pairs_of
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.sites.types import OperatorKind
 
@@ -407,8 +406,7 @@ class QuantizedOperator(nn.Module):
     def _saturating(self) -> tuple[SaturatingPairs, ...]:
         """The pairs of the weight that can saturate, of every convolution group."""
         if not self._pairs:
-            kernel = math.prod(self._shape[2:])
-            self._pairs = tuple(SaturatingPairs(w, kernel) for w in self.integer_weight().chunk(self._groups))
+            self._pairs = pairs_of(self.integer_weight(), self._shape, self._groups)
         return self._pairs
 
     def _saturated(self, weight: Tensor, grids: list[CodeGrid]) -> AbstractContextManager[object]:

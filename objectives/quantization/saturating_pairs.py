@@ -11,7 +11,7 @@ Only pairs of large weights of one sign can leave the 16 bits, so the loss is su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,8 +82,22 @@ class SaturatingPairs:
         return total.t()
 
 
+def pairs_of(codes: Tensor, shape: Sequence[int], groups: int) -> tuple[SaturatingPairs, ...]:
+    """The pairs of an operator's weight that can saturate, of every convolution group.
+
+    Args:
+        codes: (O, D) integers of the weight as a matrix.
+        shape: Of the weight itself: kernel positions come third.
+        groups: Of a convolution; 1 for linear.
+    """
+    kernel = math.prod(shape[2:])
+    return tuple(SaturatingPairs(block, kernel) for block in codes.chunk(groups))
+
+
 class SaturatedCalls(TorchFunctionMode):
     """While active, products of a given weight come out as saturating kernels compute them, whatever module calls for them.
+
+    Gradients are those of the exact product: what is lost counts as a constant.
 
     Args:
         weight: The dequantized weight to watch for, by identity.
@@ -118,6 +132,7 @@ class SaturatedCalls(TorchFunctionMode):
             return output + (lost if batched else lost[0])
         return output
 
+    @torch.no_grad()
     def _linear(self, x: Tensor) -> Tensor:
         # One step for all rows, or one for each.
         step, zero = self._grid()
@@ -127,6 +142,7 @@ class SaturatedCalls(TorchFunctionMode):
         lost = self._pairs[0].lost(_unsigned((rows / step).round_(), zero)).to(x.dtype)
         return (lost * step * self._scale).reshape(*x.shape[:-1], -1)
 
+    @torch.no_grad()
     def _convolved(self, x: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
         step, zero = self._grid()
         # Zeros around the input are codes of 0 like any other, so patches are cut before codes become unsigned.

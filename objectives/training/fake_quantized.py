@@ -1,7 +1,7 @@
 """A compressed model in float whose weights and activations are rounded in every forward pass, so that it can be trained.
 
 Every integer operator becomes one with a float weight that rounds to the very codes it had. What it computes is what the
-integer model computes; gradients pass the rounding (formula fA12). Smoothing scales and shifts stay where the run put them.
+integer model computes, saturating products among it (formula fA20); gradients pass the rounding (formula fA12). Smoothing scales and shifts stay where the run put them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.nn import functional
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.model.private_copy import private_copy
 from alphasmith.objectives.quantization.operator import DequantizedWeight, QuantizedOperator, replace_module
-from alphasmith.objectives.quantization.quantizers import pack_int4
+from alphasmith.objectives.quantization.quantizers import CodeGrid, pack_int4, row_grid
+from alphasmith.objectives.quantization.saturating_pairs import SaturatedCalls, SaturatingPairs, pairs_of
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.quantization.stack import QuantizedStack, Stack
 from alphasmith.objectives.training._rounding import rounded, rounded_by_row
@@ -245,16 +246,18 @@ class _TrainedOperator(_Held):
         lonely = correction is not None and source.inner._parameters.get("bias") is None
         self.correction = nn.Parameter(correction.clone()) if correction is not None and lonely else None
         self._lent: tuple[Tensor | None, Callable[[Tensor], Tensor]] | None = None
+        self._pairs: tuple[SaturatingPairs, ...] = ()
 
     def hold(self) -> None:
-        """Also what is added to the product, and what rounds the input."""
+        """Also what is added to the product, what rounds the input, and which pairs of the weight can saturate."""
         super().hold()
+        self._pairs = ()
         self._lent = self._bias(), self._quantizer()
 
     def release(self) -> None:
-        """Also what is added to the product, and what rounds the input."""
+        """Also what is added to the product, what rounds the input, and which pairs of the weight can saturate."""
         super().release()
-        self._lent = None
+        self._lent, self._pairs = None, ()
 
     @property
     def weight(self) -> DequantizedWeight:
@@ -264,7 +267,17 @@ class _TrainedOperator(_Held):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the operator, see ``QuantizedOperator``."""
         bias, quantize = (self._bias(), self._quantizer()) if self._lent is None else self._lent
-        return self.source.simulated(args, kwargs, weight=self.rounded_weight(), bias=bias, quantize=quantize)
+        weight = self.rounded_weight()
+        if not self.source.scheme.saturates:
+            return self.source.simulated(args, kwargs, weight=weight, bias=bias, quantize=quantize)
+        grids = list[CodeGrid]()
+
+        def watched(x: Tensor) -> Tensor:
+            grids.append(self._grid(x))
+            return quantize(x)
+
+        with SaturatedCalls(weight, self._saturating(weight), self.step().detach().reshape(-1), lambda: grids[-1]):
+            return self.source.simulated(args, kwargs, weight=weight, bias=bias, quantize=watched)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the replaced module that models read from their children."""
@@ -299,6 +312,28 @@ class _TrainedOperator(_Held):
         shift, smooth = source.channelwise(source.shift), source.channelwise(source.smooth)
         given = {"scale": self.range(), "fmt": fmt, "zero": source.input_zero, "shift": shift, "smooth": smooth}
         return partial(rounded, **given)
+
+    @torch.no_grad()
+    def _saturating(self, weight: Tensor) -> tuple[SaturatingPairs, ...]:
+        """Pairs of the codes of a rounded weight."""
+        if self._pairs:
+            return self._pairs
+        source = self.source
+        codes = _codes(source.matrix(weight), self.step(), source.scheme)
+        found = pairs_of(codes, weight.shape, int(getattr(source.inner, "groups", 1)))
+        if self._holding:
+            self._pairs = found
+        return found
+
+    @torch.no_grad()
+    def _grid(self, x: Tensor) -> CodeGrid:
+        """Step and zero point of the codes of an input before it is smoothed."""
+        source = self.source
+        if self.range is None:
+            x = source.smoothed(x).to(torch.float32)
+            return row_grid(x, source.scaled_dims(x), source.scheme.activations)
+        zero = source.input_zero
+        return CodeGrid(self.range(), None if zero is None else zero.to(torch.float32))
 
     def _by_row(self, x: Tensor) -> Tensor:
         x = self.source.smoothed(x)

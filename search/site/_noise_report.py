@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 #: Steps of the descent to the per-channel limit.
 _LIMIT_STEPS = 30
+#: Why a site has no per-channel limit where products saturate.
+_NO_LIMIT = "no per-channel limit: descent to it takes products as exact"
 
 
 class Surrogate:
@@ -88,6 +90,9 @@ class NoiseReport:
 class LimitRule:
     """Ends a study near the per-channel limit, which is found once, around the best candidate by then.
 
+    Where products saturate there is none, and no study ends by it: descent does not see what saturation costs, so that what it finds is
+    no floor, and candidates that were not tried may be far below.
+
     Args:
         surrogate: The noise model.
         frames: Ways to look at the site.
@@ -99,6 +104,11 @@ class LimitRule:
         self._surrogate, self._frames, self._judge = surrogate, frames, judge
         self._tolerance = tolerance
         self._report: NoiseReport | None = None
+
+    @property
+    def without(self) -> str:
+        """Why there is no limit although there is a noise model; empty otherwise."""
+        return _NO_LIMIT if self._surrogate.usable and self._judge.scheme.saturates else ""
 
     def enough(self, loss: float, results: Sequence[TrialResult]) -> str:
         """Why a study with these trials and this best loss may end; empty to go on."""
@@ -156,6 +166,8 @@ class LimitRule:
         )
 
     def _find_limit(self, best: TrialResult) -> Limit | None:
+        if self.without:
+            return None
         start, centre = self._frames.smoothing(best.candidate), self._frames.of(best.candidate).centre
         return self._surrogate.ask(
             lambda p: per_channel_limit(self._judge, p.model(centre), start, start_loss=best.loss, steps=_LIMIT_STEPS)

@@ -107,9 +107,9 @@ def _best_single(
     """The best single alpha and the [alpha, loss] that were looked at.
 
     The noise model finds it; exact losses on the first ``rows`` rows walk on from there while a neighbour is better. Without
-    a noise model: a grid of ``points`` exact losses on all rows.
+    a noise model, and where products saturate, whose losses have several minima along alpha: a grid of ``points`` exact losses on all rows.
     """
-    predicted = surrogate.ask(lambda p: p.single_alpha(frames))
+    predicted = None if judge.scheme.saturates else surrogate.ask(lambda p: p.single_alpha(frames))
     if predicted is None:
         return best_single_alpha(lambda alpha: judge.loss(frames.single(alpha)), points)
     known: dict[float, float] = {}

@@ -56,6 +56,8 @@ class Proposer:
         self._data = data
         self._template = Candidate("noise_model", None, range=settings.search.range[0])
         self._strict = settings.groups.ranges == "strict"
+        # What saturation loses is counted on few outputs, so that twice the best prediction may still be the best candidate.
+        self._near = math.inf if settings.scheme.saturates else _NEAR
         margin = settings.search.range_margin
 
         def factor(frame: Parametrization) -> float:
@@ -138,7 +140,7 @@ class Proposer:
                 starts.append(frames.theta(lead))
             found.append(self._minimum(frames, frame, ranges[key], torch.stack(starts)))
         found.sort(key=lambda pair: pair[0])
-        near = [(loss, c) for loss, c in found[:_MOST] if loss <= _NEAR * found[0][0]]
+        near = [(loss, c) for loss, c in found[:_MOST] if loss <= self._near * found[0][0]]
         if beyond and not self._strict:
             near += self._beyond(frames, ranges, *near[0])
         return [c for _, c in sorted(near, key=lambda pair: pair[0]) if c != lead]

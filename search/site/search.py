@@ -185,7 +185,7 @@ def search_data(
             seconds=time.perf_counter() - start,
             study_name=study.name,
             facts=SearchFacts(
-                stopped=stopped + (f"; exact losses only: {surrogate.reason}" if surrogate.reason else ""),
+                stopped="; ".join(filter(None, (stopped, rule.without, _without_model(surrogate.reason)))),
                 noise_model=rule.facts(study.results, spared),
                 noise_reason=surrogate.reason,
                 k_tried=opening.k_tried,
@@ -224,6 +224,10 @@ def _play(
         follow_up=lambda: (proposals() if reused else []) + rule.proposals(ranges, study.results),
         stop=stop,
     )
+
+
+def _without_model(reason: str) -> str:
+    return f"exact losses only: {reason}" if reason else ""
 
 
 def _rivals(results: Sequence[TrialResult]) -> list[TrialResult]:

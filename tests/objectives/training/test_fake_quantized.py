@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -100,6 +101,35 @@ def test_what_it_became_is_what_is_stored(example: Callable[[], Example], scheme
         with torch.no_grad():
             assert torch.equal(back(*batch.args), trained(*batch.args))
             assert distance(twin(*batch.args), trained(*batch.args)) < CLOSE
+
+
+@pytest.mark.parametrize("example", [block_example, pixels_example])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8-channel-static", "w8au8-tensor-static", "w8a8-channel-token", "w8au8-channel-static"]
+)
+def test_products_saturate_in_training_as_they_do_where_the_model_runs(
+    example: Callable[[], Example], scheme: str
+) -> None:
+    """Large weights of one sign, so that many pairs leave 16 bits."""
+    made = shifted(example())
+    with torch.no_grad():
+        for name, weight in made.model.named_parameters():
+            if name.endswith("weight") and weight.dim() > 1:
+                weight.copy_(weight.abs() + weight.abs().amax())
+    exact = Scheme.parse(scheme)
+    model, plain = (integers(made, s) for s in (replace(exact, kernel="u8s8-pairs16"), exact))
+    twin = FakeQuantized(model)
+    for batch in made.batches:
+        with torch.no_grad():
+            expected = model(*batch.args)
+            lost = distance(plain(*batch.args), expected)
+            assert lost > 1e-3
+            assert distance(twin(*batch.args), expected) < 0.1 * lost
+    step(twin, made.batches[0])
+    trained = twin.integers()
+    with torch.no_grad():
+        assert distance(trained(*made.batches[0].args), model(*made.batches[0].args)) > CLOSE
+        assert distance(twin(*made.batches[0].args), trained(*made.batches[0].args)) < CLOSE
 
 
 @pytest.mark.parametrize("learn", [False, True])

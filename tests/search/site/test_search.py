@@ -350,6 +350,17 @@ def test_a_noise_model_that_fails_leaves_exact_losses(broken: str, monkeypatch: 
     assert found.held_out_loss <= min(v for v in found.baselines.values() if v is not None)
 
 
+def test_where_products_saturate_no_candidate_is_ruled_out_by_a_limit_that_takes_them_as_exact() -> None:
+    """Descent does not see saturation, so the best so far was taken for the limit and the study ended at once."""
+    found = search_site(*wide_layer(), scheme="w8a8-channel-token-pairs16", groups=3, trials=24)
+    assert found.limit is None
+    assert found.facts.stopped.endswith("; no per-channel limit: descent to it takes products as exact")
+    assert not found.facts.stopped.startswith("within")
+    assert any(r.candidate.kind == "sampler" for r in found.results)
+    assert found.facts.noise_model is not None
+    assert found.facts.noise_model.kendall_tau == pytest.approx(1.0, abs=0.3)
+
+
 def test_a_noise_model_that_fails_after_its_proposals_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise NonFiniteError("the predicted loss is nan")
