@@ -11,6 +11,17 @@
 - ``metrics``: task metrics that need nothing but a model and its batches
 - ``plain_operators``: a model of plain operators in place of the user's, and the way back to the user's tensors
 - ``private_copy``: a private copy of the user's module, without what wraps it: compilers and parallel runners
+- ``stored_names``: what a checkpoint of transformers calls the parameters of a model
 """
 
-__all__ = ["decoding", "factory", "hf_folder", "labels", "loading", "metrics", "plain_operators", "private_copy"]
+__all__ = [
+    "decoding",
+    "factory",
+    "hf_folder",
+    "labels",
+    "loading",
+    "metrics",
+    "plain_operators",
+    "private_copy",
+    "stored_names",
+]

@@ -45,6 +45,14 @@ print([value.name for value in session.get_inputs()])  # what it takes
 outputs = session.run(None, {...})
 ```""",
 }
+#: What comes before loading where the class splits weights of a checkpoint, which transformers 5.23 cannot do beside scales.
+_WHOLE = """from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+# No weight of this checkpoint is split on loading; transformers refuses quantized checkpoints of classes that may split one.
+whole = [entry for entry in get_checkpoint_conversion_mapping("CLASS") if len(entry.target_patterns) == 1]
+register_checkpoint_conversion_mapping("CLASS", whole, overwrite=True)
+
+"""
 #: Session options by layout of ONNX models.
 _OPTIONS = {
     "ort-u8": "# no option needed: unsigned codes are exact on every processor",
@@ -53,7 +61,13 @@ _OPTIONS = {
 
 
 def model_card(
-    manifest: Manifest, record: ExportRecord, *, architecture: str, original: str | None, licences: Sequence[str]
+    manifest: Manifest,
+    record: ExportRecord,
+    *,
+    architecture: str,
+    original: str | None,
+    licences: Sequence[str],
+    splits: bool = False,
 ) -> str:
     """The card as Markdown, with the licence of the original model.
 
@@ -63,20 +77,22 @@ def model_card(
         architecture: Class of transformers that the model is of.
         original: The card of the original model, or None.
         licences: Names of the licence files that travel with the model.
+        splits: Whether its class splits weights of a checkpoint on loading.
     """
     front = "\n".join(("---", *_front(record, original), "---"))
     parts = [front, f"# {manifest.model.name}, {record.scheme}", *_done(manifest, record), *_losses(manifest, record)]
-    parts += ["## Loading", _loading(record, architecture)]
+    parts += ["## Loading", _loading(record, architecture, splits=splits)]
     if record.notes or record.left or record.unsmoothed:
         parts += ["## What differs", "\n".join(f"- {line}" for line in _differs(record))]
     parts += ["## Licence", _licence(original, licences), "## Provenance", _provenance(manifest, record)]
     return "\n\n".join(parts) + "\n"
 
 
-def _loading(record: ExportRecord, architecture: str) -> str:
-    told = (
-        _LOADING[record.format].replace("CLASS", architecture).replace("OPTIONS", _OPTIONS.get(record.layout or "", ""))
-    )
+def _loading(record: ExportRecord, architecture: str, *, splits: bool) -> str:
+    told = _LOADING[record.format]
+    if splits:
+        told = told.replace("model = CLASS.", f"{_WHOLE}model = CLASS.", 1)
+    told = told.replace("CLASS", architecture).replace("OPTIONS", _OPTIONS.get(record.layout or "", ""))
     models = [entry.path for entry in record.artifacts if entry.path.endswith(".onnx")]
     if len(models) > 1:
         told += f"\n\nModels: {listed(models)}."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.model.stored_names import splits_weights
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.text import listed
 from alphasmith.search.exports.source import DeployedOperator, ExportSource
@@ -38,6 +39,7 @@ class Checkpoint:
         quantized: Names of the operators that are integer (or fp8).
         left: Operators that the run quantized and that stay float here, because the format has no place for them, with the reason.
         notes: What the consumer computes otherwise than the run did.
+        splits: Whether transformers has to be told that no weight of it is split on loading.
     """
 
     tensors: Mapping[str, Tensor]
@@ -45,6 +47,7 @@ class Checkpoint:
     quantized: tuple[str, ...]
     left: Mapping[str, str]
     notes: tuple[str, ...]
+    splits: bool
 
 
 def layout_of(scheme: Scheme) -> Layout:
@@ -99,7 +102,7 @@ def compressed_tensors(source: ExportSource, plain: Mapping[str, DeployedOperato
     tensors = dict(source.float_tensors)
     for operator in operators:
         _check_groups(operator)
-        tensors.pop(f"{operator.name}.weight", None)
+        tensors.pop(source.weight_names[operator.name], None)
         tensors |= {f"{operator.name}.{leaf}": value for leaf, value in _stored(operator, layouts[operator.scheme])}
     return Checkpoint(
         tensors=tensors,
@@ -107,6 +110,7 @@ def compressed_tensors(source: ExportSource, plain: Mapping[str, DeployedOperato
         quantized=tuple(operator.name for operator in operators),
         left=left,
         notes=tuple(_notes(layouts)),
+        splits=splits_weights(source.architecture),
     )
 
 
@@ -194,8 +198,8 @@ def _no_place(operator: DeployedOperator, source: ExportSource) -> str:
     module = source.architecture.get_submodule(operator.name) if _has(source.architecture, operator.name) else None
     if not isinstance(module, nn.Linear):
         return "no nn.Linear of the architecture" if module is None else f"a {type(module).__name__}"
-    if f"{operator.name}.weight" not in source.float_tensors and source.folder == "smoothed":
-        return "its weight has another name in the checkpoint"
+    if operator.name not in source.weight_names:
+        return "its weight is no tensor of its own in the checkpoint"
     return ""
 
 

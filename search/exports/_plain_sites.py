@@ -59,7 +59,7 @@ def plain_operators(
 
 
 def _plain(operator: DeployedOperator, source: ExportSource, span: tuple[Tensor, Tensor] | None) -> DeployedOperator:
-    weight = source.float_tensors[f"{operator.name}.weight"].to(torch.float32)
+    weight = source.float_tensors[source.weight_names[operator.name]].to(torch.float32)
     quantized = quantize_weight(as_matrix(weight, "linear", operator.transposed, 1), operator.scheme)
     scale = zero = None
     if span is not None:

@@ -256,9 +256,15 @@ def _write(
     licences = [name for name in source.companions() if name.startswith(("LICEN", "NOTICE"))]
     architecture = next(iter(config.get("architectures") or ["AutoModel"]))
     manifest = source.result.manifest
-    folder.write_text(
-        CARD, model_card(manifest, record, architecture=architecture, original=original, licences=licences)
+    card = model_card(
+        manifest,
+        record,
+        architecture=architecture,
+        original=original,
+        licences=licences,
+        splits=isinstance(made, Checkpoint) and made.splits,
     )
+    folder.write_text(CARD, card)
     whole = record.with_artifacts(folder.written)
     folder.write_text(EXPORT_FILE, whole.to_json())
     return whole

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.model.hf_folder import empty_architecture
+from alphasmith.objectives.model.stored_names import stored_names
 from alphasmith.objectives.quantization.quantizers import unpack_int4
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.checkpoints.load import STRUCTURE
@@ -132,6 +133,23 @@ class ExportSource:
         aliases: Mapping[str, str] = self._structure.get("aliases", {})
         return {name: value for name, value in self._tensors.items() if name in known and name not in aliases}
 
+    @cached_property
+    def weight_names(self) -> Mapping[str, str]:
+        """Operator -> name of its float weight among :attr:`float_tensors`, which a class of transformers may rename on loading."""
+        named = {entry["name"]: f"{entry['name']}.weight" for entry in self._structure["operators"]}
+        if self.folder != "smoothed":
+            return named
+        tensors = self.float_tensors
+        known = {name: weight for name, weight in named.items() if weight in tensors}
+        others = {weight: name for name, weight in named.items() if name not in known}
+        if not others or not self.of_transformers:
+            return known
+        parameters = dict(self.architecture.named_parameters())
+        for weight, stored in stored_names(self.architecture, others).items():
+            if stored in tensors and tensors[stored].shape == parameters[weight].shape:
+                known[others[weight]] = stored
+        return known
+
     def companions(self) -> tuple[str, ...]:
         """Files beside the weights, e.g. of the tokenizer, by their names in the checkpoint's folder."""
         return companions(self.result, self.folder)
@@ -167,7 +185,7 @@ class ExportSource:
     def _columns(self, name: str, packed: Tensor) -> int:
         """D of an int4 weight: packed in pairs, so that the float weight must tell whether the last one counts."""
         weights = self.float_tensors if self.folder == "smoothed" else self.architecture.state_dict()
-        weight = weights.get(f"{name}.weight")
+        weight = weights.get(self.weight_names.get(name, ""))
         return packed.shape[-1] * 2 if weight is None else weight.numel() // packed.shape[0]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import runpy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from alphasmith.objectives.errors import InputError, IntegrityError
 from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.text import number
-from alphasmith.search import export, load_quantized, recipe, run
+from alphasmith.search import export, load_quantized, load_smoothed, recipe, run
 from alphasmith.search.exports._card import CARD
 from alphasmith.search.exports._compressed_tensors import layout_of, packed, unpacked
 from alphasmith.search.exports.verification import verify_export
@@ -62,6 +64,38 @@ def logits(model: nn.Module) -> torch.Tensor:
             module.execution = "simulated"
     with torch.no_grad():
         return model(input_ids=IDS).logits  # type: ignore[no-any-return]
+
+
+RENAMED = {"search": {"trials": 4, "shift": ["none"]}, "sites": {"explicit": "never"}}
+
+
+def renamed_model(folder: Path) -> dict[str, Any]:
+    """A small DINOv2, saved under the names that its checkpoints have."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "model")
+    stored = load_file(folder / "model" / "model.safetensors")
+    assert any("attention.attention.query" in name for name in stored)
+    return {"model": {"path": folder / "model"}}
+
+
+def pixels() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"pixel_values": torch.randn(4, 3, 8, 8, generator=generator)} for _ in range(12)]
+
+
+@contextmanager
+def untouched_mappings() -> Iterator[None]:
+    """What is registered with transformers is forgotten afterwards."""
+    mappings = importlib.import_module("transformers.conversion_mapping")
+    known = mappings.get_checkpoint_conversion_mapping("Dinov2Model")
+    try:
+        yield
+    finally:
+        mappings.register_checkpoint_conversion_mapping("Dinov2Model", known, overwrite=True)
 
 
 @hypothesis.settings(deadline=None)  # the first example imports the library
@@ -161,6 +195,34 @@ def test_a_result_in_several_files_is_exported_and_has_a_recipe(tmp_path: Path) 
     assert len(record.operators) > 7
     assert verify_export(tmp_path / "served", run=result)["compared"] == "run"
     assert "LlamaForCausalLM" in recipe("torchao", result)
+
+
+@needs_library
+def test_a_class_that_renames_weights_on_loading_is_exported_whole_and_loads_as_its_card_says(tmp_path: Path) -> None:
+    """DINOv2: checkpoints have other names for q, k and v, and may hold two weights of an MLP in one, which transformers then splits."""
+    result = run(settings(tmp_path, {**renamed_model(tmp_path), **RENAMED}), batches=pixels()).folder
+    out = tmp_path / "served"
+    record = export(result, "compressed-tensors", out).record
+    linear = [n for n, m in load_smoothed(result).named_modules() if isinstance(m, nn.Linear)]
+    assert sorted(operator.name for operator in record.operators) == sorted(linear)
+    assert verify_export(out, run=result)["compared"] == "run"
+    lines = (out / CARD).read_text().split("```python\n")[1].split("```")[0]
+    script = tmp_path / "card.py"
+    script.write_text(lines.replace('"FOLDER"', repr(str(out))))
+    with untouched_mappings():
+        theirs = runpy.run_path(str(script))["model"].eval()
+    ours = load_quantized(result)
+    for module in ours.modules():
+        if isinstance(module, QuantizedOperator):
+            module.execution = "simulated"
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs(**pixels()[0])  # the library unpacks on the first call of the whole model
+        # What comes before is a convolution, which the format keeps in float.
+        models: list[Any] = [theirs, ours, load_smoothed(result)]
+        seen = [m.encoder(hidden).last_hidden_state for m in models]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
 
 
 def test_what_the_format_has_no_place_for_is_refused_by_name_or_written_without(
