@@ -1,12 +1,13 @@
 """Exports as compressed-tensors: the metric in their consumer against our module on the same data, and what an export costs.
 
-    python -m benchmarks.exports [--models SmolLM2 ...] [--schemes w8a8-channel-static ...] [--short] [--large] [--home FOLDER]
-                                 [--work FOLDER] [--out [docs/exports.md]]
+    python -m benchmarks.exports [--models MiniLM ...] [--schemes w8a8-channel-static ...] [--unsmoothed] [--short] [--large]
+                                 [--home FOLDER] [--work FOLDER] [--out [docs/exports.md]]
 
-A real model is searched in a small way (few trials, no division or shift at run time, for which the layout has no place), exported by a process of
+A real model is searched in a small way (few samples, few trials, no division or shift at run time, for which the layout has no place), exported by a process of
 its own whose time and highest memory are measured, and loaded by transformers. It and our module are judged on the data of benchmarks/real_models.py,
-which nobody saw; differences are paired, with the standard error over the samples. ``--large`` exports a generated model as well, which
-is only measured. Results that are in ``--work`` are taken.
+which nobody saw; differences are paired, with the standard error over the samples. ``--unsmoothed`` searches every model with divisions at run time,
+too, and exports it without them (``unsmoothed_sites``). ``--large`` exports a generated model as well, which is only measured. Results
+and lines that are in ``--work`` are taken, so that a table can be made in several commands.
 
 Memory of an export is counted above that of a process that has imported what it needs.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from alphasmith.objectives.judge.candidate_batch import paired_difference
 from alphasmith.objectives.text import size_text
 from alphasmith.search import RunConfig, export, load_quantized, load_smoothed, run
 from benchmarks.real_folders import PACKAGES, AbsentError, home_folder, model_folder
@@ -40,6 +43,8 @@ _DOCUMENT = _ROOT / "docs/exports.md"
 #: How a run is made that is only to be exported.
 _SMALL = {"trials": 8, "rows": 256, "refine": False, "single_alphas": 5, "shift": ["none"]}
 _LARGE = "generated"
+#: Static ranges would be calibrated again on data that a run of these models was given in memory.
+_UNSMOOTHED = "w8a8-channel-token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +68,36 @@ class Cost:
     cpu: float
 
 
-def result_of(request: Request, work: Path) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A line of the table.
+
+    Attributes:
+        request: The model, by name, and the scheme; ``generated`` is calibrated on the texts of SmolLM2.
+        unsmoothed: Search with divisions at run time, and export without them.
+        work: Folder of this line.
+    """
+
+    request: Request
+    unsmoothed: bool
+    work: Path
+
+    @property
+    def scheme(self) -> str:
+        """As the table names it."""
+        return f"{self.request.scheme}, --unsmoothed-sites" if self.unsmoothed else self.request.scheme
+
+
+def result_of(case: Case) -> Path:
     """The output folder of a small run, made where it is not there yet.
 
     Args:
-        request: The model, by name; ``generated`` is calibrated on the texts of SmolLM2.
-        work: Where results are kept.
+        case: The line.
 
     Raises:
         AbsentError: Model or data are not here.
     """
-    folder = work / f"{request.model}-{request.scheme}"
+    request, folder = case.request, case.work
     if (folder / "out" / "manifest.json").is_file():
         return folder / "out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +107,11 @@ def result_of(request: Request, work: Path) -> Path:
         config, batches = configured(request, read, folder)
         read = _generated(folder / "model")
     else:
-        config, batches = configured(request, read, folder)
+        config, batches = configured(dataclasses.replace(request, short=True), read, folder)
     values = config.model_dump()
     values["data"] = {n: v for n, v in values["data"].items() if n not in ("metric_name", "metric_goal")}
     values["model"]["path"] = read
-    values["sites"]["explicit"] = "never"
+    values["sites"]["explicit"] = "auto" if case.unsmoothed else "never"
     values["search"] |= _SMALL
     return run(RunConfig.build(values), batches=batches).folder
 
@@ -113,19 +137,21 @@ def _generated(target: Path) -> Path:
     return target
 
 
-def cost_of(result: Path, out: Path) -> Cost:
+def cost_of(result: Path, out: Path, *, unsmoothed: bool) -> Cost:
     """Export in a process of its own, which tells what it took.
 
     Args:
         result: Of a run.
         out: Target; must not exist.
+        unsmoothed: Export without divisions at run time.
     """
     command = [sys.executable, "-m", "benchmarks.exports", "--measure", str(result), str(out)]
+    command += ["--unsmoothed"] if unsmoothed else []
     done = subprocess.run(command, cwd=_ROOT, check=True, capture_output=True, text=True)
     return Cost(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _measure(result: Path, out: Path) -> None:
+def _measure(result: Path, out: Path, *, unsmoothed: bool) -> None:
     """The work of :func:`cost_of`; what an export imports is imported before."""
     from transformers import AutoConfig, AutoModel
 
@@ -134,7 +160,7 @@ def _measure(result: Path, out: Path) -> None:
     with torch.device("meta"):
         AutoModel.from_config(AutoConfig.from_pretrained(result / "smoothed"))
     before, wall, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
-    made = export(result, "compressed-tensors", out)
+    made = export(result, "compressed-tensors", out, unsmoothed_sites=unsmoothed)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     cost = Cost(
         model=sum(file.stat().st_size for file in files),
@@ -164,12 +190,13 @@ def _memory(entry: str) -> int:
 
 
 def _consumer(folder: Path) -> nn.Module:
-    """An export as transformers loads it."""
-    import transformers
-
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    model: nn.Module = getattr(transformers, architecture).from_pretrained(folder).eval()
-    return model
+    """An export as transformers loads it by the lines of its own model card."""
+    lines = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    with tempfile.TemporaryDirectory() as place:
+        script = Path(place) / "card.py"
+        script.write_text(lines.replace('"FOLDER"', repr(str(folder))), encoding="utf-8")
+        model: nn.Module = runpy.run_path(str(script))["model"]
+    return model.eval()
 
 
 def _paired(measure: Measure, ours: torch.Tensor, theirs: torch.Tensor) -> str:
@@ -180,13 +207,15 @@ def _paired(measure: Measure, ours: torch.Tensor, theirs: torch.Tensor) -> str:
     return f"{float(difference.mean()):+.4f} ± {error:.4f}{unit}"
 
 
-def _row(name: str, request: Request, judged: Sequence[Judged], measures: Sequence[Measure], cost: Cost) -> list[str]:
+def _row(case: Case, judged: Sequence[Judged], measures: Sequence[Measure], cost: Cost) -> list[str]:
     plain, ours, theirs = judged
     shown = [
         f"{m.name}: {m.value(a):.4g}, {m.value(b):.4g}, {m.value(c):.4g} ({_paired(m, b, c)})"
         for m, a, b, c in zip(measures, plain.values, ours.values, theirs.values, strict=True)
     ]
-    return [name, request.scheme, f"{ours.loss:.3g}, {theirs.loss:.3g}", "; ".join(shown), *_cost_cells(cost)]
+    difference, error = paired_difference(theirs.errors, ours.errors, ours.energy)
+    losses = f"{ours.loss:.3g}, {theirs.loss:.3g} ({difference:+.2g} ± {error:.1g})"
+    return [case.request.model, case.scheme, losses, "; ".join(shown), *_cost_cells(cost)]
 
 
 def _cost_cells(cost: Cost) -> list[str]:
@@ -206,25 +235,39 @@ def _judged(request: Request, result: Path, exported: Path) -> tuple[list[Judged
         return made, judge.measures
 
 
-def _rows(requests: Sequence[Request], work: Path) -> Iterator[list[str]]:
-    for request in requests:
-        exported = work / f"{request.model}-{request.scheme}" / "served"
-        shutil.rmtree(exported, ignore_errors=True)
-        try:
-            result = result_of(request, work)
-            cost = cost_of(result, exported)
-            if request.model == _LARGE:
-                yield [request.model, request.scheme, "-", "-", *_cost_cells(cost)]
-            else:
-                yield _row(request.model, request, *_judged(request, result, exported), cost)
-        except AbsentError as error:
-            yield [request.model, request.scheme, "-", str(error), "-", "-", "-"]
+def row_of(case: Case) -> list[str]:
+    """A line of the table, kept in the folder of the case.
+
+    Args:
+        case: The line.
+    """
+    kept, exported = case.work / "row.json", case.work / "served"
+    if kept.is_file():
+        known: list[str] = json.loads(kept.read_text(encoding="utf-8"))
+        return known
+    shutil.rmtree(exported, ignore_errors=True)
+    name = case.request.model
+    try:
+        result = result_of(case)
+        cost = cost_of(result, exported, unsmoothed=case.unsmoothed)
+        if name == _LARGE:
+            row = [name, case.scheme, "-", "-", *_cost_cells(cost)]
+        else:
+            row = _row(case, *_judged(case.request, result, exported), cost)
+    except AbsentError as error:
+        return [name, case.scheme, "-", str(error), "-", "-", "-"]
+    kept.write_text(json.dumps(row), encoding="utf-8")
+    print(" | ".join(row), flush=True)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=["SmolLM2"], choices=[p.name for p in PACKAGES])
+    parser.add_argument(
+        "--models", nargs="*", default=["SmolLM2", "MiniLM", "DINOv2", "Whisper"], choices=[p.name for p in PACKAGES]
+    )
     parser.add_argument("--schemes", nargs="*", default=["w8a8-channel-static", "w8a8-channel-token", "w4a16-g64"])
+    parser.add_argument("--unsmoothed", action="store_true", help="export with divisions left out, too")
     parser.add_argument("--short", action="store_true", help="judge on less data")
     parser.add_argument("--large", action="store_true", help="measure a generated model of 1.5 GB, too")
     parser.add_argument("--home", type=Path, default=home_folder(), help="where packages and model folders are kept")
@@ -233,13 +276,20 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        _measure(*arguments.measure)
+        _measure(*arguments.measure, unsmoothed=arguments.unsmoothed)
         return
-    asked = [(model, scheme) for model in arguments.models for scheme in arguments.schemes]
-    asked += [(_LARGE, "w8a8-channel-token")] if arguments.large else []
-    requests = [
-        Request(model=m, scheme=s, seed=0, short=arguments.short, sweep=False, home=arguments.home.resolve())
-        for m, s in asked
+    asked = [(model, scheme, False) for model in arguments.models for scheme in arguments.schemes]
+    asked += [(model, _UNSMOOTHED, True) for model in arguments.models] if arguments.unsmoothed else []
+    asked += [(_LARGE, "w8a8-channel-token", False)] if arguments.large else []
+    cases = [
+        Case(
+            request=Request(
+                model=m, scheme=s, seed=0, short=arguments.short, sweep=False, home=arguments.home.resolve()
+            ),
+            unsmoothed=unsmoothed,
+            work=arguments.work.resolve() / f"{m}-{s}{'-unsmoothed' if unsmoothed else ''}",
+        )
+        for m, s, unsmoothed in asked
     ]
     names = (
         "model",
@@ -250,7 +300,7 @@ def main() -> None:
         "peak memory, model plus one tensor",
         "seconds: wall, CPU",
     )
-    publish("EXPORTS", f"{machine()}\n\n{table(names, list(_rows(requests, arguments.work.resolve())))}", arguments.out)
+    publish("EXPORTS", f"{machine()}\n\n{table(names, [row_of(case) for case in cases])}", arguments.out)
 
 
 if __name__ == "__main__":
