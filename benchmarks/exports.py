@@ -43,6 +43,9 @@ _DOCUMENT = _ROOT / "docs/exports.md"
 #: How a run is made that is only to be exported.
 _SMALL = {"trials": 8, "rows": 256, "refine": False, "single_alphas": 5, "shift": ["none"]}
 _LARGE = "generated"
+#: Of language models: what is compared is the export with our module, however good the alphas are.
+_LEAST = _SMALL | {"trials": 4, "rows": 64, "noise_model": False}
+_WORDS = 32
 #: Static ranges would be calibrated again on data that a run of these models was given in memory.
 _UNSMOOTHED = "w8a8-channel-token"
 
@@ -76,11 +79,13 @@ class Case:
         request: The model, by name, and the scheme; ``generated`` is calibrated on the texts of SmolLM2.
         unsmoothed: Search with divisions at run time, and export without them.
         work: Folder of this line.
+        rounded: Round scales to powers of two in the end.
     """
 
     request: Request
     unsmoothed: bool
     work: Path
+    rounded: bool = False
 
     @property
     def scheme(self) -> str:
@@ -103,16 +108,19 @@ def result_of(case: Case) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     read = model_folder("SmolLM2" if request.model == _LARGE else request.model, request.home)
     if request.model == _LARGE:
-        request = dataclasses.replace(request, model="SmolLM2", short=True)
-        config, batches = configured(request, read, folder)
-        read = _generated(folder / "model")
-    else:
-        config, batches = configured(dataclasses.replace(request, short=True), read, folder)
+        request = dataclasses.replace(request, model="SmolLM2")
+    config, batches = configured(dataclasses.replace(request, short=True), read, folder)
     values = config.model_dump()
     values["data"] = {n: v for n, v in values["data"].items() if n not in ("metric_name", "metric_goal")}
     values["model"]["path"] = read
     values["sites"]["explicit"] = "auto" if case.unsmoothed else "never"
-    values["search"] |= _SMALL
+    values["search"] |= _LEAST if request.model == "SmolLM2" else _SMALL
+    values["round_scales"] = "pow2" if case.rounded else "none"
+    if case.request.model == _LARGE:
+        # Only measured: on a few words, block by block.
+        values["model"]["path"] = _generated(folder / "model")
+        values["memory"]["mode"] = "blockwise"
+        batches = [{"input_ids": batch["input_ids"][:, :_WORDS]} for batch in batches or ()]
     return run(RunConfig.build(values), batches=batches).folder
 
 

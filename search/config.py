@@ -443,9 +443,6 @@ class RunConfig(Configuration):
                 "is 'blockwise', where formats of sites are not chosen: that needs the whole model again and again"
             )
             raise InputError("memory.mode", problem, "use 'resident', or leave sites.formats and budget out")
-        if self.memory.mode == "blockwise" and self.round_scales != "none":
-            problem = "is 'blockwise', where scales are not rounded: what that costs takes the whole model again"
-            raise InputError("memory.mode", problem, "use 'resident', or leave round_scales out")
         if self.model.demo and (self.model.path or self.model.factory):
             raise InputError("model.demo", "given together with another model", "keep one of demo, path and factory")
         if self.model.factory_path and not self.model.factory:

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,10 @@ from alphasmith.objectives.judge.answers import loss_of_answers
 from alphasmith.objectives.judge.losses import relative_loss
 from alphasmith.objectives.judge.memory import measured_peak
 from alphasmith.objectives.judge.model_objective import ModelObjective
-from alphasmith.objectives.literals import Variant
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.sites.coverage import CoveredWeight
+from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.stored_types import cast_to
 from alphasmith.search.config import RunConfig
@@ -44,6 +44,7 @@ from alphasmith.search.interruption import leave
 from alphasmith.search.launch._look_ahead import VARIANTS, LookAhead, light
 from alphasmith.search.launch._outcome import Products, SearchOutcome, decide, produce
 from alphasmith.search.launch._parts import PART_FORMAT, PartProgress, PartRecord, joined, joined_products
+from alphasmith.search.launch._rounded import RoundedModel, rounded_smoothings, with_rounded
 from alphasmith.search.launch._states import StatesFolder, StreamBatches
 from alphasmith.search.launch.recorder import RunRecorder, RunResult
 from alphasmith.search.launch.site_searches import (
@@ -53,6 +54,7 @@ from alphasmith.search.launch.site_searches import (
     skip_patterns,
     statistics_of,
 )
+from alphasmith.search.model.held_out import HeldOutScore
 from alphasmith.search.model.variants import ModelScores
 from alphasmith.search.progress import Progress
 from alphasmith.search.site.result import SiteResult
@@ -74,7 +76,8 @@ _NOTE = (
 _NO_FORMATS = (
     "formats of sites were not chosen (sites.formats, budget): that takes the whole model, memory.mode = 'resident'"
 )
-_NO_ROUNDING = "scales were not rounded (round_scales): what that costs takes the whole model, memory.mode = 'resident'"
+#: What the name of a stream ends with that has rounded scales.
+_ROUNDED = "-pow2"
 
 
 def finish_blockwise(
@@ -107,6 +110,21 @@ def finish_blockwise(
         return _BlockwiseRun(config, task, streamed, ahead, handle, engine, progress, stop).run()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """Figures of the whole model.
+
+    Attributes:
+        variants: Of the variants.
+        streams: Of these and of those with rounded scales, where they are finite.
+        metrics: Task metrics, likewise; empty without a metric.
+    """
+
+    variants: ModelScores
+    streams: Mapping[str, HeldOutScore]
+    metrics: Mapping[str, float | None]
+
+
 class _BlockwiseRun:
     """The two passes over the parts: blocks in order, then what is around them."""
 
@@ -123,8 +141,9 @@ class _BlockwiseRun:
     ) -> None:
         self._config = config
         left = (_NO_FORMATS,) if config.sites.formats or config.budget.given else ()
-        exact = (_NO_ROUNDING,) if config.round_scales != "none" else ()
-        self._task = replace(task, notes=(*task.notes, _NOTE, *left, *exact))
+        self._task = replace(task, notes=(*task.notes, _NOTE, *left))
+        rounded = [f"{variant}{_ROUNDED}" for variant in VARIANTS if variant != "identity"]
+        self._streams = (*VARIANTS, *(rounded if config.round_scales != "none" else ()))
         self._streamed = streamed
         self._ahead = ahead
         self._handle = handle
@@ -146,7 +165,7 @@ class _BlockwiseRun:
         """Search, judge, make and write."""
         records = self._known()
         self._begin(len(records))
-        scores: ModelScores | None = None
+        scores: _Scores | None = None
         for number in range(len(records), self._streamed.blocks + 1):
             self._handle.check_driving()
             leave(self._stop)
@@ -156,7 +175,8 @@ class _BlockwiseRun:
             scores = self._judge(records[-1])
         self._progress.of("")
         smoothings = {variant: self._smoothings(variant, records) for variant in VARIANTS}
-        found = decide(self._config, scores, smoothings, self._progress, sites=self._results)
+        found = decide(self._config, scores.variants, smoothings, self._progress, sites=self._results)
+        found = self._rounded(found, scores, records)
         whole = self._streamed.whole()
         prepared = joined(records, whole, self._ahead.survey, self._ahead.plan, self._nothing)
         task = replace(self._task, loaded=replace(self._task.loaded, model=whole))
@@ -220,7 +240,7 @@ class _BlockwiseRun:
         if first:
             self._states.complete(0)
 
-    def _search(self, number: int, first: int) -> tuple[PartRecord, ModelScores | None]:
+    def _search(self, number: int, first: int) -> tuple[PartRecord, _Scores | None]:
         """Search the sites of a part, and pass all streams on through it."""
         progress = self._progress.of(self._name(number))
         with self._part(number) as model:
@@ -260,7 +280,7 @@ class _BlockwiseRun:
         self, number: int, model: nn.Module, candidate: CandidateModel, record: PartRecord, task: Task
     ) -> None:
         """The states behind a block, of every stream."""
-        self._progress.stage("passing states on", len(_SPLITS) + len(VARIANTS))
+        self._progress.stage("passing states on", len(_SPLITS) + len(self._streams))
         self._states.begin(number + 1)
         with torch.no_grad():
             for split in _SPLITS:
@@ -286,13 +306,13 @@ class _BlockwiseRun:
 
     # --- the judgement
 
-    def _judge(self, record: PartRecord) -> ModelScores:
+    def _judge(self, record: PartRecord) -> _Scores:
         """Losses at the output, where the last part was searched before."""
         with self._part(self._streamed.blocks) as model:
             return self._scores(self._candidate(model, record), record)
 
-    def _scores(self, candidate: CandidateModel, record: PartRecord) -> ModelScores:
-        """Loss at the model's output, and the task metric, of every variant on held-out samples."""
+    def _scores(self, candidate: CandidateModel, record: PartRecord) -> _Scores:
+        """Loss at the model's output, and the task metric, of every stream on held-out samples."""
         last = self._streamed.blocks
         metric = self._task.metric.on_batches if self._task.metric is not None else None
 
@@ -302,14 +322,14 @@ class _BlockwiseRun:
         floats = list(batches("held_out"))
         kind = loss_of_answers(candidate.reset(), floats[0])
         reserve = ModelObjective(candidate, floats, loss=kind)
-        losses: dict[Variant, float | None] = {}
-        errors: dict[Variant, Tensor] = {}
+        losses: dict[str, float | None] = {}
+        errors: dict[str, Tensor] = {}
         metrics: dict[str, float | None] = {}
         if metric is not None:
             self._progress.stage("metric of the float model", 1)
             metrics["float"] = metric(candidate.reset(), floats)
-        self._progress.stage("whole model", len(VARIANTS))
-        for variant in VARIANTS:
+        self._progress.stage("whole model", len(self._streams))
+        for variant in self._streams:
             losses[variant] = metrics[variant] = None
             if variant in self._alive(last):
                 try:
@@ -326,7 +346,30 @@ class _BlockwiseRun:
         if metric is None:
             metrics = {}
         candidate.reset()
-        return ModelScores(loss=kind, losses=losses, metrics=metrics, errors=errors, weight=reserve.weight)
+        variants = ModelScores(
+            loss=kind,
+            losses={variant: losses[variant] for variant in VARIANTS},
+            metrics={name: value for name, value in metrics.items() if not name.endswith(_ROUNDED)},
+            errors={variant: errors[variant] for variant in VARIANTS if variant in errors},
+            weight=reserve.weight,
+        )
+        scores = {n: HeldOutScore(errors=errors[n], loss=loss) for n, loss in losses.items() if loss is not None}
+        return _Scores(variants=variants, streams=scores, metrics=metrics)
+
+    def _rounded(self, found: SearchOutcome, scores: _Scores, records: Sequence[PartRecord]) -> SearchOutcome:
+        """The outcome with rounded scales, where the configuration asks for it."""
+        kept, sites = found.fallback or "ours", [site for record in records for site in _folded(record).values()]
+        name = f"{kept}{_ROUNDED}"
+        if name not in self._streams or not {site.name for site in sites} & found.final.keys():
+            return found
+        made = RoundedModel(
+            smoothings=self._smoothings(name, records),
+            before=scores.streams.get(kept),
+            after=scores.streams.get(name),
+            weight=scores.variants.weight,
+            metric=scores.metrics.get(name),
+        )
+        return with_rounded(found, made, sites, self._progress)
 
     # --- the second pass
 
@@ -372,6 +415,9 @@ class _BlockwiseRun:
         task = self._part_task(model, lambda _, index: proof[index])
         prepared = record.prepared(replace(self._ahead.survey, model=model), self._nothing)
         mine = {variant: self._smoothings(variant, [record]) for variant in VARIANTS}
+        if found.rounding is not None:
+            kept = found.fallback or "ours"
+            mine[kept] = self._smoothings(f"{kept}{_ROUNDED}", [record])
         candidate = self._candidate(model, record)
         return produce(
             self._config,
@@ -442,25 +488,33 @@ class _BlockwiseRun:
         leaves = self._states.kept("others", f"{split}-{index:05}")
         return self._streamed.batch(number, batch, Start(hidden, leaves or {}))
 
-    def _alive(self, number: int) -> list[Variant]:
-        """Variants whose states before a part are finite."""
+    def _alive(self, number: int) -> list[str]:
+        """Streams of variants whose states before a part are finite."""
         streams = self._states.streams(number)
-        return [variant for variant in VARIANTS if number == 0 or variant in streams]
+        return [stream for stream in self._streams if number == 0 or stream in streams]
 
-    def _from(self, number: int, variant: Variant) -> str:
+    def _from(self, number: int, variant: str) -> str:
         """The stream of a variant before a part: the float one, before the first."""
         return variant if number else "held_out"
 
-    def _smoothings(self, variant: Variant, records: Sequence[PartRecord]) -> dict[str, Smoothing]:
-        """What a variant does to the sites of some parts."""
+    def _smoothings(self, stream: str, records: Sequence[PartRecord]) -> dict[str, Smoothing]:
+        """What the variant of a stream does to the sites of some parts."""
+        variant = stream.removesuffix(_ROUNDED)
         found: dict[str, Smoothing] = {}
         for record in records:
+            mine: Mapping[str, Smoothing] = {}
             if variant == "alpha_0.5":
-                found |= record.alpha_half
+                mine = record.alpha_half
             elif variant != "identity":
                 of = {name: self._results[name] for name in record.order}
-                found |= {n: r.smoothing if variant == "ours" else r.best_single for n, r in of.items()}
+                mine = {n: r.smoothing if variant == "ours" else r.best_single for n, r in of.items()}
+            found |= rounded_smoothings(mine, _folded(record)) if stream != variant else mine
         return found
+
+
+def _folded(record: PartRecord) -> dict[str, Site]:
+    """The sites of a part that are folded, by name."""
+    return {site.name: site for site in record.sites if site.mode == "fold"}
 
 
 def _stored(model: nn.Module, names: Sequence[str], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from alphasmith.objectives.errors import NonFiniteError
 from alphasmith.objectives.judge.model_objective import ModelObjective
@@ -15,7 +15,7 @@ from alphasmith.search.config import RunConfig
 from alphasmith.search.inputs.preparation import PreparedModel
 from alphasmith.search.inputs.task import Task
 from alphasmith.search.launch._outcome import SearchOutcome
-from alphasmith.search.model.held_out import held_out_score, judged
+from alphasmith.search.model.held_out import HeldOutScore, held_out_score, judged
 from alphasmith.search.progress import Progress
 from alphasmith.storage.output.entries import RoundingEntry
 
@@ -43,18 +43,62 @@ def with_rounded_scales(
         progress: Receives stages and notes.
     """
     sites = {site.name: site for site in prepared.sites if site.mode == "fold"}
-    rounded = {name: smoothing for name, smoothing in found.final.items() if name in sites}
-    if config.round_scales == "none" or not rounded:
+    if config.round_scales == "none" or not sites.keys() & found.final.keys():
         return found
     progress.stage("rounding scales", 2)
-    final = {**found.final, **{n: replace(s, scales=power_of_two_scales(s.scales)) for n, s in rounded.items()}}
+    final = rounded_smoothings(found.final, sites)
     before, after = held_out_score(reserve, found.final), held_out_score(reserve, final)
     progress.advance()
-    verdict = judged(before, after, reserve.weight)
+    metric = _metric(candidate, task, final) if task.metric is not None else None
+    progress.advance()
+    made = RoundedModel(smoothings=final, before=before, after=after, weight=reserve.weight, metric=metric)
+    return with_rounded(found, made, list(sites.values()), progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedModel:
+    """The model that is kept, with rounded scales.
+
+    Attributes:
+        smoothings: Site -> smoothing, rounded where the site is folded.
+        before: Score on held-out samples with the scales as found; None where it is not finite.
+        after: With the rounded ones.
+        weight: What the sums of their errors are divided by.
+        metric: Task metric with the rounded ones.
+    """
+
+    smoothings: Mapping[str, Smoothing]
+    before: HeldOutScore | None
+    after: HeldOutScore | None
+    weight: float
+    metric: float | None
+
+
+def rounded_smoothings(smoothings: Mapping[str, Smoothing], sites: Mapping[str, Site]) -> dict[str, Smoothing]:
+    """Smoothings with the scales of folded sites rounded to powers of two.
+
+    Args:
+        smoothings: Site -> smoothing.
+        sites: The folded ones by name.
+    """
+    return {n: replace(s, scales=power_of_two_scales(s.scales)) if n in sites else s for n, s in smoothings.items()}
+
+
+def with_rounded(found: SearchOutcome, made: RoundedModel, sites: Sequence[Site], progress: Progress) -> SearchOutcome:
+    """The outcome with rounded scales in what is kept, and what they cost.
+
+    Args:
+        found: What the search decided.
+        made: What is kept, rounded.
+        sites: The folded sites.
+        progress: Receives the note.
+    """
+    verdict = judged(made.before, made.after, made.weight)
+    rounded = [site for site in sites if site.name in made.smoothings]
     result = RoundingEntry(
         to="pow2",
         sites=len(rounded),
-        inexact=tuple(name for name in rounded if not _exact(sites[name], final[name])),
+        inexact=tuple(site.name for site in rounded if not _exact(site, made.smoothings[site.name])),
         before=verdict.before,
         after=verdict.after,
         difference=verdict.difference,
@@ -62,18 +106,19 @@ def with_rounded_scales(
     )
     kept = found.fallback or "ours"
     scores = found.scores
-    if after is not None:
+    if made.after is not None:
         scores = replace(
-            scores, losses={**scores.losses, kept: after.loss}, errors={**scores.errors, kept: after.errors}
+            scores,
+            losses={**scores.losses, kept: made.after.loss},
+            errors={**scores.errors, kept: made.after.errors},
         )
-    if task.metric is not None:
-        scores = replace(scores, metrics={**scores.metrics, kept: _metric(candidate, task, final)})
-    progress.advance()
+    if scores.metrics:
+        scores = replace(scores, metrics={**scores.metrics, kept: made.metric})
     told = rounding_note(result)
     progress.note(told)
     return replace(
         found,
-        smoothings={**found.smoothings, kept: final},
+        smoothings={**found.smoothings, kept: made.smoothings},
         scores=scores,
         rounding=result,
         notes=(*found.notes, told),

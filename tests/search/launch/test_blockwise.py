@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.search import RunConfig, RunResult, resume, run
 from alphasmith.search.checkpoints.load import load_quantized
+from alphasmith.search.checkpoints.verification import undo
 from alphasmith.search.engines import perform
 from alphasmith.search.interruption import Interrupted
 from alphasmith.search.progress import Silent
@@ -111,6 +113,34 @@ def test_the_result_loads_and_nothing_is_left_beside_it(both: tuple[RunResult, R
     with torch.no_grad():
         assert bool(torch.isfinite(model(BATCHES[0]["input_ids"]).logits).all())
     assert [path.name for path in streamed.folder.parent.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.slow
+def test_rounded_scales_are_taken_out_to_the_bit_and_cost_what_they_cost_in_memory(
+    folder: Path, tmp_path: Path
+) -> None:
+    rounding = {"round_scales": "pow2", "search": {"trials": 4, "refine": False, "single_alphas": 3}}
+    found = {}
+    for mode in ("resident", "blockwise"):
+        place = tmp_path / mode
+        result = run(config(folder, place, mode, rounding), batches=BATCHES)
+        undo(result.folder, place / "undone")
+        manifest = ResultFolder(result.folder).manifest
+        assert manifest.memory.mode == mode
+        assert manifest.rounding is not None
+        told = [note for note in manifest.notes if note.startswith("scales are powers of two at")]
+        assert len(told) == 1
+        found[mode] = manifest.output.kept, manifest.rounding, told
+        undone = {n: t for f in sorted((place / "undone").glob("*.safetensors")) for n, t in load_file(f).items()}
+        original = load_file(folder / "model.safetensors")
+        assert undone.keys() == original.keys()
+        assert all(torch.equal(undone[n].view(torch.int16), original[n].view(torch.int16)) for n in original)
+        smoothed = ResultFolder(result.folder).read_checkpoint("smoothed")
+        assert any(not torch.equal(smoothed[n], original[n]) for n in original)
+    assert found["blockwise"] == found["resident"]
+    rounded = found["blockwise"][1]
+    assert rounded.before is not None
+    assert rounded.before != rounded.after
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
