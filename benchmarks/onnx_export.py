@@ -1,231 +1,298 @@
-"""ONNX exports of results in ONNX Runtime: what they compute against our module on the same data, how fast against its own float, sizes.
+"""ONNX exports in ONNX Runtime: what they compute against our module on the same data, how fast against their own float model, what they cost.
 
-    python -m benchmarks.onnx_export FOLDER... [--length 128] [--repeats 9] [--threads 1 2] [--batches 1 16] [--samples 16] [--out [docs/exports.md]]
+    python -m benchmarks.onnx_export [--models MiniLM ...] [--threads 1 2] [--repeats 9] [--anew] [--home FOLDER] [--work FOLDER]
+                                     [--out [docs/exports.md]]
 
-FOLDERs are output folders of runs on models of transformers with one graph. The float model is ``smoothed/``, written by the same exporter. Errors are relative squared
-errors at the main output against the float model in torch, on the held-out samples of the run where they are found again, else on random
-tokens; the difference is paired, with its standard error over samples. Times are of interleaved calls: a round calls every model once,
-and each ratio is a median over rounds.
+The demos, the models of the shared data folder and the real ones (benchmarks/real_models.py), each searched in a small way. Exports are
+written by processes of their own, whose time and highest memory are measured; the float model is ``smoothed/`` out of the same exporter.
+Results and exports that are in ``--work`` are taken; ``--anew`` writes the exports again. Errors are relative squared errors at the main
+output against the float model in torch, or divergences of logits [nats] of language and speech models, on data that no run saw; differences are paired,
+with their standard error over samples. Times are of interleaved calls: a round calls every model once, and each ratio is a median over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import AlphasmithError
 from alphasmith.objectives.judge.candidate_batch import paired_difference
-from alphasmith.objectives.media.batch import Batch, call, main_output
-from alphasmith.search import export, load_quantized, load_smoothed
-from alphasmith.search.checkpoints.verification import original_config
-from alphasmith.search.exports.onnx.examples import example
-from alphasmith.search.exports.onnx.tracing import trace
-from alphasmith.search.inputs.task import load_task
+from alphasmith.search import export
+from alphasmith.search.exports.onnx.models import float_models
 from alphasmith.storage.output.result_folder import ResultFolder
+from benchmarks.onnx_cases import SCHEME, Case, cases
+from benchmarks.onnx_graphs import EncoderDecoder, GraphModel, loaded
+from benchmarks.real_folders import AbsentError, home_folder
+from benchmarks.real_judges import Judged, Measure
 from benchmarks.timing import machine, median, publish, table
 
-LAYOUTS = ("ort-u8", "qdq")
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs/exports.md"
+LAYOUTS = ("ort-u8", "ort-s8", "qdq")
+_ROOT = Path(__file__).resolve().parents[1]
+_DOCUMENT = _ROOT / "docs/exports.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """An export, or what was told in its place.
+
+    Attributes:
+        refusal: Why there is none; empty: there is one.
+        size: Of the graphs and their weights; of a causal language model without the graph that takes keys and values [bytes].
+        seconds: Wall time of the export.
+        peak: Highest memory of its process [bytes].
+    """
+
+    refusal: str = ""
+    size: int = 0
+    seconds: float = 0.0
+    peak: int = 0
 
 
 def main() -> None:
     """Print the tables, and put them into the document where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--length", type=int, default=128)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", help="default: all")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
-    parser.add_argument("--out", type=Path, nargs="?", const=DOCUMENT)
-    parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--anew", action="store_true", help="write exports that are there again")
+    parser.add_argument("--home", type=Path, default=home_folder(), help="where packages and model folders are kept")
+    parser.add_argument("--work", type=Path, default=_ROOT / "build/onnx", help="where results and exports are kept")
+    parser.add_argument("--out", type=Path, nargs="?", const=_DOCUMENT, help="document; alone: docs/exports.md")
+    parser.add_argument("--write", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    known = cases(given.work.resolve(), given.home.resolve())
     if given.write:
-        _write(given.folders[0], *given.write)
+        name, layout, target = given.write
+        _write(known[name], layout, Path(target))
         return
     torch.set_num_threads(1)
     told = machine()
-    quality: list[list[object]] = []
-    speed: list[list[object]] = []
-    for folder in given.folders:
-        with tempfile.TemporaryDirectory() as work:
-            written, facts = _exports(folder, Path(work))
-            quality += _quality(folder, written, facts, given.samples, given.length)
-            for threads in given.threads:
-                for batch in given.batches:
-                    speed.append(_speed(folder, written, threads, batch, given.length, given.repeats))
-    first = table(
-        ["model", "layout", "file [MB]", "export [s]", "peak [MB]", "our error", "its error", "difference"], quality
-    )
-    second = table(
-        ["model", "threads", "batch", "float [ms]", *(f"{name}, speed over float" for name in LAYOUTS)], speed
-    )
-    text = f"{told}\n\n{first}\n\n{given.length} tokens, where the model takes any number:\n\n{second}"
-    print(text)
-    publish("ONNX", text, given.out)
-
-
-def _exports(folder: Path, work: Path) -> tuple[dict[str, Path], dict[str, tuple[float, int]]]:
-    """Files by layout and ``float``; seconds and highest memory [bytes] of each, in a process of its own."""
-    files: dict[str, Path] = {}
-    facts: dict[str, tuple[float, int]] = {}
-    for name in ("float", *LAYOUTS):
+    chosen = given.models or list(known)
+    if unknown := set(chosen) - set(known):
+        parser.error(f"--models: {', '.join(sorted(unknown))} unknown; one of {', '.join(known)}")
+    costs: list[Sequence[object]] = []
+    quality: list[Sequence[object]] = []
+    speed: list[Sequence[object]] = []
+    for case in (known[name] for name in chosen):
         start = time.perf_counter()
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "benchmarks.onnx_export",
-            str(folder),
-            "--write",
-            name,
-            str(work / name),
-        ]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        facts[name] = (time.perf_counter() - start, int(done.stdout.split()[-1]))
-        files[name] = work / name / "model.onnx"
-    return files, facts
+        try:
+            written = {name: _exported(case, name, given) for name in ("float", *LAYOUTS)}
+        except AbsentError as absent:
+            costs.append([case.name, str(absent), *["-"] * 4])
+            continue
+        costs.append(_cost(case, written))
+        if not written["ort-u8"].refusal:
+            quality += _quality(case)
+            if not written["float"].refusal:
+                speed += _speed(case, given.threads, given.repeats)
+        print(f"{case.name}: {time.perf_counter() - start:.0f} s", *costs[-1:], *quality[-2:], *speed[-2:], flush=True)
+    publish("ONNX", _text(told, quality, speed, costs, given.threads), given.out)
 
 
-def _write(folder: Path, name: str, target: str) -> None:
-    """One export; prints the highest memory of this process [bytes]."""
-    if name == "float":
-        model = load_smoothed(folder)
-        made = trace(model, example(model, _processor(folder))).model
-        Path(target).mkdir()
-        onnx_ir.save(made, Path(target) / "model.onnx", external_data="model.onnx.data")
+def _text(
+    told: str,
+    quality: Sequence[Sequence[object]],
+    speed: Sequence[Sequence[object]],
+    costs: Sequence[Sequence[object]],
+    threads: Sequence[int],
+) -> str:
+    errors = ["model", "layout", "metric: float, our module, export", "our error", "its error", "difference"]
+    timed = ["model", "batch", *(f"{n} threads: float [ms], {', '.join(LAYOUTS)}" for n in threads)]
+    paid = ["model", "float, ort-u8, qdq [MB]", "export [s]", "peak of its process [MB]", "in the graph", "notes"]
+    return "\n\n".join(
+        (
+            told,
+            f"Results are of `{SCHEME}`. Metric and error in ONNX Runtime and in our module:",
+            table(errors, quality),
+            "Time of the float model in ONNX Runtime, and how many times as fast the export is:",
+            table(timed, speed),
+            "What the exports take:",
+            table(paid, costs),
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- exports
+
+
+def _exported(case: Case, layout: str, given: argparse.Namespace) -> Written:
+    """An export in the case's folder, made where it is not there yet."""
+    folder = _folder(case, layout)
+    facts = folder.with_suffix(".json")
+    if facts.is_file() and not given.anew:
+        return Written(**json.loads(facts.read_text(encoding="utf-8")))
+    _ = case.result
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.onnx_export",
+        "--write",
+        case.name,
+        layout,
+        str(folder),
+    ]
+    command += ["--work", str(given.work.resolve()), "--home", str(given.home.resolve())]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=_ROOT, check=False, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    lines = (done.stdout if not done.returncode else done.stderr).splitlines()
+    if done.returncode:
+        made = Written(refusal=next((line for line in reversed(lines) if line.strip()), "no word"))
     else:
-        export(folder, "onnx", target, layout=name)
+        graphs = [file for file in folder.glob("*.onnx*") if "_with_past" not in file.name]
+        size = sum(file.stat().st_size for file in graphs)
+        made = Written(size=size, seconds=seconds, peak=int(lines[-1]))
+    facts.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    return made
+
+
+def _folder(case: Case, layout: str) -> Path:
+    return case.work / f"graph-{layout}"
+
+
+def _write(case: Case, layout: str, target: Path) -> None:
+    """One export; prints the highest memory of this process [bytes]."""
+    torch.set_num_threads(1)
+    try:
+        if layout == "float":
+            target.mkdir(parents=True)
+            for stem, model in float_models(case.float_model(), case.traced, _processor(case)).items():
+                onnx_ir.save(model, target / f"{stem}.onnx", external_data=f"{stem}.onnx.data")
+        else:
+            export(case.result, "onnx", target, layout=layout, model=case.architecture, batch=case.traced)
+    except AlphasmithError as error:
+        sys.exit(str(error))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def _processor(folder: Path) -> dict[str, Any]:
-    result = ResultFolder(folder)
+def _processor(case: Case) -> Mapping[str, Any]:
+    result = ResultFolder(case.result)
     name = "smoothed/preprocessor_config.json"
-    return result.read_json(name) if result.has(name) else {}
+    found: Mapping[str, Any] = result.read_json(name) if result.has(name) else {}
+    return found
 
 
-def _quality(
-    folder: Path, files: dict[str, Path], facts: dict[str, tuple[float, int]], samples: int, length: int
-) -> Iterator[list[object]]:
+def _cost(case: Case, written: Mapping[str, Written]) -> list[object]:
+    refusal = written["ort-u8"].refusal or written["float"].refusal
+    if written["ort-u8"].refusal:
+        return [case.name, "-", "-", "-", "-", refusal]
+    record = json.loads((_folder(case, "ort-u8") / "export.json").read_text(encoding="utf-8"))
+    left = [note for note in record["notes"] if "float one" in note or note.startswith("no ")]
+    return [
+        case.name,
+        ", ".join(f"{written[name].size / 1e6:.1f}" for name in ("float", *LAYOUTS)),
+        ", ".join(f"{written[name].seconds:.0f}" for name in LAYOUTS),
+        ", ".join(f"{written[name].peak / 1e6:.0f}" for name in LAYOUTS),
+        f"{len(record['operators'])} operators",
+        "; ".join([*left, refusal] if refusal else left),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------- quality
+
+
+def _quality(case: Case) -> Iterator[list[object]]:
     """A row for every layout."""
-    float_model, ours = load_smoothed(folder), load_quantized(folder)
-    batches = list(_batches(folder, float_model, samples, length))
-    with torch.no_grad():
-        expected = [main_output(call(float_model, batch)).double() for batch in batches]
-        answers = [main_output(call(ours, batch)).double() for batch in batches]
-    energy = float(sum(float((value**2).sum()) for value in expected))
-    mine = _errors(expected, answers)
-    for layout in LAYOUTS:
-        session = _session(files[layout], 1)
-        found = [torch.from_numpy(session.run(None, _numbers(batch, session))[0]).double() for batch in batches]
-        theirs = _errors(expected, found)
-        change, scatter = paired_difference(theirs, mine, energy)
-        seconds, peak = facts[layout]
-        size = sum(file.stat().st_size for file in files[layout].parent.glob("model.onnx*")) / 1e6
-        whole = sum(file.stat().st_size for file in files["float"].parent.glob("model.onnx*")) / 1e6
-        own, other = float(mine.sum()) / energy, float(theirs.sum()) / energy
-        yield [
-            folder.name if folder.name != "out" else folder.parent.name,
-            layout,
-            f"{size:.1f} of {whole:.1f}",
-            f"{seconds:.0f}",
-            f"{peak / 1e6:.0f}",
-            f"{own:.4g}",
-            f"{other:.4g}",
-            f"{change:+.2g} ± {scatter:.1g}",
-        ]
+    with tempfile.TemporaryDirectory() as place:
+        judge = case.judge(Path(place))
+        plain, ours = judge(case.float_model()), judge(case.quantized())
+        for layout in LAYOUTS:
+            theirs = judge(loaded(_folder(case, layout)))
+            change, scatter = paired_difference(theirs.errors, ours.errors, plain.energy)
+            yield [
+                case.name,
+                layout,
+                "; ".join(_metrics(judge.measures, plain, ours, theirs)),
+                f"{ours.loss:.4g}",
+                f"{theirs.loss:.4g}",
+                f"{change:+.2g} ± {scatter:.1g}",
+            ]
 
 
-def _errors(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
-    """Squared error of every sample."""
-    return torch.cat([((a - b) ** 2).flatten(1).sum(1) for a, b in zip(expected, found, strict=True)])
+def _metrics(measures: Sequence[Measure], *judged: Judged) -> Iterator[str]:
+    for number, measure in enumerate(measures):
+        values = [one.values[number] for one in judged]
+        shown = ", ".join(f"{measure.value(value):.4g}" for value in values)
+        yield f"{measure.name}: {shown}{_paired(values[2] - values[1])}"
 
 
-def _batches(folder: Path, model: nn.Module, samples: int, length: int) -> Iterator[Batch]:
-    """Held-out samples of the run, else random tokens, one batch a sample."""
-    manifest = ResultFolder(folder).manifest
-    config = original_config(manifest, None, None, None, None)
-    if config.data.path is not None:
-        try:
-            task = load_task(config)
-        except AlphasmithError:
-            task = None
-        if task is not None:
-            single = [batch.narrow(i, i + 1) for batch in task.held_out for i in range(batch.size)]
-            yield from single[:samples]
-            return
-    generator = torch.Generator().manual_seed(0)
-    made = example(model, _processor(folder))
-    for _ in range(samples):
-        yield _sized(made, model, 1, length, generator)
+def _paired(difference: Tensor) -> str:
+    if len(difference) < 2:
+        return ""
+    return f" ({float(difference.mean()):+.2g} ± {float(difference.std()) / len(difference) ** 0.5:.1g})"
 
 
-def _sized(made: Batch, model: nn.Module, batch: int, length: int, generator: torch.Generator) -> Batch:
-    """An example of another batch and length, with random content."""
-    config: Any = model.config
-    given: dict[str, Tensor] = {}
-    for name, value in made.kwargs.items():
-        if name == "input_ids":
-            given[name] = torch.randint(1, int(config.vocab_size), (batch, length), generator=generator)
-        elif value.is_floating_point():
-            given[name] = torch.randn(batch, *value.shape[1:], generator=generator)
-        else:
-            given[name] = value[:1, :1].expand(batch, length).contiguous()
-    return Batch(kwargs=given)
+# --------------------------------------------------------------------------------------------------------------------- speed
 
 
-def _session(file: Path, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def _numbers(batch: Batch, session: Any) -> dict[str, NDArray[Any]]:
-    """What a graph takes of a batch; kinds of tokens that the batch leaves to the model are 0."""
-    given = {name: value.numpy() for name, value in batch.kwargs.items()}
-    return {
-        v.name: given[v.name] if v.name in given else np.zeros_like(given["input_ids"]) for v in session.get_inputs()
-    }
+def _speed(case: Case, threads: Sequence[int], repeats: int) -> Iterator[list[object]]:
+    """A row for every part and size: median time of the float model, and how many times as fast every layout is."""
+    names = ("float", *LAYOUTS)
+    cells: dict[tuple[str, int], list[str]] = {}
+    for count in threads:
+        models = {name: loaded(_folder(case, name), count) for name in names}
+        for size in case.sizes:
+            for part, calls in _calls(models, case, size).items():
+                times = _times(calls, time.process_time if count == 1 else time.perf_counter, repeats)
+                ratios = [median([a / b for a, b in zip(times["float"], times[name], strict=True)]) for name in LAYOUTS]
+                shown = f"{1e3 * median(times['float']):.3g}, {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+                cells.setdefault((part, size), []).append(shown)
+    for (part, size), shown_cells in cells.items():
+        yield [f"{case.name} {part}".strip(), size, *shown_cells]
 
 
-def _speed(folder: Path, files: dict[str, Path], threads: int, batch: int, length: int, repeats: int) -> list[object]:
-    """Median time of the float model, and how many times as fast every layout is."""
-    model = load_smoothed(folder)
-    made = _sized(example(model, _processor(folder)), model, batch, length, torch.Generator().manual_seed(1))
-    sessions = {name: _session(file, threads) for name, file in files.items()}
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    clock = time.process_time if threads == 1 else time.perf_counter
+def _calls(models: Mapping[str, nn.Module], case: Case, size: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """What is timed, by part and model."""
+    batch = case.inputs(size)
+    found: dict[str, dict[str, Callable[[], object]]] = {}
+    for name, model in models.items():
+        if isinstance(model, EncoderDecoder):
+            heard = {n: v for n, v in batch.kwargs.items() if not n.startswith("decoder_")}
+            hidden = model.encoder(**heard).last_hidden_state
+            ids = batch.kwargs["decoder_input_ids"]
+            found.setdefault("encoder", {})[name] = _call(model.encoder, (), heard)
+            decoded = {"decoder_input_ids": ids, "encoder_hidden_states": hidden}
+            found.setdefault("decoder", {})[name] = _call(model.decoder, (), decoded)
+        elif isinstance(model, GraphModel):
+            found.setdefault("", {})[name] = _call(model, batch.args, dict(batch.kwargs))
+    return found
+
+
+def _call(model: GraphModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
+    numbers = model.numbers(args, kwargs)
+    return lambda: model.session.run(None, numbers)
+
+
+def _times(
+    calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], repeats: int
+) -> Mapping[str, Sequence[float]]:
+    """Seconds of every round after the first, which warms up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(repeats + 1):
-        for name, session in sessions.items():
-            numbers = _numbers(made, session)
+        for name, work in calls.items():
             start = clock()
-            session.run(None, numbers)
+            work()
             if round_:
                 times[name].append(clock() - start)
-    base = np.array(times["float"])
-    ratios = [median(list(base / np.array(times[name]))) for name in LAYOUTS]
-    name = folder.name if folder.name != "out" else folder.parent.name
-    return [name, threads, batch, f"{1e3 * median(list(base)):.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+    return times
 
 
 if __name__ == "__main__":

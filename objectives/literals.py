@@ -83,7 +83,7 @@ DropRule = Literal["any", "all"]
 
 #: Formats of other tools that a result is written in.
 ExportFormat = Literal["compressed-tensors", "onnx"]
-#: How integers stand in an ONNX model: unsigned ones in the nodes of ONNX Runtime, or standard nodes around float ones.
-OnnxLayout = Literal["ort-u8", "qdq"]
+#: How integers stand in an ONNX model: in the nodes of ONNX Runtime with unsigned or signed weights, or in standard nodes around float ones.
+OnnxLayout = Literal["ort-u8", "ort-s8", "qdq"]
 #: Tools that a recipe is written for.
 RecipeTool = Literal["llm-compressor", "modelopt", "inc", "torchao", "ctranslate2"]

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", metavar="RUN|DIR")
 @click.option("--format", "format_", metavar="compressed-tensors|onnx", required=True, help="What to write.")
-@click.option("--layout", metavar="ort-u8|qdq", help="Of onnx: for ONNX Runtime alone (default), or portable.")
+@click.option(
+    "--layout", metavar="ort-u8|ort-s8|qdq", help="Of onnx: for ONNX Runtime (default), for it and VNNI, or portable."
+)
 @click.option("--out", metavar="DIR2", type=PATH, required=True, help="Where it goes; must be empty.")
 @storage_option
 @click.option(

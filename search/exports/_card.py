@@ -56,6 +56,7 @@ register_checkpoint_conversion_mapping("CLASS", whole, overwrite=True)
 #: Session options by layout of ONNX models.
 _OPTIONS = {
     "ort-u8": "# no option needed: unsigned codes are exact on every processor",
+    "ort-s8": "# no option needed: exact on processors with VNNI",
     "qdq": 'options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x86 without VNNI, too',
 }
 

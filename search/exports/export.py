@@ -84,7 +84,8 @@ def export(
         data: Where the run's media are now; only read for ``unsmoothed_sites`` with static activations, and for ``onnx`` where
             the run's model was none of transformers.
         allow_code: Functions and folders that the manifest may lead to, likewise.
-        layout: Of ``onnx``: ``ort-u8`` (also None), unsigned integers in the nodes of ONNX Runtime, exact on every processor; or
+        layout: Of ``onnx``: ``ort-u8`` (also None), unsigned integers in the nodes of ONNX Runtime, exact on every processor;
+            ``ort-s8``, the same with signed weights, faster and exact where a processor has VNNI; or
             ``qdq``, standard nodes around float ones.
         model: For ``onnx``: the float architecture, where a script handed the model to the run.
         batch: For ``onnx``: what the model is traced with, two samples or more: tensors, in a tuple or a mapping, or a ``Batch``.
@@ -106,9 +107,9 @@ def export(
         if format == "onnx":
             from alphasmith.search.exports.onnx.models import onnx_models
 
-            chosen = "qdq" if layout == "qdq" else "ort-u8"
-            given = None if batch is None else _as_batch(batch)
-            made = onnx_models(opened, chosen, model=model, batch=given, data=data, allow_code=allow_code)
+            wanted: OnnxLayout = next((known for known in LAYOUTS if known == layout), "ort-u8")
+            chosen, given = wanted, None if batch is None else _as_batch(batch)
+            made = onnx_models(opened, wanted, model=model, batch=given, data=data, allow_code=allow_code)
         else:
             _ = opened.config
             explicit = explicit_operators(opened) if unsmoothed_sites else ()

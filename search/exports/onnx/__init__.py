@@ -2,16 +2,16 @@
 
 - ``_codes``: integer weights and scales as initializers of a graph, and back
 - ``_convolutions``: integer convolutions as nodes of a graph
-- ``examples``: inputs that a model is traced with
+- ``_examples``: inputs that a model is traced with
 - ``_graph``: nodes and initializers put into a traced graph
 - ``_guards``: the one place that touches private names of ``torch.export``
 - ``_layouts``: which schemes a layout holds
 - ``_parts``: the graphs that a model becomes: one, or those that write text token by token
 - ``_products``: integer products of linear operators as nodes of a graph
 - ``_rewriting``: marked operators of a traced graph in the nodes of a layout
-- ``tracing``: a model as a graph in which every quantized operator is marked
+- ``_tracing``: a model as a graph in which every quantized operator is marked
 - ``models``: the files of an export
 - ``reading``: the operators of an exported graph
 """
 
-__all__ = ["examples", "models", "reading", "tracing"]
+__all__ = ["models", "reading"]

@@ -47,15 +47,19 @@ class OperatorConstants:
     Args:
         writer: Of the graph.
         weight: The operator and the form of its weight.
-        unsigned: Raise the codes of weights by 128, and those of signed activations.
+        unsigned_weights: Raise the codes of weights by 128.
+        unsigned_inputs: Raise those of signed activations by 128.
         copy: Of the same operator; 0: the one that is read again.
     """
 
-    def __init__(self, writer: GraphWriter, weight: Weight, *, unsigned: bool, copy: int = 0) -> None:
+    def __init__(
+        self, writer: GraphWriter, weight: Weight, *, unsigned_weights: bool, unsigned_inputs: bool, copy: int = 0
+    ) -> None:
         self._writer = writer
         self._weight = weight
         self._operator = weight.operator
-        self._unsigned = unsigned
+        self._unsigned_weights = unsigned_weights
+        self._unsigned_inputs = unsigned_inputs
         self._suffix = f"_{copy}" if copy else ""
 
     def weight(self) -> ir.Value:
@@ -67,7 +71,9 @@ class OperatorConstants:
             transposed = found.form == "transposed convolution"
             codes = from_matrix(self._operator.codes, found.shape, "conv", transposed, found.groups)
         stored = codes.contiguous()
-        return self._constant(WEIGHT, (stored.view(torch.uint8) ^ BYTE_MIDDLE if self._unsigned else stored).numpy())
+        return self._constant(
+            WEIGHT, (stored.view(torch.uint8) ^ BYTE_MIDDLE if self._unsigned_weights else stored).numpy()
+        )
 
     def weight_scale(self, axes: int = 0) -> ir.Value:
         """() float32 per tensor, (O, 1, ...) per channel.
@@ -92,7 +98,7 @@ class OperatorConstants:
         Args:
             per_channel: Of the shape of the scale, which DequantizeLinear wants; else ().
         """
-        kind, code = (np.uint8, BYTE_MIDDLE) if self._unsigned else (np.int8, 0)
+        kind, code = (np.uint8, BYTE_MIDDLE) if self._unsigned_weights else (np.int8, 0)
         scale = self._operator.scale
         if per_channel and scale.dim():
             return self._constant("weight_zero_points", np.full((scale.numel(),), code, kind))
@@ -107,7 +113,9 @@ class OperatorConstants:
         zero = self._operator.input_zero
         if zero is not None:
             return self._constant(INPUT_ZERO, zero.reshape(()).numpy())
-        return self._constant(INPUT_ZERO, np.array(BYTE_MIDDLE, np.uint8) if self._unsigned else np.array(0, np.int8))
+        return self._constant(
+            INPUT_ZERO, np.array(BYTE_MIDDLE, np.uint8) if self._unsigned_inputs else np.array(0, np.int8)
+        )
 
     def input_key(self) -> tuple[float, int | None]:
         """Equal for operators that round one tensor alike."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.media.batch import Batch, call
-from alphasmith.search.exports.onnx.examples import SAMPLES
+from alphasmith.search.exports.onnx._examples import SAMPLES
 
 #: Tokens before those of an example of a decoder that goes on.
 _PAST = 5

@@ -14,7 +14,7 @@ from alphasmith.search.exports.onnx._convolutions import Convolutions
 from alphasmith.search.exports.onnx._graph import MICROSOFT, GraphWriter, replace
 from alphasmith.search.exports.onnx._layouts import check_scheme
 from alphasmith.search.exports.onnx._products import Codes, Products
-from alphasmith.search.exports.onnx.tracing import DOMAIN
+from alphasmith.search.exports.onnx._tracing import DOMAIN
 from alphasmith.search.exports.source import DeployedOperator
 
 
@@ -53,7 +53,7 @@ def rewrite(model: ir.Model, operators: Mapping[str, DeployedOperator], layout: 
         if node.domain == DOMAIN:
             work.dequantize(node)
     model.opset_imports.pop(DOMAIN, None)
-    if layout == "ort-u8":
+    if layout != "qdq":
         model.opset_imports[MICROSOFT] = 1
     return Rewritten(operators=tuple(dict.fromkeys(work.used)), float_products=tuple(dict.fromkeys(work.floating)))
 
@@ -163,7 +163,13 @@ class _Rewriting:
         self, operator: DeployedOperator, shape: tuple[int, ...], form: Form, groups: int, copy: int = 0
     ) -> OperatorConstants:
         weight = Weight(operator=operator, shape=shape, form=form, groups=groups)
-        return OperatorConstants(self._writer, weight, unsigned=self._layout == "ort-u8", copy=copy)
+        return OperatorConstants(
+            self._writer,
+            weight,
+            unsigned_weights=self._layout == "ort-u8",
+            unsigned_inputs=self._layout != "qdq",
+            copy=copy,
+        )
 
     def _copy(self, operator: DeployedOperator) -> int:
         """Which copy of its constants a call of an operator reads: ONNX Runtime raises signed codes in place, and only once."""

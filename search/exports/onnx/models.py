@@ -23,10 +23,10 @@ from alphasmith.objectives.media.batch import Batch
 from alphasmith.objectives.text import listed
 from alphasmith.search.checkpoints.load import load_quantized
 from alphasmith.search.checkpoints.verification import original_config
+from alphasmith.search.exports.onnx._examples import SAMPLES, example
 from alphasmith.search.exports.onnx._parts import parts
 from alphasmith.search.exports.onnx._rewriting import rewrite
-from alphasmith.search.exports.onnx.examples import SAMPLES, example
-from alphasmith.search.exports.onnx.tracing import mark_operators, trace
+from alphasmith.search.exports.onnx._tracing import mark_operators, trace
 from alphasmith.search.exports.source import ExportSource
 from alphasmith.search.inputs.permission import check_code
 from alphasmith.search.inputs.task import load_task
@@ -127,6 +127,24 @@ def onnx_models(
     return OnnxModels(models=models, quantized=tuple(used), left=left, notes=(*notes, *_notes(layout)))
 
 
+def float_models(
+    model: nn.Module, batch: Batch | None = None, processor: Mapping[str, Any] | None = None
+) -> dict[str, ir.Model]:
+    """The graphs of a float model, by the stem of the file name: what those of its quantized one are measured against.
+
+    Args:
+        model: In evaluation mode.
+        batch: What it is traced with, of two samples; None: made, for models of transformers.
+        processor: Content of ``preprocessor_config.json``.
+
+    Raises:
+        InputError: Something cannot be traced (named), or no example can be made.
+    """
+    example_of = batch or example(model, processor or {})
+    wanted = [part for part in parts(model, example_of) if not part.optional]
+    return {part.stem: _cleaned(trace(part.module, part.batch, wrapped=part.wrapped).model) for part in wanted}
+
+
 def _deployed(
     source: ExportSource,
     model: nn.Module | None,
@@ -189,5 +207,10 @@ def _notes(layout: OnnxLayout) -> Iterator[str]:
             "pairs of products in 16 bits with saturation; in ONNX Runtime the session option session.x64quantprecision = 1 keeps "
             "products exact"
         )
-    else:
+    elif layout == "ort-u8":
         yield "needs ONNX Runtime: products and convolutions are its own nodes, exact on every processor"
+    else:
+        yield (
+            "needs ONNX Runtime: products and convolutions are its own nodes, fast and exact on processors with VNNI; on other x86 "
+            "processors pairs of products saturate in 16 bits, unless weights have 7 bits"
+        )

@@ -135,13 +135,14 @@ def test_products_are_those_of_the_integers(
 @given(
     form=st.sampled_from(("product", "convolution", "transposed convolution")),
     unsigned=st.booleans(),
+    unsigned_inputs=st.booleans(),
     groups=st.integers(1, 3),
     zero=st.sampled_from((None, 3)),
     per_channel=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_the_codes_come_back(
-    form: Any, unsigned: bool, groups: int, zero: int | None, per_channel: bool, seed: int
+    form: Any, unsigned: bool, unsigned_inputs: bool, groups: int, zero: int | None, per_channel: bool, seed: int
 ) -> None:
     kind: Any = "linear" if form == "product" else "conv"
     transposed = form == "transposed convolution"
@@ -152,7 +153,10 @@ def test_the_codes_come_back(
     operator = deployed(codes, zero=zero, per_channel=per_channel)
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 20})
     constants = OperatorConstants(
-        GraphWriter(graph), Weight(operator=operator, shape=shape, form=form, groups=groups), unsigned=unsigned
+        GraphWriter(graph),
+        Weight(operator=operator, shape=shape, form=form, groups=groups),
+        unsigned_weights=unsigned,
+        unsigned_inputs=unsigned_inputs,
     )
     stored = constants.weight().const_value
     assert stored is not None
