@@ -9,6 +9,7 @@
 - ``labels``: labels of data as the classes of a model
 - ``loading``: loading of models: a Hugging Face folder, the user's factory, or a module from a launch script
 - ``metrics``: task metrics that need nothing but a model and its batches
+- ``modules``: modules of a model: the one of an operator, the weight that one owns, and another in its place
 - ``plain_operators``: a model of plain operators in place of the user's, and the way back to the user's tensors
 - ``private_copy``: a private copy of the user's module, without what wraps it: compilers and parallel runners
 - ``stored_names``: what a checkpoint of transformers calls the parameters of a model
@@ -21,6 +22,7 @@ __all__ = [
     "labels",
     "loading",
     "metrics",
+    "modules",
     "plain_operators",
     "private_copy",
     "stored_names",

@@ -1,5 +1,6 @@
 """What is deployed: schemes, quantizers, integer operators, their files.
 
+- ``_integer_linear``: a linear layer whose product is taken between integers, with all that does not depend on its input made once
 - ``candidate_model``: one model that becomes candidate after candidate, in place, and the float model again
 - ``formats``: formats of sites by name, which are dearer than others, and what a target serves
 - ``integer_product``: exact products of 8-bit integer matrices: on integer units where they pay, else in float32, the same to the bit

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.quantization.operator import Execution, QuantizedOperator, operator_module
+from alphasmith.objectives.model.modules import operator_module
+from alphasmith.objectives.quantization.operator import Execution, QuantizedOperator
 from alphasmith.objectives.quantization.payload import payload
 from alphasmith.objectives.quantization.plan import Plan, QuantizationSummary, Target, named_tensors, same_smoothing
 from alphasmith.objectives.quantization.scheme import Scheme

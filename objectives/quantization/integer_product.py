@@ -51,7 +51,7 @@ def integer_gemm_works(device_type: str) -> bool:
     return torch.equal(result.to(torch.int64), expected)
 
 
-def integer_gemm_pays(device_type: str, rows: int, channels: int, outputs: int) -> bool:
+def integer_gemm_pays(device_type: str, rows: int, channels: int, outputs: int, converted: bool = False) -> bool:
     """Whether integer units multiply matrices of about these sizes exactly and faster than float32 does; timed once per size.
 
     CPUs without 8-bit dot products have a slow substitute, by a factor of ten and more, as others are faster by a factor.
@@ -62,144 +62,225 @@ def integer_gemm_pays(device_type: str, rows: int, channels: int, outputs: int) 
         rows: T.
         channels: C.
         outputs: O.
+        converted: Whether float32 would have to convert the weight for every product.
     """
     if device_type != "cpu" or not integer_gemm_works(device_type):
         return integer_gemm_works(device_type)
-    return _pays_on_cpu(*(min(1024, max(16, 1 << (size - 1).bit_length())) for size in (rows, channels, outputs)))
+    sizes = _class_of(rows, 1, 1024), _class_of(channels, 16, 2048), _class_of(outputs, 16, 2048)
+    return _pays_on_cpu(*sizes, converted, torch.get_num_threads())
+
+
+def _class_of(size: int, least: int, most: int) -> int:
+    """Sizes that are timed as one: up to the next power of two."""
+    return min(most, max(least, 1 << (size - 1).bit_length())) if size else least
 
 
 @cache
-def _pays_on_cpu(rows: int, channels: int, outputs: int) -> bool:
-    x, w = (torch.full((size, channels), 127, dtype=torch.int8) for size in (rows, outputs))
-    floats = x.to(torch.float32), w.to(torch.float32)
-    as_floats = _quickest(lambda: floats[0] @ floats[1].t())
-    return _quickest(lambda: torch._int_mm(x, w.t()), worth=as_floats) < as_floats
+def _pays_on_cpu(rows: int, channels: int, outputs: int, converted: bool, _threads: int) -> bool:
+    codes = torch.full((rows, channels), 127.0)
+    weight = torch.full((outputs, channels), 127, dtype=torch.int8)
+    floats, turned = weight.to(torch.float32), weight.t()
+    # Activations come as floats and the product becomes one: what that takes on the way to integers and back belongs to it.
+    as_floats = _quickest(lambda: codes @ (weight.to(torch.float32) if converted else floats).t())
+    return _quickest(lambda: torch._int_mm(codes.char(), turned).float(), worth=as_floats) < as_floats
 
 
 def _quickest(work: Callable[[], Tensor], *, worth: float = math.inf) -> float:
-    """Shortest of a few times [s], which other work on the machine disturbs least; fewer where one is far above ``worth``."""
+    """Shortest of a few times [s], which other work on the machine disturbs least; fewer where one is far above ``worth``.
+
+    The first call is one of them, but never the only one: it may have to choose and build its kernel.
+    """
     times: list[float] = []
-    while len(times) < 5 and (not times or times[-1] < 4 * worth):
+    while len(times) < 5 and (len(times) < 2 or times[-1] < 4 * worth):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def integer_product(x: Tensor, weight: Tensor, floats: Callable[[], Tensor] | None = None) -> Tensor:
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     """Exact product of two integer matrices: on integer units where they pay, else in float32, which holds the same integers.
 
     Args:
-        x: (T, C) int8, or float32 integers in -128..127.
+        x: (T, C) int8.
         weight: (O, C) int8.
-        floats: Gives the weight in float32, where that is kept; None: it is converted for the call.
 
     Returns:
         (T, O) int32, or float32 with the same integers: a tensor of its own.
     """
     rows, channels = x.shape
-    if not rows or not channels or not integer_gemm_pays(x.device.type, rows, channels, weight.shape[0]):
-        return _in_slices(x, weight if floats is None else floats())
-    x = x.to(torch.int8)
-    outputs = weight.shape[0]
-    cuda = x.device.type == "cuda"
-    # Zero channels add nothing.
-    inner, outer = padded_sizes(channels, outputs, x.device)
-    pad_c, pad_outputs = inner - channels, outer - outputs
-    pad_rows = max(0, _CUDA_ROWS - rows) if cuda else 0
-    if pad_c or pad_rows:
-        x = nn.functional.pad(x, (0, pad_c, 0, pad_rows))
-    if pad_c or pad_outputs:
-        weight = nn.functional.pad(weight, (0, pad_c, 0, pad_outputs))
-    return torch._int_mm(x, weight.t())[:rows, :outputs]
+    if rows and channels and integer_gemm_pays(x.device.type, rows, channels, weight.shape[0], True):
+        return product_on_units(x, unit_operand(weight), weight.shape[0])
+    return product_in_floats(x.to(torch.float32), float_operands(weight, exact_pieces(channels, 128)))
 
 
-def activation_product(codes: Tensor, weight: Tensor, sums: Tensor | None, zero: Tensor | None) -> Tensor:
-    """Exact product of activation codes minus their zero point and a weight. Source: formula fA17.
+def unit_operand(weight: Tensor) -> Tensor:
+    """The right operand of :func:`product_on_units`: a weight (O, C) int8, turned, with zeros up to the sizes its device multiplies."""
+    outputs, channels = weight.shape
+    inner, outer = padded_sizes(channels, outputs, weight.device)
+    if (inner, outer) != (channels, outputs):
+        weight = nn.functional.pad(weight, (0, inner - channels, 0, outer - outputs))
+    return weight.t()
+
+
+def product_on_units(x: Tensor, operand: Tensor, outputs: int) -> Tensor:
+    """Exact product on integer units, which must be exact there, see :func:`integer_gemm_works`.
 
     Args:
-        codes: (T, C) int8, uint8 or int16; C at most :data:`MOST_CHANNELS`.
-        weight: (O, C) int8.
-        sums: (O,) int64 sums of the weight over channels; not used for int8, None there.
-        zero: () or (T, 1) the code that stands for 0, an integer in any type, for uint8; None: 0.
+        x: (T, C) int8, T and C at least 1.
+        operand: Of a weight (O, C), see :func:`unit_operand`.
+        outputs: O.
 
     Returns:
-        (T, O) int32 or int64, or for int8 as :func:`integer_product`; what it holds is converted to a float by one rounding.
+        (T, O) int32: a tensor of its own, or a view of one.
     """
-    if codes.dtype == torch.int8 or sums is None:
-        return integer_product(codes, weight)
-    if codes.dtype == torch.uint8:
-        signed = (codes ^ 128).view(torch.int8)  # the same bits as code - 128
-        return _from_zero(integer_product(signed, weight), 0 if zero is None else zero, sums)
-    high = (codes >> 8).to(torch.int8)
-    low = ((codes & 255) - 128).to(torch.int8)
-    together = integer_product(high, weight).to(torch.int64).mul_(256)
-    return together.add_(integer_product(low, weight).to(torch.int64)).add_(128 * sums)
+    rows, channels = x.shape
+    inner, outer = operand.shape
+    more_rows = max(0, _CUDA_ROWS - rows) if x.device.type == "cuda" else 0
+    if inner > channels or more_rows:
+        x = nn.functional.pad(x, (0, inner - channels, 0, more_rows))  # zero channels add nothing
+    product = torch._int_mm(x, operand)
+    return product[:rows, :outputs] if more_rows or outer > outputs else product
 
 
-def _from_zero(product: Tensor, zero: Tensor | int, sums: Tensor) -> Tensor:
-    """The product of codes minus 128, counted from their zero point instead, as int32."""
-    raised = 128 - (zero if isinstance(zero, int) else zero.to(torch.int32))
-    return product.to(torch.int32) + raised * sums.to(torch.int32)
+def exact_pieces(channels: int, largest: int, weight: Tensor | None = None) -> list[int]:
+    """Channels of products that a float32 accumulator holds exactly, in whatever order it adds.
+
+    Every sum on the way is an integer of at most ``largest * sum_c |w_c|``, which float32 holds up to 2**24. Of a weight at hand, whose
+    codes are mostly far smaller than the largest, that sum is known, and most weights need one piece only.
+
+    Args:
+        channels: C.
+        largest: Magnitude that no code of the activations exceeds, at most 256.
+        weight: (O, C) integers in -128..127; None: the largest are assumed.
+
+    Returns:
+        Sizes whose sum is C.
+    """
+    if largest * 128 * channels <= _FLOATS or not channels:
+        return [channels]
+    fit = _FLOATS // (largest * 128)
+    if weight is None or not weight.numel():
+        return [min(fit, channels - first) for first in range(0, channels, fit)]
+    pieces, reached = [0], weight.new_zeros(weight.shape[0], dtype=torch.float32)
+    for block in weight.split(fit, dim=1):
+        sums = block.to(torch.float32).abs().sum(dim=1)
+        reached += sums
+        if pieces[-1] and largest * float(reached.max()) > _FLOATS:
+            pieces.append(0)
+            reached = sums
+        pieces[-1] += block.shape[1]
+    return pieces
+
+
+def float_operands(weight: Tensor, pieces: list[int]) -> tuple[Tensor, ...]:
+    """The right operands of :func:`product_in_floats`: a weight (O, C) in float32, turned, in :func:`exact_pieces`."""
+    return tuple(part.t() for part in weight.to(torch.float32).split(pieces, dim=1))
+
+
+def product_in_floats(x: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
+    """Exact product from float32 products.
+
+    Args:
+        x: (T, C) float32 integers.
+        operands: Of a weight (O, C), see :func:`float_operands`.
+
+    Returns:
+        (T, O) float32 of integers, or int32 where there are several pieces: a tensor of its own.
+    """
+    if len(operands) == 1:
+        return x.mm(operands[0])
+    first, *others = x.split([operand.shape[0] for operand in operands], dim=1)
+    total: Tensor = first.mm(operands[0]).to(torch.int32)
+    for part, operand in zip(others, operands[1:], strict=True):
+        total.add_(part.mm(operand).to(torch.int32))
+    return total
 
 
 class WeightProducts:
     """Exact products of activation codes and one weight, with what they need of it derived once. Source: formula fA17.
 
     Args:
-        codes: Gives the weight, (O, C) int8.
-        keep: Keep it in float32 where integer units do not pay: 4 bytes per weight, faster with few rows.
+        weight: Gives the weight, (O, C) int8.
+        largest: Magnitude that no code exceeds, counted from its zero point: 255 for uint8, else 128.
+        keep: Keep the weight as it is multiplied: in float32 where integer units do not pay, 4 bytes per weight, faster with few rows.
     """
 
-    def __init__(self, codes: Callable[[], Tensor], *, keep: bool) -> None:
-        self._codes, self._keep = codes, keep
-        self._floats: Tensor | None = None
+    def __init__(self, weight: Callable[[], Tensor], *, largest: int, keep: bool) -> None:
+        self._weight, self._largest, self._keep = weight, largest, keep
+        self._size: tuple[int, int] | None = None
+        self._operand: Tensor | None = None
+        self._floats: tuple[Tensor, ...] | None = None
+        self._pieces: list[int] | None = None
         self._sums: Tensor | None = None
-        self._largest = 0
+        self._from_zero: tuple[Tensor, Tensor] | None = None
 
-    def of_bytes(self, signed: Tensor, zero: Tensor | None) -> Tensor:
-        """The product of codes of 8 bits, from their zero point on.
+    def of_bytes(self, codes: Tensor, zero: Tensor | None) -> Tensor:
+        """The product of codes of 8 bits, counted from their zero point.
 
         Args:
-            signed: (T, C) float32 codes of int8, or those of uint8 minus 128: integers in -128..127; C at most :data:`MOST_CHANNELS`.
+            codes: (T, C) float32 integers: codes of int8, or those of uint8 minus ``zero``; C at most :data:`MOST_CHANNELS`.
             zero: () or (T, 1) the code of uint8 that stands for 0; None: the codes are those of int8.
 
         Returns:
             (T, O) int32, or float32 with the same integers: a tensor of its own.
         """
-        product = integer_product(signed, self._codes(), self._kept if self._keep else None)
-        if zero is None:
-            return product
-        sums = self._summed()
-        # As long as every number on the way is an integer that float32 holds, float32 adds them exactly.
-        if product.dtype == torch.float32 and 2**14 * signed.shape[1] + 255 * self._largest < _FLOATS:
-            return product.add_((128 - zero).to(torch.float32) * sums.to(torch.float32))
-        return _from_zero(product, zero, sums)
+        if self._size is None:
+            outputs, channels = self._weight().shape
+            self._size = outputs, channels
+        rows, (outputs, channels) = codes.shape[0], self._size
+        if rows and channels and integer_gemm_pays(codes.device.type, rows, channels, outputs, not self._keep):
+            return self._on_units(codes, zero, outputs)
+        return product_in_floats(codes, self._floats or self._operands(channels))
 
-    def of_codes(self, codes: Tensor) -> Tensor:
-        """The product of int16 codes (T, C), see :func:`activation_product`."""
-        return activation_product(codes, self._codes(), self._summed(), None)
+    def _operands(self, channels: int) -> tuple[Tensor, ...]:
+        weight = self._weight().to(torch.float32)
+        if self._pieces is None:
+            self._pieces = exact_pieces(channels, self._largest, weight)
+        operands = float_operands(weight, self._pieces)
+        if self._keep:
+            self._floats = operands
+        return operands
+
+    def of_words(self, codes: Tensor) -> Tensor:
+        """The product of codes of 16 bits.
+
+        Args:
+            codes: (T, C) float32 integers in -32768..32767; C at most :data:`MOST_CHANNELS`.
+
+        Returns:
+            (T, O) int64.
+        """
+        high = (codes / 256).floor_()
+        low = codes - (256 * high + 128)
+        together = self.of_bytes(high, None).to(torch.int64).mul_(256)
+        return together.add_(self.of_bytes(low, None).to(torch.int64)).add_(128 * self._summed())
+
+    def _on_units(self, codes: Tensor, zero: Tensor | None, outputs: int) -> Tensor:
+        operand = self._operand
+        if operand is None:
+            operand = unit_operand(self._weight())
+            if self._keep:
+                self._operand = operand
+        if zero is None:
+            return product_on_units(codes.char(), operand, outputs)
+        # Units take what lies in -128..127: the codes minus 128. Sums of the weight make up for the rest.
+        return product_on_units((codes + (zero - 128)).char(), operand, outputs).add_(self._raised(zero))
+
+    def _raised(self, zero: Tensor) -> Tensor:
+        """What codes minus 128 lack: (O,) int32 for one zero point, which is kept, or (T, O)."""
+        known = self._from_zero
+        if known is not None and known[0] is zero:
+            return known[1]
+        raised = (128 - zero.to(torch.int32)) * self._summed().to(torch.int32)
+        if not zero.dim():
+            self._from_zero = zero, raised
+        return raised
 
     def _summed(self) -> Tensor:
         if self._sums is None:
-            self._sums = self._codes().sum(dim=1, dtype=torch.int64)
-            self._largest = int(self._sums.abs().max())
+            self._sums = self._weight().sum(dim=1, dtype=torch.int64)
         return self._sums
-
-    def _kept(self) -> Tensor:
-        if self._floats is None:
-            self._floats = self._codes().to(torch.float32)
-        return self._floats
-
-
-def _in_slices(x: Tensor, weight: Tensor) -> Tensor:
-    """The product from float32 products of few enough channels each."""
-    if x.shape[1] <= _SLICE:
-        return x.to(torch.float32) @ weight.to(torch.float32).t()
-    total = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.int32)
-    for part, columns in zip(x.split(_SLICE, dim=1), weight.split(_SLICE, dim=1), strict=True):
-        total += (part.to(torch.float32) @ columns.to(torch.float32).t()).to(torch.int32)
-    return total
 
 
 class ExactProducts:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,16 @@ from transformers.pytorch_utils import Conv1D
 from alphasmith.objectives.calibration.patches import conv_window, pads
 from alphasmith.objectives.calibration.weight_matrix import as_matrix, from_matrix, matrix_shape
 from alphasmith.objectives.errors import InputError
+from alphasmith.objectives.model.modules import weight_parameter
+from alphasmith.objectives.quantization._integer_linear import IntegerLinear
 from alphasmith.objectives.quantization.integer_product import MOST_CHANNELS, WeightProducts
 from alphasmith.objectives.quantization.quantizers import (
-    BYTE_MIDDLE,
     CodeGrid,
     QuantizedTensor,
-    activation_bytes,
     activation_grid,
     dequantize_weight,
     fake_quantize_activation,
     pack_int4,
-    quantize_activation,
     quantize_weight,
     row_grid,
     unpack_int4,
@@ -162,12 +161,13 @@ class QuantizedOperator(nn.Module):
         self.weight_numel = weight.numel()
         self._dtype = dtype or compute_dtype(weight.dtype)
         self._dense: Tensor | None = None
-        self._products: WeightProducts | None = None
+        self._linear: IntegerLinear | None = None
         self.keep_codes = False
         self._pairs: tuple[SaturatingPairs, ...] = ()
         self._groups = int(getattr(inner, "groups", 1))
         outputs, inputs = matrix_shape(self._shape, kind, transposed, self._groups)
         self._inputs = inputs
+        self._integers = scheme.integer_operands and inputs <= MOST_CHANNELS
         self._channels = int(inputs) if kind == "linear" else int(getattr(inner, "in_channels", weight.shape[1]))
         stored = (outputs, -(-inputs // 2) if scheme.weights == "int4" else inputs)
         found = tuple(payload.weight_values.shape)
@@ -188,6 +188,7 @@ class QuantizedOperator(nn.Module):
             tensor: Tensor | None = getattr(payload, name)
             self.register_buffer(name, None if tensor is None else tensor.detach().to(device))
         self.train(inner.training)
+        self.register_load_state_dict_post_hook(_forget_derived)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     @classmethod
     def quantize(
@@ -274,13 +275,13 @@ class QuantizedOperator(nn.Module):
     @property
     def uses_integers(self) -> bool:
         """Whether the product is taken between integers; otherwise it runs on dequantized tensors."""
+        inner = cast(nn.Module, self._modules["inner"])
         return (
-            self.execution == "integer"
-            and self.scheme.integer_operands
-            and self._inputs <= MOST_CHANNELS
-            and type(self.inner).forward in (nn.Linear.forward, Conv1D.forward)
-            and not self.inner._forward_hooks  # a hook on the inner module expects to see its input and output
-            and not self.inner._forward_pre_hooks
+            self._integers
+            and self.execution == "integer"
+            and type(inner).forward in (nn.Linear.forward, Conv1D.forward)
+            and not inner._forward_hooks  # a hook on the inner module expects to see its input and output
+            and not inner._forward_pre_hooks
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,9 +289,8 @@ class QuantizedOperator(nn.Module):
 
         (..., C) for linear, (B, C, *space) or (C, *space) for conv. Further arguments go to the replaced forward as they are.
         """
-        input, more, named = _arguments(args, kwargs)
-        if self.uses_integers and not more and not named:
-            return self._integer_forward(input)
+        if len(args) + len(kwargs) == 1 and self.uses_integers:
+            return self._integer_forward(args[0] if args else next(iter(kwargs.values())))
         weight, grids = self._dequantized(), list[CodeGrid]()
         bias, quantize = self.corrected(self.correction), partial(self._fake_quantized, grids=grids)
         with self._saturated(weight, grids):
@@ -350,26 +350,31 @@ class QuantizedOperator(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the payload."""
-        self._dense, self._products, self._pairs = None, None, ()
+        self._dense, self._linear, self._pairs = None, None, ()
 
     def _integer_forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self._channels:  # the reshape below would accept some wrong inputs in silence
             raise InputError("input", f"has {x.shape[-1]} channels", f"give (..., {self._channels})")
-        rows = self.smoothed(x.reshape(-1, self._channels).to(self._dtype))
-        scale, zero = self._grid_of(rows)
-        if self._products is None:
-            self._products = WeightProducts(self.integer_weight, keep=self.keep_codes)
-        if self.scheme.byte_operands:
-            codes = activation_bytes(rows, scale, self.scheme.activations, zero)
-            product = self._products.of_bytes(codes, zero)
-            if self.scheme.saturates:
-                product = product + self._saturating()[0].lost(codes + BYTE_MIDDLE)
-        else:
-            product = self._products.of_codes(quantize_activation(rows, scale, self.scheme.activations).values)
-        output, factor, bias = product.to(self._dtype), self.weight_scale.reshape(-1), self.corrected(self.correction)
-        output, factor = (output, factor * scale) if scale.dim() == 0 else (output * scale, factor)
-        output = output * factor if bias is None else torch.addcmul(bias, output, factor)
-        return output.reshape(*x.shape[:-1], output.shape[-1]).to(x.dtype)
+        linear = self._linear
+        if linear is None:
+            linear = self._linear = self._integer_linear()
+        rows = x if x.dim() == 2 else x.reshape(-1, self._channels)
+        output = linear(rows, self.corrected(self._buffers["correction"]))
+        output = output if x.dim() == 2 else output.reshape(*x.shape[:-1], -1)
+        return output if output.dtype == x.dtype else output.to(x.dtype)
+
+    def _integer_linear(self) -> IntegerLinear:
+        """What :meth:`_integer_forward` runs, made of the payload as it is now."""
+        return IntegerLinear(
+            WeightProducts(self.integer_weight, largest=255 if self.scheme.asymmetric else 128, keep=self.keep_codes),
+            weight_scale=self.weight_scale,
+            outputs=self.weight_values.shape[0],
+            activations=self.scheme.activations,
+            grid=self._static_grid(),
+            dtype=self._dtype,
+            smoothed=None if self.shift is None and self.smooth is None else self.smoothed,
+            lost=self._saturating()[0].lost if self.scheme.saturates else None,
+        )
 
     def corrected(self, correction: Tensor | None) -> Tensor | None:
         """(O,) what is added to the product: the bias, the correction, or both; None where there is neither.
@@ -377,7 +382,7 @@ class QuantizedOperator(nn.Module):
         Args:
             correction: (O,) what the weight makes of the shift, or None.
         """
-        bias = self.inner._parameters.get("bias")
+        bias = cast(nn.Module, self._modules["inner"])._parameters.get("bias")
         if bias is None:
             return correction
         return bias if correction is None else bias + correction
@@ -477,9 +482,12 @@ class QuantizedOperator(nn.Module):
 
     def _grid_of(self, x: Tensor) -> CodeGrid:
         """Activation scale and zero point: the calibrated ones, or those of every row (linear) or sample (conv) of a smoothed input."""
-        if self.input_scale is not None:
-            return CodeGrid(self.input_scale, None if self.input_zero is None else self.input_zero.to(torch.float32))
-        return row_grid(x, self.scaled_dims(x), self.scheme.activations)
+        return self._static_grid() or row_grid(x, self.scaled_dims(x), self.scheme.activations)
+
+    def _static_grid(self) -> CodeGrid | None:
+        if self.input_scale is None:
+            return None
+        return CodeGrid(self.input_scale, None if self.input_zero is None else self.input_zero.to(torch.float32))
 
     def scaled_dims(self, x: Tensor) -> tuple[int, ...]:
         """Dimensions of an input that share one scale where activations get theirs at run time: those of a row, or of a sample.
@@ -509,56 +517,17 @@ class QuantizedOperator(nn.Module):
         return from_matrix(matrix, self._shape, self.kind, self.transposed, self._groups)
 
 
+def _forget_derived(operator: nn.Module, _keys: object) -> None:
+    """A payload that was loaded in place is another one."""
+    cast(QuantizedOperator, operator)._forget()
+
+
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Any], dict[str, Any]]:
     """The input of a call and its further arguments; every forward served here names its input first."""
     if not args:  # models do call operators by keyword
         (_, input), *rest = kwargs.items()
         return input, [], dict(rest)
     return args[0], list(args[1:]), dict(kwargs)
-
-
-def weight_parameter(module: nn.Module, name: str | None = None) -> nn.Parameter:
-    """The weight a module owns.
-
-    Args:
-        module: An operator's module.
-        name: What to call it in the error; None: its class.
-
-    Raises:
-        InputError: It owns none, e.g. because a parametrization computes it.
-    """
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise InputError(
-            name or type(module).__name__,
-            "owns no weight parameter",
-            "skip this operator, or remove its parametrization first",
-        )
-    return weight
-
-
-def operator_module(model: nn.Module, name: str) -> nn.Module:
-    """The module an operator was found in.
-
-    Raises:
-        InputError: The model has no module of this name.
-    """
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise InputError(
-            name, "the model has no such operator", "use the model its sites were discovered in"
-        ) from error
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace ``old`` by ``new`` wherever ``model`` registers it (one module may stand under several names)."""
-    for parent in list(model.modules()):
-        if parent is new:
-            continue
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

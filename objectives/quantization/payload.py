@@ -15,13 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.quantization.operator import (
-    TENSORS,
-    OperatorPayload,
-    QuantizedOperator,
-    operator_module,
-    replace_module,
-)
+from alphasmith.objectives.model.modules import operator_module, replace_module
+from alphasmith.objectives.quantization.operator import TENSORS, OperatorPayload, QuantizedOperator
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.quantization.stack import TENSORS as STACK_TENSORS
 from alphasmith.objectives.quantization.stack import QuantizedStack, put

@@ -14,13 +14,8 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
 from alphasmith.objectives.finite import all_finite
-from alphasmith.objectives.quantization.operator import (
-    OperatorTensors,
-    QuantizedOperator,
-    compute_dtype,
-    operator_module,
-    weight_parameter,
-)
+from alphasmith.objectives.model.modules import operator_module, weight_parameter
+from alphasmith.objectives.quantization.operator import OperatorTensors, QuantizedOperator, compute_dtype
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.quantization.site_schemes import SiteSchemes
 from alphasmith.objectives.quantization.stack import QuantizedStack

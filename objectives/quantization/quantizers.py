@@ -150,7 +150,7 @@ def activation_grid(low: Tensor, high: Tensor, fmt: ActivationFormat) -> CodeGri
         NonFiniteError: A bound is NaN or infinite.
     """
     _require_codes(fmt)
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+    if not (all_finite(low) and all_finite(high)):
         raise NonFiniteError("the activation range holds NaN or infinity")
     return code_grid(low.to(torch.float32), high.to(torch.float32), fmt)
 
@@ -194,25 +194,6 @@ def quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: T
     return QuantizedTensor(codes.to(_STORAGE[fmt]), scale, zero)
 
 
-def activation_bytes(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
-    """Codes of :func:`quantize_activation` under int8, or those under uint8 minus 128, as float32 integers in -128..127.
-
-    Args:
-        x: (T, D) or any shape.
-        scale: Positive, broadcastable to ``x``.
-        fmt: int8 or uint8.
-        zero: See :func:`quantize_activation`.
-
-    Raises:
-        InputError: ``fmt`` has other codes, or ``zero`` contradicts it.
-        NonFiniteError: ``x`` or the scale holds NaN or infinity.
-    """
-    if fmt not in ("int8", "uint8"):
-        raise InputError("fmt", f"{fmt!r} has no codes of a byte", "use 'int8' or 'uint8'")
-    _require_zero(zero, fmt)
-    return round_bytes_(_checked_activation(x, scale) / scale, fmt, zero)
-
-
 def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
     """Quantize and dequantize activations: exactly (code - zero) times scale, float32; ``none`` returns ``x`` as float32.
 
@@ -229,7 +210,7 @@ def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, ze
     if fmt == "none":
         return x.to(torch.float32)
     _require_zero(zero, fmt)
-    return fake_quantize_activation_(_checked_activation(x, scale).clone(), scale, fmt, zero)
+    return round_codes_(_checked_activation(x, scale) / scale, fmt, zero).mul_(scale)
 
 
 def fake_quantize_activation_(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
@@ -245,6 +226,44 @@ def code_grid(low: Tensor, high: Tensor, fmt: ActivationFormat) -> CodeGrid:
     # Divided before they are subtracted: a range as wide as float32 itself has a step.
     scale = torch.where(high == low, 1.0, (high / codes - low / codes).clamp(_TINY, _HUGE / codes))
     return CodeGrid(scale, (-low / scale).round_().clamp_(0, codes))
+
+
+def row_steps(rows: Tensor, fmt: ActivationFormat) -> CodeGrid:
+    """Step and zero point of every row, as :func:`row_grid` has them but for rows of zeros: their codes are 0 under any step.
+
+    Args:
+        rows: (T, C) float32, C at least 1.
+        fmt: int8 or uint8.
+
+    Returns:
+        (T, 1) each.
+
+    Raises:
+        NonFiniteError: A row holds NaN or infinity.
+    """
+    qmax = QMAX[fmt]
+    if fmt != "uint8":
+        span, low = rows.abs().amax(dim=1, keepdim=True) / qmax, None
+    else:
+        low, high = rows.amin(dim=1, keepdim=True).clamp_max(0), rows.amax(dim=1, keepdim=True).clamp_min(0)
+        span = high / qmax - low / qmax
+    if not all_finite(span):  # exactly where an element of the row is not
+        raise NonFiniteError("the activation range holds NaN or infinity")
+    scale = span.clamp_(_TINY, _HUGE / qmax)
+    return CodeGrid(scale, None if low is None else (-low / scale).round_().clamp_(0, qmax))
+
+
+def code_limits(fmt: ActivationFormat, zero: float | None = None) -> tuple[float, float]:
+    """Smallest and largest code of an integer format, counted from its zero point."""
+    qmax = QMAX[fmt]
+    return (-qmax - 1, qmax) if zero is None else (-zero, qmax - zero)
+
+
+def row_codes_(quotients: Tensor, zero: Tensor | None) -> Tensor:
+    """Round values over their :func:`row_steps` in place to codes of 8 bits, counted from the zero point. Returns ``quotients``."""
+    if zero is not None:
+        return round_codes_(quotients, "uint8", zero)
+    return quotients.round_()  # no value of a row exceeds its largest, which is the code 127
 
 
 def code_scale(absmax: Tensor, fmt: WeightFormat | ActivationFormat) -> Tensor:
@@ -368,7 +387,7 @@ def _checked_matrix(w: Tensor) -> Tensor:
 
 def _checked_activation(x: Tensor, scale: Tensor) -> Tensor:
     x = x.to(torch.float32)
-    if not all_finite(x) or not bool(torch.isfinite(scale).all()):
+    if not (all_finite(x) and all_finite(scale)):
         raise NonFiniteError("the activation or its scale holds NaN or infinity")
     return x
 

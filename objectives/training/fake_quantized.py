@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphasmith.objectives.errors import InputError, NonFiniteError
+from alphasmith.objectives.model.modules import replace_module
 from alphasmith.objectives.model.private_copy import private_copy
-from alphasmith.objectives.quantization.operator import DequantizedWeight, QuantizedOperator, replace_module
+from alphasmith.objectives.quantization.operator import DequantizedWeight, QuantizedOperator
 from alphasmith.objectives.quantization.quantizers import CodeGrid, pack_int4, row_grid
 from alphasmith.objectives.quantization.saturating_pairs import SaturatedCalls, SaturatingPairs, pairs_of
 from alphasmith.objectives.quantization.scheme import Scheme

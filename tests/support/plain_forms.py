@@ -9,12 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphasmith.objectives.judge.site_objective import SiteObjective, linear_site_data
-from alphasmith.objectives.quantization.operator import (
-    Execution,
-    QuantizedOperator,
-    operator_module,
-    replace_module,
-)
+from alphasmith.objectives.model.modules import operator_module, replace_module
+from alphasmith.objectives.quantization.operator import Execution, QuantizedOperator
 from alphasmith.objectives.quantization.plan import Plan, QuantizationSummary, named_tensors
 from alphasmith.objectives.quantization.quantizers import dequantize_weight, quantize_weight
 from alphasmith.objectives.quantization.scheme import Scheme

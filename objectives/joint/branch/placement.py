@@ -13,7 +13,7 @@ from alphasmith.objectives.joint.branch.encoding import BranchWeight, branch_lay
 from alphasmith.objectives.joint.branch.layers import BranchModule, branch_module
 from alphasmith.objectives.joint.branch.rows import CONVOLUTIONS, LayerRows
 from alphasmith.objectives.joint.branch.settings import BranchSettings
-from alphasmith.objectives.quantization.operator import replace_module
+from alphasmith.objectives.model.modules import replace_module
 from alphasmith.objectives.text import matches
 
 _PLAIN = frozenset(kind.forward for kind in (nn.Linear, *CONVOLUTIONS))

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
 from alphasmith.objectives.media.batch import Batch, floating_outputs, unfused_attention
-from alphasmith.objectives.quantization.operator import QuantizedOperator, replace_module
+from alphasmith.objectives.model.modules import replace_module
+from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.stack import QuantizedStack
 from alphasmith.objectives.text import error_line
 from alphasmith.search.exports.onnx._guards import unguarded
