@@ -1,19 +1,23 @@
 """ONNX exports in ONNX Runtime: what they compute against our module on the same data, how fast against their own float model, what they cost.
 
-    python -m benchmarks.onnx_export [--models MiniLM ...] [--threads 1 2] [--repeats 9] [--anew] [--home FOLDER] [--work FOLDER]
+    python -m benchmarks.onnx_export [--models MiniLM ...] [--threads 1 2] [--repeats 9] [--again] [--anew] [--home FOLDER] [--work FOLDER]
                                      [--out [docs/exports.md]]
 
 The demos, the models of the shared data folder and the real ones (benchmarks/real_models.py), each searched in a small way. Exports are
 written by processes of their own, whose time and highest memory are measured; the float model is ``smoothed/`` out of the same exporter.
-Results and exports that are in ``--work`` are taken; ``--anew`` writes the exports again. Errors are relative squared errors at the main
-output against the float model in torch, or divergences of logits [nats] of language and speech models, on data that no run saw; differences are paired,
-with their standard error over samples. Times are of interleaved calls: a round calls every model once, and each ratio is a median over rounds.
+Results, exports and figures that are in ``--work`` are taken, so that the tables can be made in several commands: they show every model
+that has figures. ``--again`` measures the chosen models again, ``--anew`` also writes their exports again; ``--models`` without names only makes the tables.
+
+Errors are relative squared errors at the main output against the float model in torch, or divergences of logits [nats] of language and speech models,
+on data that no run saw; differences are paired, with their standard error over samples. Times are of interleaved calls, of one thread of the
+process' CPU, else of the clock on the wall: a round calls every model once, and each ratio is a median over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -41,6 +45,13 @@ from benchmarks.real_judges import Judged, Measure
 from benchmarks.timing import machine, median, publish, table
 
 LAYOUTS = ("ort-u8", "ort-s8", "qdq")
+#: What is run: a layout, and whether the session option that its card names is set.
+_VARIANTS = {
+    "ort-u8": ("ort-u8", False),
+    "ort-s8": ("ort-s8", False),
+    "qdq": ("qdq", True),
+    "qdq, no option": ("qdq", False),
+}
 _ROOT = Path(__file__).resolve().parents[1]
 _DOCUMENT = _ROOT / "docs/exports.md"
 
@@ -62,13 +73,23 @@ class Written:
     peak: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the tables say of a model."""
+
+    costs: Sequence[Sequence[object]]
+    quality: Sequence[Sequence[object]] = ()
+    speed: Sequence[Sequence[object]] = ()
+
+
 def main() -> None:
     """Print the tables, and put them into the document where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", help="default: all")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--anew", action="store_true", help="write exports that are there again")
+    parser.add_argument("--again", action="store_true", help="measure again what has figures")
+    parser.add_argument("--anew", action="store_true", help="the same, and write exports that are there again")
     parser.add_argument("--home", type=Path, default=home_folder(), help="where packages and model folders are kept")
     parser.add_argument("--work", type=Path, default=_ROOT / "build/onnx", help="where results and exports are kept")
     parser.add_argument("--out", type=Path, nargs="?", const=_DOCUMENT, help="document; alone: docs/exports.md")
@@ -80,48 +101,63 @@ def main() -> None:
         _write(known[name], layout, Path(target))
         return
     torch.set_num_threads(1)
-    told = machine()
-    chosen = given.models or list(known)
+    chosen = list(known) if given.models is None else given.models
     if unknown := set(chosen) - set(known):
         parser.error(f"--models: {', '.join(sorted(unknown))} unknown; one of {', '.join(known)}")
-    costs: list[Sequence[object]] = []
-    quality: list[Sequence[object]] = []
-    speed: list[Sequence[object]] = []
     for case in (known[name] for name in chosen):
-        start = time.perf_counter()
-        try:
-            written = {name: _exported(case, name, given) for name in ("float", *LAYOUTS)}
-        except AbsentError as absent:
-            costs.append([case.name, str(absent), *["-"] * 4])
-            continue
-        costs.append(_cost(case, written))
-        if not written["ort-u8"].refusal:
-            quality += _quality(case)
-            if not written["float"].refusal:
-                speed += _speed(case, given.threads, given.repeats)
-        print(f"{case.name}: {time.perf_counter() - start:.0f} s", *costs[-1:], *quality[-2:], *speed[-2:], flush=True)
-    publish("ONNX", _text(told, quality, speed, costs, given.threads), given.out)
+        if given.again or given.anew or not _kept(case).is_file():
+            start = time.perf_counter()
+            rows = _measured(case, given)
+            _kept(case).write_text(json.dumps(asdict(rows)), encoding="utf-8")
+            print(f"{case.name}: {time.perf_counter() - start:.0f} s", rows, flush=True)
+    found = [
+        Rows(**json.loads(_kept(case).read_text(encoding="utf-8"))) for case in known.values() if _kept(case).is_file()
+    ]
+    publish("ONNX", _text(found, given.threads), given.out)
 
 
-def _text(
-    told: str,
-    quality: Sequence[Sequence[object]],
-    speed: Sequence[Sequence[object]],
-    costs: Sequence[Sequence[object]],
-    threads: Sequence[int],
-) -> str:
-    errors = ["model", "layout", "metric: float, our module, export", "our error", "its error", "difference"]
-    timed = ["model", "batch", *(f"{n} threads: float [ms], {', '.join(LAYOUTS)}" for n in threads)]
-    paid = ["model", "float, ort-u8, qdq [MB]", "export [s]", "peak of its process [MB]", "in the graph", "notes"]
+def _kept(case: Case) -> Path:
+    return case.work / "rows.json"
+
+
+def _measured(case: Case, given: argparse.Namespace) -> Rows:
+    load = os.getloadavg()[0]
+    try:
+        written = {name: _exported(case, name, given) for name in ("float", *LAYOUTS)}
+    except (AbsentError, AlphasmithError) as error:
+        return Rows(costs=[[case.name, "-", "-", "-", "-", str(error)]])
+    if any(written[layout].refusal for layout in LAYOUTS):
+        return Rows(costs=[_cost(case, written)])
+    quality = list(_quality(case))
+    speed = [] if written["float"].refusal else list(_speed(case, given.threads, given.repeats, load))
+    return Rows(costs=[_cost(case, written)], quality=quality, speed=speed)
+
+
+def _text(found: Sequence[Rows], threads: Sequence[int]) -> str:
+    errors = ["model", "", "metric: float, our module, export", "our error", "its error", "difference"]
+    timed = [
+        "model",
+        "batch",
+        *(f"{n} thread{'s' * (n > 1)}: float [ms]; {'; '.join(_VARIANTS)}" for n in threads),
+        "load",
+    ]
+    paid = [
+        "model",
+        f"float, {', '.join(LAYOUTS)} [MB]",
+        "export [s]",
+        "peak of its process [MB]",
+        "operators",
+        "notes",
+    ]
     return "\n\n".join(
         (
-            told,
+            machine(),
             f"Results are of `{SCHEME}`. Metric and error in ONNX Runtime and in our module:",
-            table(errors, quality),
-            "Time of the float model in ONNX Runtime, and how many times as fast the export is:",
-            table(timed, speed),
+            table(errors, [row for rows in found for row in rows.quality]),
+            "Time of the float model in ONNX Runtime, and how many times as fast the exports are:",
+            table(timed, [row for rows in found for row in rows.speed]),
             "What the exports take:",
-            table(paid, costs),
+            table(paid, [row for rows in found for row in rows.costs]),
         )
     )
 
@@ -191,8 +227,8 @@ def _processor(case: Case) -> Mapping[str, Any]:
 
 
 def _cost(case: Case, written: Mapping[str, Written]) -> list[object]:
-    refusal = written["ort-u8"].refusal or written["float"].refusal
-    if written["ort-u8"].refusal:
+    refusal = next((one.refusal for one in reversed(list(written.values())) if one.refusal), "")
+    if any(written[layout].refusal for layout in LAYOUTS):
         return [case.name, "-", "-", "-", "-", refusal]
     record = json.loads((_folder(case, "ort-u8") / "export.json").read_text(encoding="utf-8"))
     left = [note for note in record["notes"] if "float one" in note or note.startswith("no ")]
@@ -214,12 +250,12 @@ def _quality(case: Case) -> Iterator[list[object]]:
     with tempfile.TemporaryDirectory() as place:
         judge = case.judge(Path(place))
         plain, ours = judge(case.float_model()), judge(case.quantized())
-        for layout in LAYOUTS:
-            theirs = judge(loaded(_folder(case, layout)))
+        for name, (layout, exact) in _VARIANTS.items():
+            theirs = judge(loaded(_folder(case, layout), exact=exact))
             change, scatter = paired_difference(theirs.errors, ours.errors, plain.energy)
             yield [
                 case.name,
-                layout,
+                name,
                 "; ".join(_metrics(judge.measures, plain, ours, theirs)),
                 f"{ours.loss:.4g}",
                 f"{theirs.loss:.4g}",
@@ -243,20 +279,22 @@ def _paired(difference: Tensor) -> str:
 # --------------------------------------------------------------------------------------------------------------------- speed
 
 
-def _speed(case: Case, threads: Sequence[int], repeats: int) -> Iterator[list[object]]:
+def _speed(case: Case, threads: Sequence[int], repeats: int, load: float) -> Iterator[list[object]]:
     """A row for every part and size: median time of the float model, and how many times as fast every layout is."""
-    names = ("float", *LAYOUTS)
+    runs = {"float": ("float", False), **_VARIANTS}
     cells: dict[tuple[str, int], list[str]] = {}
     for count in threads:
-        models = {name: loaded(_folder(case, name), count) for name in names}
+        models = {n: loaded(_folder(case, layout), count, exact=exact) for n, (layout, exact) in runs.items()}
         for size in case.sizes:
             for part, calls in _calls(models, case, size).items():
                 times = _times(calls, time.process_time if count == 1 else time.perf_counter, repeats)
-                ratios = [median([a / b for a, b in zip(times["float"], times[name], strict=True)]) for name in LAYOUTS]
-                shown = f"{1e3 * median(times['float']):.3g}, {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+                ratios = [
+                    median([a / b for a, b in zip(times["float"], times[name], strict=True)]) for name in _VARIANTS
+                ]
+                shown = f"{1e3 * median(times['float']):.3g}; {'; '.join(f'{ratio:.2f}' for ratio in ratios)}"
                 cells.setdefault((part, size), []).append(shown)
     for (part, size), shown_cells in cells.items():
-        yield [f"{case.name} {part}".strip(), size, *shown_cells]
+        yield [f"{case.name} {part}".strip(), size, *shown_cells, f"{load:.1f}"]
 
 
 def _calls(models: Mapping[str, nn.Module], case: Case, size: int) -> dict[str, dict[str, Callable[[], object]]]:

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 _LEFT_OUT = {"attention_mask": 1, "token_type_ids": 0}
 
 
-def session(file: Path, threads: int) -> Any:
-    """A session that computes exactly on every processor.
+def session(file: Path, threads: int, *, exact: bool) -> Any:
+    """A session of ONNX Runtime.
 
     Args:
         file: An ONNX model.
         threads: Of one operator.
+        exact: Raise signed weights to unsigned ones, whose kernels are exact without VNNI, too.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(exact)))
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
@@ -37,11 +38,12 @@ class GraphModel(nn.Module):
     Args:
         file: An ONNX model.
         threads: Of one operator.
+        exact: See :func:`session`.
     """
 
-    def __init__(self, file: Path, threads: int = 1) -> None:
+    def __init__(self, file: Path, threads: int = 1, *, exact: bool = False) -> None:
         super().__init__()
-        self.session = session(file, threads)
+        self.session = session(file, threads, exact=exact)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Its outputs: of several a mapping by name, of one the tensor."""
@@ -78,11 +80,12 @@ class EncoderDecoder(nn.Module):
         encoder: An ONNX model.
         decoder: Another.
         threads: Of one operator.
+        exact: See :func:`session`.
     """
 
-    def __init__(self, encoder: Path, decoder: Path, threads: int = 1) -> None:
+    def __init__(self, encoder: Path, decoder: Path, threads: int = 1, *, exact: bool = False) -> None:
         super().__init__()
-        self.encoder, self.decoder = GraphModel(encoder, threads), GraphModel(decoder, threads)
+        self.encoder, self.decoder = (GraphModel(file, threads, exact=exact) for file in (encoder, decoder))
 
     def forward(self, decoder_input_ids: Tensor, **heard: Tensor) -> Any:
         """Logits (B, L, V)."""
@@ -90,8 +93,8 @@ class EncoderDecoder(nn.Module):
         return self.decoder(decoder_input_ids=decoder_input_ids, encoder_hidden_states=hidden)
 
 
-def loaded(folder: Path, threads: int = 1) -> nn.Module:
+def loaded(folder: Path, threads: int = 1, *, exact: bool = False) -> nn.Module:
     """What is in the folder of an export, called as its model."""
     if (folder / "encoder.onnx").is_file():
-        return EncoderDecoder(folder / "encoder.onnx", folder / "decoder.onnx", threads)
-    return GraphModel(folder / "model.onnx", threads)
+        return EncoderDecoder(folder / "encoder.onnx", folder / "decoder.onnx", threads, exact=exact)
+    return GraphModel(folder / "model.onnx", threads, exact=exact)

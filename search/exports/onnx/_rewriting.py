@@ -166,7 +166,8 @@ class _Rewriting:
         return OperatorConstants(
             self._writer,
             weight,
-            unsigned_weights=self._layout == "ort-u8",
+            # Signed weights only make linear products faster: ONNX Runtime has no fast convolution for them.
+            unsigned_weights=self._layout == "ort-u8" or (self._layout == "ort-s8" and form != "product"),
             unsigned_inputs=self._layout != "qdq",
             copy=copy,
         )

@@ -212,5 +212,5 @@ def _notes(layout: OnnxLayout) -> Iterator[str]:
     else:
         yield (
             "needs ONNX Runtime: products and convolutions are its own nodes, fast and exact on processors with VNNI; on other x86 "
-            "processors pairs of products saturate in 16 bits, unless weights have 7 bits"
+            "processors pairs of products of linear operators saturate in 16 bits, unless weights have 7 bits"
         )
