@@ -12,7 +12,7 @@
 - ``modules``: modules of a model: the one of an operator, the weight that one owns, and another in its place
 - ``plain_operators``: a model of plain operators in place of the user's, and the way back to the user's tensors
 - ``private_copy``: a private copy of the user's module, without what wraps it: compilers and parallel runners
-- ``stored_names``: what a checkpoint of transformers calls the parameters of a model
+- ``stored_names``: what a checkpoint of transformers calls the parameters of a model, which classes refuse quantized ones
 """
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a checkpoint of transformers calls the parameters of a model: some classes rename or split tensors when they load one."""
+"""What a checkpoint of transformers calls the parameters of a model, and which classes stand in the way of a quantized one."""
 
 from __future__ import annotations
 
@@ -43,3 +43,24 @@ def splits_weights(model: nn.Module) -> bool:
     keys = (type(model).__name__, getattr(config, "model_type", None))
     known = next((k for key in keys if key and (k := get_checkpoint_conversion_mapping(key)) is not None), ())
     return any(len(entry.target_patterns) > 1 and entry.source_patterns[0].endswith(".weight") for entry in known)
+
+
+def initializes_all_weights(model: nn.Module) -> bool:
+    """Whether its class initializes a weight of every linear layer on loading, which fails where weights are packed.
+
+    Args:
+        model: Of transformers, on the device ``meta``; as it was afterwards.
+    """
+    bare = nn.Linear(1, 1, bias=False, device="meta")
+    del bare.weight
+    initialize: Any = getattr(model, "initialize_weights", None)
+    if initialize is None:
+        return False
+    model.add_module("bare", bare)
+    try:
+        initialize()
+    except AttributeError:
+        return True
+    finally:
+        del model.bare
+    return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.text import listed, number
@@ -45,14 +46,28 @@ print([value.name for value in session.get_inputs()])  # what it takes
 outputs = session.run(None, {...})
 ```""",
 }
-#: What comes before loading where the class splits weights of a checkpoint, which transformers 5.23 cannot do beside scales.
-_WHOLE = """from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+#: What of a class of transformers stands in the way of a quantized checkpoint: ``splits``, it may make several weights of one tensor;
+#: ``initializes``, it initializes a weight of every linear layer, and packed ones have none.
+Obstacle = Literal["splits", "initializes"]
+#: What comes before loading, as of transformers 5.23.
+_BEFORE: Mapping[Obstacle, str] = {
+    "splits": """from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 # No weight of this checkpoint is split on loading; transformers refuses quantized checkpoints of classes that may split one.
 whole = [entry for entry in get_checkpoint_conversion_mapping("CLASS") if len(entry.target_patterns) == 1]
 register_checkpoint_conversion_mapping("CLASS", whole, overwrite=True)
 
-"""
+""",
+    "initializes": """from transformers import PreTrainedModel
+
+# Nothing is to be initialized in a packed layer, which has no plain weight.
+initialize = PreTrainedModel._initialize_weights
+PreTrainedModel._initialize_weights = lambda self, module, *more: (
+    None if hasattr(module, "weight_packed") else initialize(self, module, *more)
+)
+
+""",
+}
 #: Session options by layout of ONNX models.
 _OPTIONS = {
     "ort-u8": "# no option needed: unsigned codes are exact on every processor",
@@ -68,7 +83,7 @@ def model_card(
     architecture: str,
     original: str | None,
     licences: Sequence[str],
-    splits: bool = False,
+    obstacles: Sequence[Obstacle] = (),
 ) -> str:
     """The card as Markdown, with the licence of the original model.
 
@@ -78,21 +93,21 @@ def model_card(
         architecture: Class of transformers that the model is of.
         original: The card of the original model, or None.
         licences: Names of the licence files that travel with the model.
-        splits: Whether its class splits weights of a checkpoint on loading.
+        obstacles: What of its class stands in the way of loading it.
     """
     front = "\n".join(("---", *_front(record, original), "---"))
     parts = [front, f"# {manifest.model.name}, {record.scheme}", *_done(manifest, record), *_losses(manifest, record)]
-    parts += ["## Loading", _loading(record, architecture, splits=splits)]
+    parts += ["## Loading", _loading(record, architecture, obstacles)]
     if record.notes or record.left or record.unsmoothed:
         parts += ["## What differs", "\n".join(f"- {line}" for line in _differs(record))]
     parts += ["## Licence", _licence(original, licences), "## Provenance", _provenance(manifest, record)]
     return "\n\n".join(parts) + "\n"
 
 
-def _loading(record: ExportRecord, architecture: str, *, splits: bool) -> str:
+def _loading(record: ExportRecord, architecture: str, obstacles: Sequence[Obstacle]) -> str:
     told = _LOADING[record.format]
-    if splits:
-        told = told.replace("model = CLASS.", f"{_WHOLE}model = CLASS.", 1)
+    before = "".join(_BEFORE[obstacle] for obstacle in obstacles)
+    told = told.replace("model = CLASS.", f"{before}model = CLASS.", 1)
     told = told.replace("CLASS", architecture).replace("OPTIONS", _OPTIONS.get(record.layout or "", ""))
     models = [entry.path for entry in record.artifacts if entry.path.endswith(".onnx")]
     if len(models) > 1:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphasmith.objectives.errors import InputError
-from alphasmith.objectives.model.stored_names import splits_weights
+from alphasmith.objectives.model.stored_names import initializes_all_weights, splits_weights
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.objectives.text import listed
+from alphasmith.search.exports._card import Obstacle
 from alphasmith.search.exports.source import DeployedOperator, ExportSource
 
 Layout = Literal["int-quantized", "float-quantized", "pack-quantized"]
@@ -39,7 +40,7 @@ class Checkpoint:
         quantized: Names of the operators that are integer (or fp8).
         left: Operators that the run quantized and that stay float here, because the format has no place for them, with the reason.
         notes: What the consumer computes otherwise than the run did.
-        splits: Whether transformers has to be told that no weight of it is split on loading.
+        obstacles: What of its class stands in the way of loading it, see :data:`Obstacle`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -47,7 +48,7 @@ class Checkpoint:
     quantized: tuple[str, ...]
     left: Mapping[str, str]
     notes: tuple[str, ...]
-    splits: bool
+    obstacles: tuple[Obstacle, ...]
 
 
 def layout_of(scheme: Scheme) -> Layout:
@@ -110,7 +111,7 @@ def compressed_tensors(source: ExportSource, plain: Mapping[str, DeployedOperato
         quantized=tuple(operator.name for operator in operators),
         left=left,
         notes=tuple(_notes(layouts)),
-        splits=splits_weights(source.architecture),
+        obstacles=tuple(_obstacles(source.architecture, layouts)),
     )
 
 
@@ -316,6 +317,13 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
 
 def _bits(scheme: Scheme) -> int:
     return 4 if scheme.weights == "int4" else 8
+
+
+def _obstacles(architecture: nn.Module, layouts: Mapping[Scheme, Layout]) -> Iterator[Obstacle]:
+    if splits_weights(architecture):
+        yield "splits"
+    if "pack-quantized" in layouts.values() and initializes_all_weights(architecture):
+        yield "initializes"
 
 
 def _notes(layouts: Mapping[Scheme, Layout]) -> Iterator[str]:

@@ -263,7 +263,7 @@ def _write(
         architecture=architecture,
         original=original,
         licences=licences,
-        splits=isinstance(made, Checkpoint) and made.splits,
+        obstacles=made.obstacles if isinstance(made, Checkpoint) else (),
     )
     folder.write_text(CARD, card)
     whole = record.with_artifacts(folder.written)

@@ -9,6 +9,7 @@ import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,15 @@ def pixels() -> list[dict[str, torch.Tensor]]:
 
 @contextmanager
 def untouched_mappings() -> Iterator[None]:
-    """What is registered with transformers is forgotten afterwards."""
+    """What a card changes in transformers is taken back afterwards."""
+    from transformers import PreTrainedModel
+
     mappings = importlib.import_module("transformers.conversion_mapping")
-    known = mappings.get_checkpoint_conversion_mapping("Dinov2Model")
+    known, own = mappings.get_checkpoint_conversion_mapping("Dinov2Model"), vars(PreTrainedModel).copy()
     try:
         yield
     finally:
+        PreTrainedModel._initialize_weights = own["_initialize_weights"]
         mappings.register_checkpoint_conversion_mapping("Dinov2Model", known, overwrite=True)
 
 
@@ -198,9 +202,16 @@ def test_a_result_in_several_files_is_exported_and_has_a_recipe(tmp_path: Path) 
 
 
 @needs_library
-def test_a_class_that_renames_weights_on_loading_is_exported_whole_and_loads_as_its_card_says(tmp_path: Path) -> None:
-    """DINOv2: checkpoints have other names for q, k and v, and may hold two weights of an MLP in one, which transformers then splits."""
-    result = run(settings(tmp_path, {**renamed_model(tmp_path), **RENAMED}), batches=pixels()).folder
+@pytest.mark.parametrize("scheme", ["w8a8-channel-static", "w4a16-g8"])
+def test_a_class_that_renames_weights_on_loading_is_exported_whole_and_loads_as_its_card_says(
+    scheme: str, tmp_path: Path
+) -> None:
+    """DINOv2: checkpoints have other names for q, k and v, and may hold two weights of an MLP in one, which transformers then splits.
+
+    It also initializes a weight of every linear layer, and packed ones have none.
+    """
+    values = {**renamed_model(tmp_path), **RENAMED, "scheme": asdict(Scheme.parse(scheme))}
+    result = run(settings(tmp_path, values), batches=pixels()).folder
     out = tmp_path / "served"
     record = export(result, "compressed-tensors", out).record
     linear = [n for n, m in load_smoothed(result).named_modules() if isinstance(m, nn.Linear)]
@@ -221,8 +232,8 @@ def test_a_class_that_renames_weights_on_loading_is_exported_whole_and_loads_as_
         # What comes before is a convolution, which the format keeps in float.
         models: list[Any] = [theirs, ours, load_smoothed(result)]
         seen = [m.encoder(hidden).last_hidden_state for m in models]
-    assert torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[0], seen[2])
+    lost = float((seen[1] - seen[2]).norm())
+    assert float((seen[0] - seen[1]).norm()) < 1e-5 * lost, (float((seen[0] - seen[1]).norm()), lost)
 
 
 def test_what_the_format_has_no_place_for_is_refused_by_name_or_written_without(
