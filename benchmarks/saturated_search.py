@@ -19,6 +19,7 @@ from alphasmith.objectives.judge.candidate_batch import paired_difference
 from alphasmith.objectives.literals import Kernel
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.quantization.operator import QuantizedOperator
+from alphasmith.objectives.quantization.scheme import WeightFormat
 from alphasmith.search import RunConfig, load_quantized, run
 from benchmarks.real_folders import model_folder
 from benchmarks.real_judges import SHORT, Judge, Judged, Measure, References, make_judge
@@ -37,7 +38,8 @@ HEADER = (
         "one alpha for the kernel",
         "search for the kernel",
     ),
-    *("with 7 bits where they win", "of them at 7 bits", "saved of served, search alone", "with 7 bits"),
+    *("with 7 bits where they win", "operators at 7 bits", "search with 7 bits everywhere"),
+    "saved of what is served: search, 7 bits where they win, everywhere",
 )
 
 
@@ -121,7 +123,13 @@ def configuration(model: str, home: Path, work: Path) -> tuple[RunConfig, Sequen
 
 
 def found(
-    config: RunConfig, batches: Sequence[object] | None, out: Path, *, kernel: Kernel, formats: Sequence[str] = ()
+    config: RunConfig,
+    batches: Sequence[object] | None,
+    out: Path,
+    *,
+    kernel: Kernel,
+    formats: Sequence[str] = (),
+    weights: WeightFormat = "int8",
 ) -> Path:
     """The output folder of a small run for a kernel; one that is there is taken.
 
@@ -131,19 +139,20 @@ def found(
         out: The folder.
         kernel: What products are taken for.
         formats: Formats that sites may have.
+        weights: Format of the weights.
     """
     if not (out / "manifest.json").is_file():
         values = config.model_dump()
         values["out"] = str(out)
-        values["scheme"]["kernel"] = kernel
+        values["scheme"] |= {"kernel": kernel, "weights": weights}
         values["sites"]["formats"] = list(formats)
         values["search"] |= _SEARCH
         run(RunConfig.build(values), batches=batches)
     return out
 
 
-def runs(config: RunConfig, batches: Sequence[object] | None, work: Path) -> tuple[Path, Path, Path]:
-    """Runs for exact products, for those that saturate, and for these with weights of 7 bits where they win.
+def runs(config: RunConfig, batches: Sequence[object] | None, work: Path) -> tuple[Path, Path, Path, Path]:
+    """Runs for exact products, for those that saturate, for these with weights of 7 bits where they win, and with 7 bits everywhere.
 
     Args:
         config: Of the runs.
@@ -154,6 +163,7 @@ def runs(config: RunConfig, batches: Sequence[object] | None, work: Path) -> tup
         found(config, batches, work / "exact", kernel="exact"),
         found(config, batches, work / "pairs", kernel=_PAIRS),
         found(config, batches, work / "mixed", kernel=_PAIRS, formats=_FORMATS),
+        found(config, batches, work / "seven", kernel="exact", weights="int7"),
     )
 
 
@@ -177,19 +187,19 @@ def row(model: str, judge: Judge, runs: Sequence[Path], one_alpha: Judged, loss:
     Args:
         model: Its name.
         judge: On unseen samples.
-        runs: Output folders: for exact products, for the kernel, for the kernel with formats.
+        runs: Output folders, see :func:`runs`.
         one_alpha: The model under the best single alpha for the kernel.
         loss: Name of the loss at the output.
     """
-    exact, aware, mixed = runs
+    exact, aware, mixed, seven = runs
     told, here = judge(served(exact, "exact")), judge(served(exact, _PAIRS))
     chosen = served(mixed, _PAIRS)
-    alone, formats = judge(served(aware, _PAIRS)), judge(chosen)
+    alone, formats, everywhere = judge(served(aware, _PAIRS)), judge(chosen), judge(served(seven, _PAIRS))
     operators = [m for m in chosen.modules() if isinstance(m, QuantizedOperator)]
-    seven = sum(m.scheme.weights == "int7" for m in operators)
+    count = sum(m.scheme.weights == "int7" for m in operators)
     losses = [f"{judged.loss:.5f}" for judged in (told, here, one_alpha, alone, formats)]
-    gains = [_gain(here, judged) for judged in (alone, formats)]
-    return [model, loss, *losses, f"{seven} of {len(operators)}", *gains]
+    gains = ", ".join(_gain(here, judged) for judged in (alone, formats, everywhere))
+    return [model, loss, *losses, f"{count} of {len(operators)}", f"{everywhere.loss:.5f}", gains]
 
 
 def _gain(before: Judged, after: Judged) -> str:
