@@ -9,6 +9,7 @@
 - ``_parts``: the graphs that a model becomes: one, or those that write text token by token
 - ``_products``: integer products of linear operators as nodes of a graph
 - ``_rewriting``: marked operators of a traced graph in the nodes of a layout
+- ``_rounded_sums``: sums of convolutions that are rounded anyway, rounded where runtimes look for it
 - ``_tracing``: a model as a graph in which every quantized operator is marked
 - ``models``: the files of an export
 - ``reading``: the operators of an exported graph

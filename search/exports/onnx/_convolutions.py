@@ -1,8 +1,14 @@
-"""Integer convolutions as nodes of a graph."""
+"""Integer convolutions as nodes of a graph.
+
+Where windows lie side by side a convolution is a linear product of a rearranged input: the patch layer of a vision transformer, and
+kernels of size 1. ONNX Runtime multiplies the integers of a product faster than those of a convolution, and finds no integers in Q/DQ around
+a convolution whose sum stays float.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +19,6 @@ from alphasmith.search.exports.onnx._codes import OperatorConstants
 from alphasmith.search.exports.onnx._graph import GraphWriter
 from alphasmith.search.exports.onnx._products import Codes
 from alphasmith.search.exports.source import DeployedOperator
-
-#: Largest magnitude that a bias may have as an integer [steps of the sum].
-_MOST_STEPS = 2**30
 
 
 class Convolutions:
@@ -33,7 +36,7 @@ class Convolutions:
     def convolution(
         self, before: ir.Node, x: Codes, bias: ir.Value | None, operator: DeployedOperator, constants: OperatorConstants
     ) -> ir.Value:
-        """The convolution of a rounded input and the weight, as float32.
+        """The convolution of a rounded input and the weight, as float32; in ``qdq`` on a bias as it is.
 
         Args:
             before: Float convolution that it replaces; its attributes are taken over.
@@ -51,7 +54,7 @@ class Convolutions:
             )
             quantized = [weight, constants.weight_scale(), constants.weight_zero(per_channel=True)]
             dense = node(before, "DequantizeLinear", quantized, f"{name}.weight", axis=0)
-            inputs = [values, dense, *([] if bias is None else [self._whole_bias(before, bias, operator)])]
+            inputs = [values, dense, *([] if bias is None else [bias])]
             return node(before, "Conv", inputs, f"{name}.convolution", **taken)
         zero = constants.weight_zero(per_channel=False)
         codes = [x.codes, weight, x.zero, zero]
@@ -65,20 +68,6 @@ class Convolutions:
             return value
         return node(before, "Add", [value, self._bias(name, bias, spaces)], f"{name}.sum")
 
-    def _whole_bias(self, before: ir.Node, bias: ir.Value, operator: DeployedOperator) -> ir.Value:
-        """A bias in whole steps of the sum, as ONNX Runtime wants it; as it is where it does not fit 32 bits."""
-        stored, name = bias.const_value, operator.name
-        steps = _steps(operator)
-        if stored is None:
-            return bias
-        whole = np.rint(stored.numpy().astype(np.float64) / steps)
-        if not np.all(np.abs(whole) < _MOST_STEPS):
-            return bias
-        scale = self._writer.constant(f"{name}.bias_scale", np.broadcast_to(steps, whole.shape))
-        codes = self._writer.constant(f"{name}.bias_codes", whole.astype(np.int32))
-        zero = self._writer.constant(f"{name}.bias_zero_point", np.zeros(whole.shape, np.int32))
-        return self._writer.node(before, "DequantizeLinear", [codes, scale, zero], f"{name}.bias", axis=0)
-
     def _bias(self, name: str, bias: ir.Value, spaces: int) -> ir.Value:
         stored = bias.const_value
         if stored is None:
@@ -91,8 +80,103 @@ class Convolutions:
         return self._writer.constant(name, np.asarray(values, np.float32).reshape(shape))
 
 
-def _steps(operator: DeployedOperator) -> Any:
-    """(O,) or () float32: what a step of the sum of integers is worth; of activations without a static scale, in theirs."""
-    scale, inputs = operator.scale.double(), operator.input_scale
-    steps = scale.reshape(-1 if scale.dim() else ())
-    return (steps if inputs is None else steps * inputs.double()).float().numpy()
+def side_by_side(node: ir.Node, kernel: Sequence[int]) -> bool:
+    """Whether no number of an input of a convolution is read by two windows, and none is left out but at the end.
+
+    Args:
+        node: The convolution.
+        kernel: Shape of its weight (O, C, *kernel).
+    """
+    window = list(kernel[2:])
+    attributes = node.attributes
+    padded = "auto_pad" in attributes and attributes["auto_pad"].as_string() not in ("NOTSET", "VALID")
+    return (
+        not padded
+        and not any(_integers(node, "pads", [0]))
+        and _integers(node, "strides", [1] * len(window)) == window
+        and set(_integers(node, "dilations", [1])) == {1}
+        and ("group" not in attributes or attributes["group"].as_int() == 1)
+    )
+
+
+def windows(writer: GraphWriter, before: ir.Node, x: ir.Value, kernel: Sequence[int], name: str) -> ir.Value:
+    """The numbers of every window as a row, in the order of the weight's.
+
+    Args:
+        writer: Of the graph.
+        before: The convolution, see :func:`side_by_side`.
+        x: (B, C, *space), codes or values of its input.
+        kernel: Shape of its weight.
+        name: Of the nodes.
+
+    Returns:
+        (B, *windows, C * prod(kernel)).
+    """
+    channels, window = kernel[1], kernel[2:]
+    spaces, dtype = len(window), x.dtype
+    if all(size == 1 for size in window):
+        return writer.node(before, "Transpose", [x], f"{name}_rows", dtype=dtype, perm=[0, *range(2, spaces + 2), 1])
+    x, sizes = _whole_windows(writer, before, x, kernel, name)
+    split = writer.node(before, "Reshape", [x, sizes], f"{name}_split", dtype=dtype)
+    order = [0, *range(2, 2 * spaces + 2, 2), 1, *range(3, 2 * spaces + 2, 2)]
+    turned = writer.node(before, "Transpose", [split], f"{name}_turned", dtype=dtype, perm=order)
+    rows = _whole_numbers(writer, f"{name}_row_sizes", [0] * (spaces + 1) + [channels * math.prod(window)])
+    return writer.node(before, "Reshape", [turned, rows], f"{name}_rows", dtype=dtype)
+
+
+def _whole_windows(
+    writer: GraphWriter, before: ir.Node, x: ir.Value, kernel: Sequence[int], name: str
+) -> tuple[ir.Value, ir.Value]:
+    """An input without what is too little for a window at its ends, and the sizes that set its windows apart: (B, C, n, k, n, k)."""
+    channels, window = kernel[1], list(kernel[2:])
+    source = before.inputs[0]
+    space = list((source.shape if source is not None else None) or ())[2:]
+    axes = _whole_numbers(writer, f"{name}_axes", range(2, len(window) + 2))
+    starts = _whole_numbers(writer, f"{name}_starts", [0] * len(window))
+    known = [size for size in space if isinstance(size, int)]
+    if len(known) == len(window):
+        counts = [size // step for size, step in zip(known, window, strict=True)]
+        used = [count * step for count, step in zip(counts, window, strict=True)]
+        apart = [0, channels, *(n for pair in zip(counts, window, strict=True) for n in pair)]
+        sizes = _whole_numbers(writer, f"{name}_sizes", apart)
+        if used == known:
+            return x, sizes
+        ends = _whole_numbers(writer, f"{name}_ends", used)
+    else:
+        node, whole = writer.node, ir.DataType.INT64
+        steps = _whole_numbers(writer, f"{name}_window", window)
+        shape = node(before, "Shape", [x], f"{name}_shape", dtype=whole, start=2)
+        count = node(before, "Div", [shape, steps], f"{name}_windows", dtype=whole)
+        ends = node(before, "Mul", [count, steps], f"{name}_ends", dtype=whole)
+        last = _whole_numbers(writer, f"{name}_last", [-1])
+        column = node(before, "Unsqueeze", [count, last], f"{name}_counts", dtype=whole)
+        beside = _whole_numbers(writer, f"{name}_window_column", [[step] for step in window])
+        pairs = node(before, "Concat", [column, beside], f"{name}_pairs", dtype=whole, axis=1)
+        flat = node(before, "Reshape", [pairs, last], f"{name}_flat", dtype=whole)
+        first = _whole_numbers(writer, f"{name}_first", [0, channels])
+        sizes = node(before, "Concat", [first, flat], f"{name}_sizes", dtype=whole, axis=0)
+    return writer.node(before, "Slice", [x, starts, ends, axes], f"{name}_whole", dtype=x.dtype), sizes
+
+
+def channels_first(writer: GraphWriter, before: ir.Node, product: ir.Value, spaces: int, name: str) -> ir.Value:
+    """A product of windows (B, *windows, O) as the convolution returns it: (B, O, *windows).
+
+    Args:
+        writer: Of the graph.
+        before: The convolution.
+        product: Of its windows and its weight.
+        spaces: Axes of a window.
+        name: Of the node.
+    """
+    return writer.node(
+        before, "Transpose", [product], f"{name}.convolution", perm=[0, spaces + 1, *range(1, spaces + 1)]
+    )
+
+
+def _whole_numbers(writer: GraphWriter, name: str, numbers: Iterable[int] | Sequence[Sequence[int]]) -> ir.Value:
+    return writer.constant(name, np.array(list(numbers), np.int64))
+
+
+def _integers(node: ir.Node, attribute: str, absent: Sequence[int]) -> list[int]:
+    found = node.attributes.get(attribute)
+    return list(absent) if found is None else list(found.as_ints())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,10 +11,11 @@ import onnx_ir as ir
 
 from alphasmith.objectives.literals import OnnxLayout
 from alphasmith.search.exports.onnx._codes import Form, OperatorConstants, Weight
-from alphasmith.search.exports.onnx._convolutions import Convolutions
+from alphasmith.search.exports.onnx._convolutions import Convolutions, channels_first, side_by_side, windows
 from alphasmith.search.exports.onnx._graph import MICROSOFT, GraphWriter, replace
 from alphasmith.search.exports.onnx._layouts import check_scheme
 from alphasmith.search.exports.onnx._products import Codes, Products
+from alphasmith.search.exports.onnx._rounded_sums import round_sum
 from alphasmith.search.exports.onnx._tracing import DOMAIN
 from alphasmith.search.exports.source import DeployedOperator
 
@@ -25,10 +27,13 @@ class Rewritten:
     Attributes:
         operators: Names of those whose integers it holds.
         float_products: Of these, the ones whose product is a float one of dequantized values, since the layout has none for it.
+        float_sums: Convolutions of ``qdq`` that ONNX Runtime computes in float, since nothing rounds their sum; other readers of QDQ
+            models, such as OpenVINO, find integers in them.
     """
 
     operators: tuple[str, ...]
     float_products: tuple[str, ...]
+    float_sums: tuple[str, ...]
 
 
 def rewrite(model: ir.Model, operators: Mapping[str, DeployedOperator], layout: OnnxLayout) -> Rewritten:
@@ -52,10 +57,15 @@ def rewrite(model: ir.Model, operators: Mapping[str, DeployedOperator], layout: 
     for node in list(model.graph):
         if node.domain == DOMAIN:
             work.dequantize(node)
+    float_sums = work.round_sums()
     model.opset_imports.pop(DOMAIN, None)
     if layout != "qdq":
         model.opset_imports[MICROSOFT] = 1
-    return Rewritten(operators=tuple(dict.fromkeys(work.used)), float_products=tuple(dict.fromkeys(work.floating)))
+    return Rewritten(
+        operators=tuple(dict.fromkeys(work.used)),
+        float_products=tuple(dict.fromkeys(work.floating)),
+        float_sums=tuple(dict.fromkeys(float_sums)),
+    )
 
 
 class _Rewriting:
@@ -66,6 +76,7 @@ class _Rewriting:
         self._products = Products(self._writer, layout)
         self._convolutions = Convolutions(self._writer, layout)
         self._inputs: dict[ir.Value, tuple[Codes, str]] = {}
+        self._between: list[tuple[ir.Node, DeployedOperator]] = []
         self.used: list[str] = []
         self.floating: list[str] = []
 
@@ -95,9 +106,15 @@ class _Rewriting:
         if node.op_type == "Conv":
             if turned or (bias is not None and bias.const_value is None):
                 return
-            groups = mark.attributes["groups"].as_int()
-            constants = self._constants(operator, shape, "convolution", groups, self._copy(operator))
-            value = self._convolutions.convolution(node, found[0], bias, operator, constants)
+            if side_by_side(node, shape):
+                value = self._product_of_windows(node, found[0], shape, bias, operator)
+            else:
+                groups = mark.attributes["groups"].as_int()
+                constants = self._constants(operator, shape, "convolution", groups, self._copy(operator))
+                value = self._convolutions.convolution(node, found[0], bias, operator, constants)
+                made = value.producer()
+                if self._layout == "qdq" and made is not None:
+                    self._between.append((made, operator))
         else:
             turned ^= node.op_type == "Gemm" and bool(_integer(node, "transB"))
             # The stored matrix is (C, O): that of a float weight stored (in, out) as it is, else turned.
@@ -115,6 +132,27 @@ class _Rewriting:
                 return
         replace(node, value)
         self._forget(mark, operator)
+
+    def _product_of_windows(
+        self, node: ir.Node, x: Codes, shape: tuple[int, ...], bias: ir.Value | None, operator: DeployedOperator
+    ) -> ir.Value:
+        constants = self._constants(operator, shape, "product", 1, self._copy(operator))
+        producer, source = x.codes.producer(), x.codes
+        # In qdq the values are rearranged, not the codes: ONNX Runtime finds a product of integers where QuantizeLinear and
+        # DequantizeLinear follow each other.
+        values = None if self._layout != "qdq" or producer is None else producer.inputs[0]
+        rows = windows(self._writer, node, values or source, shape, operator.name)
+        codes = (
+            dataclasses.replace(x, codes=rows)
+            if values is None
+            else self._products.rounded(node, rows, operator, constants, (-1,))
+        )
+        product = self._products.product(node, codes, bias, operator, constants)
+        return channels_first(self._writer, node, product, len(shape) - 2, operator.name)
+
+    def round_sums(self) -> list[str]:
+        """Round sums of convolutions where that changes nothing; names of those whose sum stays float."""
+        return [operator.name for node, operator in self._between if not round_sum(self._writer, node, operator)]
 
     def dequantize(self, node: ir.Node) -> None:
         """Replace what is left of a mark: dequantized values where something reads them, nothing else."""

@@ -100,6 +100,7 @@ def onnx_models(
     models: dict[str, ir.Model] = {}
     used: dict[str, None] = {}
     floating: dict[str, None] = {}
+    float_sums: dict[str, None] = {}
     notes: list[str] = []
     for part in parts(quantized, found):
         try:
@@ -113,6 +114,7 @@ def onnx_models(
         models[part.stem] = _cleaned(traced.model)
         used |= dict.fromkeys(rewritten.operators)
         floating |= dict.fromkeys(rewritten.float_products)
+        float_sums |= dict.fromkeys(rewritten.float_sums)
         notes.append(f"axes of any size in {part.stem}.onnx: {listed(_free(traced.dynamic))}")
     if not used:
         raise InputError("--format", "no quantized operator is in the graph", "export to another format")
@@ -121,6 +123,11 @@ def onnx_models(
     left |= dict.fromkeys(source.stacks, "several matrices in one tensor: float values of the integers")
     if floating:
         notes.append(f"the product of {listed(list(floating))} is a float one of dequantized values")
+    if float_sums:
+        notes.append(
+            f"ONNX Runtime computes the convolution of {listed(list(float_sums))} in float, since nothing rounds its sum; OpenVINO takes "
+            "its integers, and ONNX Runtime does in layout ort-u8"
+        )
     saturating = layout == "ort-u8" and any(operators[name].scheme.kernel != "exact" for name in used)
     if saturating:
         notes.append("products are exact here, the run took them as saturating")

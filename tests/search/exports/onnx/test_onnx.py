@@ -4,68 +4,36 @@ from __future__ import annotations
 
 import errno
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError, IntegrityError
-from alphasmith.objectives.media.batch import Batch, call, main_output
-from alphasmith.objectives.quantization.operator import QuantizedOperator
+from alphasmith.objectives.media.batch import Batch
 from alphasmith.search import export, load_quantized
 from alphasmith.search.exports._card import CARD
 from alphasmith.search.exports.verification import verify_export
-from tests.support.run_cases import Mlp, Pictures, alphasmith, launch, seeded, vectors
+from tests.support.onnx_runtime import (
+    CLOSE,
+    PLAIN,
+    difference,
+    kinds,
+    numbers,
+    openvino_layers,
+    session,
+    simulated,
+    texts,
+)
+from tests.support.run_cases import Mlp, alphasmith, launch, seeded, vectors
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'alphasmith[onnx]'")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
 
 Results = Callable[[str], Path]
-#: Of the numbers of an output; float parts are summed in another order.
-CLOSE = 2e-6
-PLAIN = {"search": {"trials": 4, "refine": False, "guard": "site"}}
-
-
-def session(file: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.optimized_model_filepath = str(file.parent.parent / f"{file.stem}-optimized.onnx")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def kinds(file: Path) -> Counter[str]:
-    """Nodes that ONNX Runtime made of a model that was opened."""
-    optimized = onnx.load(file.parent.parent / f"{file.stem}-optimized.onnx")
-    return Counter(node.op_type for node in optimized.graph.node)
-
-
-def simulated(model: nn.Module, batch: Batch) -> Tensor:
-    for module in model.modules():
-        if isinstance(module, QuantizedOperator):
-            module.execution = "simulated"
-    with torch.no_grad():
-        return main_output(call(model, batch))
-
-
-def difference(found: Any, expected: Tensor) -> float:
-    return float(np.linalg.norm(np.asarray(found) - expected.numpy()) / np.linalg.norm(expected.numpy()))
-
-
-def texts(samples: int, length: int, *names: str) -> dict[str, Tensor]:
-    ids = torch.arange(samples * length).reshape(samples, length) % 27
-    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {name: made[name] for name in names}
-
-
-def numbers(given: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: value.numpy() for name, value in given.items()}
 
 
 @pytest.mark.parametrize(
@@ -130,57 +98,6 @@ def test_a_division_at_run_time_is_a_product_with_the_reciprocal(explicit_result
     assert not {name for name in names if name.endswith(("query.weight", "dense.weight"))}
 
 
-@pytest.mark.parametrize("layout", ["ort-u8", "ort-s8", "qdq"])
-def test_convolutions_of_a_model_of_a_script(layout: str, tmp_path: Path) -> None:
-    model, batches = seeded(Pictures), vectors(48, 3, 9, 9)
-    # Signed weights of 7 bits: those of 8 saturate on processors without VNNI.
-    scheme = {"weights": "int7" if layout == "ort-s8" else "int8"}
-    result = launch(tmp_path / "run", model, batches, {**PLAIN, "scheme": scheme}).folder
-    with pytest.raises(InputError, match=r"model=\.\.\., batch="):
-        export(result, "onnx", tmp_path / "out", layout=layout)
-    made = export(result, "onnx", tmp_path / "out", layout=layout, model=model, batch=batches[0])
-    assert {"stem", "body", "head"} == {operator.name for operator in made.record.operators}
-    file = tmp_path / "out/model.onnx"
-    opened = session(file)
-    for x in (batches[1], batches[2][:3, :, :7, :8]):
-        expected = simulated(load_quantized(result, model), Batch(args=(x,)))
-        assert difference(opened.run(None, {"x": x.numpy()})[0], expected) < (1e-4 if layout == "qdq" else CLOSE)
-    if layout != "qdq":
-        assert kinds(file)["ConvInteger"] == 2
-    assert verify_export(tmp_path / "out", run=result)["operators"] == 3
-
-
-class Odd(nn.Module):
-    """Operators of kinds that other models here lack: transposed and grouped convolutions, padding of values, one weight twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv1d(4, 8, 3, padding=2, dilation=2, groups=2)
-        self.mirrored = nn.Conv1d(8, 8, 3, padding=1, padding_mode="reflect")
-        self.up = nn.ConvTranspose1d(8, 6, 4, stride=2, padding=1, groups=2)
-        self.again = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 4, L) -> (B, 3)."""
-        x = torch.relu(self.up(torch.relu(self.mirrored(torch.relu(self.first(x))))))
-        x = self.again(torch.relu(self.again(x.mT)))
-        return torch.as_tensor(self.head(x.mean(1)))
-
-
-@pytest.mark.parametrize("layout", ["ort-u8", "qdq"])
-def test_operators_without_integers_in_a_layout_are_told(layout: str, tmp_path: Path) -> None:
-    model, batches = seeded(Odd), vectors(48, 4, 12)
-    result = launch(tmp_path / "run", model, batches, PLAIN).folder
-    made = export(result, "onnx", tmp_path / "out", layout=layout, model=model, batch=(batches[0],)).record
-    assert {operator.name for operator in made.operators} == {"first", "mirrored", "up", "again", "head"}
-    assert any("up" in note and "float" in note for note in made.notes)
-    expected = simulated(load_quantized(result, model), Batch(args=(batches[1],)))
-    found = session(tmp_path / "out/model.onnx").run(None, {"x": batches[1].numpy()})[0]
-    assert difference(found, expected) < 1e-4
-    assert verify_export(tmp_path / "out", run=result)["operators"] == 5
-
-
 def test_openvino_reads_the_portable_layout(explicit_result: Path, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
     record = export(explicit_result, "onnx", tmp_path / "out", layout="qdq").record
@@ -189,11 +106,7 @@ def test_openvino_reads_the_portable_layout(explicit_result: Path, tmp_path: Pat
     expected = simulated(load_quantized(explicit_result), Batch(kwargs=given))
     found = next(iter(compiled(numbers(given)).values()))
     assert difference(found, expected) < 0.1  # kernels of processors without VNNI saturate
-    kinds_run = Counter(
-        (node.get_rt_info()["layerType"].astype(str), node.get_rt_info()["runtimePrecision"].astype(str))
-        for node in compiled.get_runtime_model().get_ops()
-    )
-    assert kinds_run["FullyConnected", "i8"] == len(record.operators)
+    assert openvino_layers(compiled)["FullyConnected", "i8"] == len(record.operators)
 
 
 def test_the_same_result_gives_the_same_bytes_and_none_of_the_machine(result_of: Results, tmp_path: Path) -> None:
