@@ -64,6 +64,13 @@ class OperatorConstants:
 
     def weight(self) -> ir.Value:
         """The codes: int8, or uint8 of which 128 stands for 0."""
+        found, rows = self._weight, self._operator.codes
+        shape = tuple(found.shape) if found.form != "product" else (rows.shape[1], rows.shape[0])
+        dtype = ir.DataType.UINT8 if self._unsigned_weights else ir.DataType.INT8
+        # Not made now: of all weights of a model, and of all graphs of it, one at a time is in memory.
+        return self._writer.late_constant(f"{self._operator.name}.{WEIGHT}{self._suffix}", dtype, shape, self._stored)
+
+    def _stored(self) -> NDArray[Any]:
         found = self._weight
         if found.form == "product":
             codes = self._operator.codes.t()
@@ -71,9 +78,8 @@ class OperatorConstants:
             transposed = found.form == "transposed convolution"
             codes = from_matrix(self._operator.codes, found.shape, "conv", transposed, found.groups)
         stored = codes.contiguous()
-        return self._constant(
-            WEIGHT, (stored.view(torch.uint8) ^ BYTE_MIDDLE if self._unsigned_weights else stored).numpy()
-        )
+        values: NDArray[Any] = (stored.view(torch.uint8) ^ BYTE_MIDDLE if self._unsigned_weights else stored).numpy()
+        return values
 
     def weight_scale(self, axes: int = 0) -> ir.Value:
         """() float32 per tensor, (O, 1, ...) per channel.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,30 @@ class GraphWriter:
         known = self.graph.initializers.get(name)
         if known is not None:
             return known
-        tensor = ir.tensor(np.ascontiguousarray(value).reshape(value.shape), name=name)
-        made = ir.Value(name=name, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        return self._initializer(name, ir.tensor(np.ascontiguousarray(value).reshape(value.shape), name=name))
+
+    def late_constant(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], value: Callable[[], NDArray[Any]]
+    ) -> ir.Value:
+        """As :meth:`constant`, of a large value that is made each time it is read, and not kept: a graph holds none of it.
+
+        Args:
+            name: Unique in the graph.
+            dtype: Of the value.
+            shape: Of the value.
+            value: Makes it.
+        """
+        known = self.graph.initializers.get(name)
+        if known is not None:
+            return known
+
+        def made() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(value()), name=name)
+
+        return self._initializer(name, ir.LazyTensor(made, dtype, ir.Shape(shape), name=name))
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        made = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(made)
         return made
 

@@ -14,6 +14,8 @@ from alphasmith.search.exports.onnx._examples import SAMPLES
 
 #: Tokens before those of an example of a decoder that goes on.
 _PAST = 5
+#: Input of decoders that is the ``attention_mask`` of the encoder.
+_MASK = "encoder_attention_mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +127,13 @@ class _Decoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, decoder_input_ids: Tensor, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
+    def forward(self, decoder_input_ids: Tensor, encoder_hidden_states: Tensor, **mask: Tensor) -> dict[str, Tensor]:
         output = self.model(
-            encoder_outputs=(encoder_hidden_states,), decoder_input_ids=decoder_input_ids, use_cache=True
-        )  # fmt: skip
+            encoder_outputs=(encoder_hidden_states,),
+            decoder_input_ids=decoder_input_ids,
+            use_cache=True,
+            **_heard(mask),
+        )
         cache = output.past_key_values
         own, cross = cache.self_attention_cache, cache.cross_attention_cache
         return {"logits": output.logits} | _held(own, "present") | _held(cross, "present_cross")
@@ -156,24 +161,31 @@ class _DecoderWithPast(nn.Module):
             decoder_input_ids=decoder_input_ids,
             past_key_values=EncoderDecoderCache(own, cross),
             use_cache=True,
+            **_heard(past),
         )
         return {"logits": output.logits} | _held(output.past_key_values.self_attention_cache, "present")
+
+
+def _heard(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mask of what the encoder read, as models call it."""
+    return {"attention_mask": given[_MASK]} if _MASK in given else {}
 
 
 def _encoder_decoder(model: nn.Module, batch: Batch) -> Iterator[Part]:
     heard = {n: v for n, v in batch.kwargs.items() if not n.startswith("decoder_")}
     yield Part(stem="encoder", module=_Encoder(model), batch=Batch(kwargs=heard))
     ids = batch.kwargs["decoder_input_ids"]
+    # Which of the encoder's inputs are none, for the decoder looks at its outputs.
+    mask = {_MASK: heard["attention_mask"]} if "attention_mask" in heard else {}
     with torch.no_grad():
         hidden = _Encoder(model)(**heard)["last_hidden_state"]
         begun = _Decoder(model)
-        first = begun(ids, hidden)
-    yield Part(
-        stem="decoder", module=begun, batch=Batch(kwargs={"decoder_input_ids": ids, "encoder_hidden_states": hidden})
-    )
+        first = begun(ids, hidden, **mask)
+    told = {"decoder_input_ids": ids, "encoder_hidden_states": hidden, **mask}
+    yield Part(stem="decoder", module=begun, batch=Batch(kwargs=told))
     layers = sum(name.startswith("present_cross") for name in first) // 2
     past = {name.replace("present", "past", 1): value for name, value in first.items() if name != "logits"}
-    going_on = {"decoder_input_ids": ids[:, : _PAST - 2], **past}
+    going_on = {"decoder_input_ids": ids[:, : _PAST - 2], **mask, **past}
     yield Part(
         stem="decoder_with_past",
         module=_DecoderWithPast(model, layers, hidden.shape[-1]),

@@ -24,6 +24,7 @@ from alphasmith.objectives.text import listed
 from alphasmith.search.checkpoints.load import load_quantized
 from alphasmith.search.checkpoints.verification import original_config
 from alphasmith.search.exports.onnx._examples import SAMPLES, example
+from alphasmith.search.exports.onnx._layouts import check_scheme
 from alphasmith.search.exports.onnx._parts import parts
 from alphasmith.search.exports.onnx._rewriting import rewrite
 from alphasmith.search.exports.onnx._tracing import mark_operators, trace
@@ -95,6 +96,8 @@ def onnx_models(
         InputError: A scheme that the layout lacks, a part of the model that cannot be traced (named), or no example.
     """
     operators = {operator.name: operator for operator in source.operators}
+    for operator in operators.values():  # before the model is built and traced, which takes long
+        check_scheme(operator.scheme, layout, operator.name)
     quantized, found = _deployed(source, model, batch, data, allow_code)
     mark_operators(quantized)
     models: dict[str, ir.Model] = {}
