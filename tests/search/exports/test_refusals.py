@@ -28,6 +28,8 @@ KINDS = {
     "ort-u8": ["--format", "onnx"],
     "qdq": ["--format", "onnx", "--layout", "qdq"],
 }
+#: Those that a whole export is made of in a test: one of the two of ONNX is enough for every change.
+EXPORTS = ("compressed-tensors", "ort-u8", pytest.param("qdq", marks=pytest.mark.slow))
 SCHEME = "w8a8-channel-static"
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -75,7 +77,7 @@ def no_larger_files(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPORTS)
 def test_a_full_disk(kind: str, result_of: Results, told: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     result = result_of(SCHEME)
     with no_larger_files(2048):
@@ -86,7 +88,7 @@ def test_a_full_disk(kind: str, result_of: Results, told: Callable[..., tuple[in
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPORTS)
 def test_a_taken_target(
     kind: str, result_of: Results, exported: Callable[[str], Path], told: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
