@@ -34,8 +34,9 @@ from alphasmith.search.inputs.task import load_task
 from alphasmith.storage.output.manifest import FILE_NAME
 from alphasmith.storage.output.output_folder import OutputFolder
 
-#: What a model may hold in one file [bytes]; a larger one has its weights in a file beside it.
-INSIDE = 128 * 2**20
+#: What a model may hold in one file [bytes]; a larger one has its weights in a file beside it, which is written weight by weight:
+#: one file is in memory twice while it is.
+INSIDE = 64 * 2**20
 #: Initializers below this stay in the model [bytes].
 _SMALL = 1024
 

@@ -159,7 +159,9 @@ def test_the_codes_come_back(
         unsigned_inputs=unsigned_inputs,
     )
     stored = constants.weight().const_value
-    assert stored is not None
+    # Made when it is written, and not kept: a graph of a large model holds no weight.
+    assert isinstance(stored, ir.LazyTensor)
+    assert stored.numpy() is not stored.numpy()
     if form != "product":
         raised = torch.from_numpy(np.array(stored.numpy())).to(torch.int16) - (128 if unsigned else 0)
         assert torch.equal(raised, from_matrix(codes.to(torch.int16), shape, kind, transposed, groups))
