@@ -1,7 +1,7 @@
 """ONNX exports in ONNX Runtime: what they compute against our module on the same data, how fast against their own float model, what they cost.
 
-    python -m benchmarks.onnx_export [--models MiniLM ...] [--threads 1 2] [--repeats 9] [--again] [--anew] [--home FOLDER] [--work FOLDER]
-                                     [--out [docs/exports.md]]
+    python -m benchmarks.onnx_export [--models MiniLM ...] [--layouts ort-u8 ...] [--threads 1 2] [--repeats 9] [--again] [--anew]
+                                     [--home FOLDER] [--work FOLDER] [--out [docs/exports.md]]
 
 The demos, the models of the shared data folder and the real ones (benchmarks/real_models.py), each searched in a small way. Exports are
 written by processes of their own, whose time and highest memory are measured; the float model is ``smoothed/`` out of the same exporter.
@@ -44,6 +44,7 @@ from benchmarks.real_folders import AbsentError, home_folder
 from benchmarks.real_judges import Judged, Measure
 from benchmarks.timing import machine, median, publish, table
 
+Variants = Mapping[str, tuple[str, bool]]
 LAYOUTS = ("ort-u8", "ort-s8", "qdq")
 #: What is run: a layout, and whether the session option that its card names is set.
 _VARIANTS = {
@@ -86,6 +87,7 @@ def main() -> None:
     """Print the tables, and put them into the document where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", help="default: all")
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--again", action="store_true", help="measure again what has figures")
@@ -123,13 +125,14 @@ def _kept(case: Case) -> Path:
 def _measured(case: Case, given: argparse.Namespace) -> Rows:
     load = os.getloadavg()[0]
     try:
-        written = {name: _exported(case, name, given) for name in ("float", *LAYOUTS)}
+        written = {name: _exported(case, name, given) for name in ("float", *given.layouts)}
     except (AbsentError, AlphasmithError) as error:
         return Rows(costs=[[case.name, "-", "-", "-", "-", str(error)]])
-    if any(written[layout].refusal for layout in LAYOUTS):
+    if any(written[layout].refusal for layout in given.layouts):
         return Rows(costs=[_cost(case, written)])
-    quality = list(_quality(case))
-    speed = [] if written["float"].refusal else list(_speed(case, given.threads, given.repeats, load))
+    variants = {name: run for name, run in _VARIANTS.items() if run[0] in given.layouts}
+    quality = list(_quality(case, variants))
+    speed = [] if written["float"].refusal else list(_speed(case, variants, given, load))
     return Rows(costs=[_cost(case, written)], quality=quality, speed=speed)
 
 
@@ -228,16 +231,18 @@ def _processor(case: Case) -> Mapping[str, Any]:
 
 def _cost(case: Case, written: Mapping[str, Written]) -> list[object]:
     refusal = next((one.refusal for one in reversed(list(written.values())) if one.refusal), "")
-    if any(written[layout].refusal for layout in LAYOUTS):
+    layouts = [layout for layout in LAYOUTS if layout in written]
+    if any(written[layout].refusal for layout in layouts):
         return [case.name, "-", "-", "-", "-", refusal]
-    record = json.loads((_folder(case, "ort-u8") / "export.json").read_text(encoding="utf-8"))
+    record = json.loads((_folder(case, layouts[0]) / "export.json").read_text(encoding="utf-8"))
     left = [note for note in record["notes"] if "float one" in note or note.startswith("no ")]
+    of = [written.get(layout) for layout in LAYOUTS]
     return [
         case.name,
-        ", ".join(f"{written[name].size / 1e6:.1f}" for name in ("float", *LAYOUTS)),
-        ", ".join(f"{written[name].seconds:.0f}" for name in LAYOUTS),
-        ", ".join(f"{written[name].peak / 1e6:.0f}" for name in LAYOUTS),
-        f"{len(record['operators'])} operators",
+        ", ".join(f"{one.size / 1e6:.1f}" if one else "-" for one in (written["float"], *of)),
+        ", ".join(f"{one.seconds:.0f}" if one else "-" for one in of),
+        ", ".join(f"{one.peak / 1e6:.0f}" if one else "-" for one in of),
+        len(record["operators"]),
         "; ".join([*left, refusal] if refusal else left),
     ]
 
@@ -245,12 +250,12 @@ def _cost(case: Case, written: Mapping[str, Written]) -> list[object]:
 # ------------------------------------------------------------------------------------------------------------------- quality
 
 
-def _quality(case: Case) -> Iterator[list[object]]:
+def _quality(case: Case, variants: Variants) -> Iterator[list[object]]:
     """A row for every layout."""
     with tempfile.TemporaryDirectory() as place:
         judge = case.judge(Path(place))
         plain, ours = judge(case.float_model()), judge(case.quantized())
-        for name, (layout, exact) in _VARIANTS.items():
+        for name, (layout, exact) in variants.items():
             theirs = judge(loaded(_folder(case, layout), exact=exact))
             change, scatter = paired_difference(theirs.errors, ours.errors, plain.energy)
             yield [
@@ -279,22 +284,26 @@ def _paired(difference: Tensor) -> str:
 # --------------------------------------------------------------------------------------------------------------------- speed
 
 
-def _speed(case: Case, threads: Sequence[int], repeats: int, load: float) -> Iterator[list[object]]:
+def _speed(case: Case, variants: Variants, given: argparse.Namespace, load: float) -> Iterator[list[object]]:
     """A row for every part and size: median time of the float model, and how many times as fast every layout is."""
-    runs = {"float": ("float", False), **_VARIANTS}
+    runs = {"float": ("float", False), **variants}
     cells: dict[tuple[str, int], list[str]] = {}
-    for count in threads:
+    for count in given.threads:
         models = {n: loaded(_folder(case, layout), count, exact=exact) for n, (layout, exact) in runs.items()}
         for size in case.sizes:
             for part, calls in _calls(models, case, size).items():
-                times = _times(calls, time.process_time if count == 1 else time.perf_counter, repeats)
-                ratios = [
-                    median([a / b for a, b in zip(times["float"], times[name], strict=True)]) for name in _VARIANTS
-                ]
-                shown = f"{1e3 * median(times['float']):.3g}; {'; '.join(f'{ratio:.2f}' for ratio in ratios)}"
+                times = _times(calls, time.process_time if count == 1 else time.perf_counter, given.repeats)
+                ratios = [_ratio(times, name) for name in _VARIANTS]
+                shown = f"{1e3 * median(times['float']):.3g}; {'; '.join(ratios)}"
                 cells.setdefault((part, size), []).append(shown)
     for (part, size), shown_cells in cells.items():
         yield [f"{case.name} {part}".strip(), size, *shown_cells, f"{load:.1f}"]
+
+
+def _ratio(times: Mapping[str, Sequence[float]], name: str) -> str:
+    if name not in times:
+        return "-"
+    return f"{median([a / b for a, b in zip(times['float'], times[name], strict=True)]):.2f}"
 
 
 def _calls(models: Mapping[str, nn.Module], case: Case, size: int) -> dict[str, dict[str, Callable[[], object]]]:
