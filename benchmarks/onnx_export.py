@@ -316,7 +316,7 @@ def _calls(models: Mapping[str, nn.Module], case: Case, size: int) -> dict[str, 
             hidden = model.encoder(**heard).last_hidden_state
             ids = batch.kwargs["decoder_input_ids"]
             found.setdefault("encoder", {})[name] = _call(model.encoder, (), heard)
-            decoded = {"decoder_input_ids": ids, "encoder_hidden_states": hidden}
+            decoded = {"decoder_input_ids": ids, "encoder_hidden_states": hidden, **heard}
             found.setdefault("decoder", {})[name] = _call(model.decoder, (), decoded)
         elif isinstance(model, GraphModel):
             found.setdefault("", {})[name] = _call(model, batch.args, dict(batch.kwargs))

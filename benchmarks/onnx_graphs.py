@@ -90,7 +90,7 @@ class EncoderDecoder(nn.Module):
     def forward(self, decoder_input_ids: Tensor, **heard: Tensor) -> Any:
         """Logits (B, L, V)."""
         hidden = self.encoder(**heard).last_hidden_state
-        return self.decoder(decoder_input_ids=decoder_input_ids, encoder_hidden_states=hidden)
+        return self.decoder(decoder_input_ids=decoder_input_ids, encoder_hidden_states=hidden, **heard)
 
 
 def loaded(folder: Path, threads: int = 1, *, exact: bool = False) -> nn.Module:
