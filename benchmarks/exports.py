@@ -106,6 +106,7 @@ def result_of(case: Case) -> Path:
     if (folder / "out" / "manifest.json").is_file():
         return folder / "out"
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "clips", ignore_errors=True)  # of a run that was interrupted: the same are written again
     read = model_folder("SmolLM2" if request.model == _LARGE else request.model, request.home)
     if request.model == _LARGE:
         request = dataclasses.replace(request, model="SmolLM2")
