@@ -129,6 +129,8 @@ def deployed(model: str, home: Path, work: Path) -> Deployed:
     else:
         request = Request(model=model, scheme=SCHEMES[0], seed=0, short=True, sweep=False, home=home)
         config, batches = configured(request, model_folder(model, home), work)
+        few = {"samples": 2, "tuning": 1, "held_out": 1, "proof": 1}  # which codes are multiplied changes no time
+        config = RunConfig.build({**config.model_dump(), "data": {**config.data.model_dump(), **few}})
     candidate, _, task = candidates(config, batches)
     candidate.reset()
     plain = copy.deepcopy(candidate.model)
