@@ -62,9 +62,10 @@ def test_a_language_model(result_of: Results, scheme: str, layout: str, product:
     assert verify_export(tmp_path / "out", run=result)["operators"] == 8
 
 
-def test_a_text_goes_on_with_the_keys_and_values_that_are_kept(result_of: Results, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["ort-u8", pytest.param("qdq", marks=pytest.mark.slow)])
+def test_a_text_goes_on_with_the_keys_and_values_that_are_kept(result_of: Results, layout: str, tmp_path: Path) -> None:
     result = result_of("w8a8-channel-static")
-    export(result, "onnx", tmp_path / "out")
+    export(result, "onnx", tmp_path / "out", layout=layout)
     opened = session(tmp_path / "out/model_with_past.onnx")
     whole = texts(2, 11, "input_ids", "attention_mask")
     expected = simulated(load_quantized(result), Batch(kwargs=whole))
