@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,41 @@ class Convolutions:
         """Numbers of output channels, (O,) or (), as they meet (B, O, *space)."""
         shape: Sequence[int] = (-1, *[1] * spaces) if np.ndim(values) else ()
         return self._writer.constant(name, np.asarray(values, np.float32).reshape(shape))
+
+
+def padding_of(node: ir.Node) -> ir.Node | None:
+    """What puts numbers around the input of a convolution and commutes with its rounding: zeros, or some of its own numbers.
+
+    Args:
+        node: The convolution.
+    """
+    source = node.inputs[0]
+    padding = None if source is None else source.producer()
+    if padding is None or padding.op_type != "Pad":
+        return None
+    mode = padding.attributes.get("mode")
+    value = padding.inputs[2] if len(padding.inputs) > 2 else None
+    if (mode is None or mode.as_string() == "constant") and value is not None:
+        stored = value.const_value
+        return None if stored is None or stored.numpy().any() else padding
+    return padding
+
+
+def padded(writer: GraphWriter, before: ir.Node, x: Codes, padding: ir.Node, name: str) -> Codes:
+    """The codes of an input with numbers around it.
+
+    Args:
+        writer: Of the graph.
+        before: The convolution.
+        x: Codes of the input.
+        padding: See :func:`padding_of`.
+        name: Of the node.
+    """
+    sizes, axes = padding.inputs[1], padding.inputs[3] if len(padding.inputs) > 3 else None
+    mode = padding.attributes.get("mode")
+    inputs = [x.codes, sizes, x.zero, *([] if axes is None else [axes])]
+    told = {"mode": "constant" if mode is None else mode.as_string()}
+    return replace(x, codes=writer.node(before, "Pad", inputs, f"{name}.padded_codes", dtype=x.codes.dtype, **told))
 
 
 def side_by_side(node: ir.Node, kernel: Sequence[int]) -> bool:

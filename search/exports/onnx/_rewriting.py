@@ -11,7 +11,14 @@ import onnx_ir as ir
 
 from alphasmith.objectives.literals import OnnxLayout
 from alphasmith.search.exports.onnx._codes import Form, OperatorConstants, Weight
-from alphasmith.search.exports.onnx._convolutions import Convolutions, channels_first, side_by_side, windows
+from alphasmith.search.exports.onnx._convolutions import (
+    Convolutions,
+    channels_first,
+    padded,
+    padding_of,
+    side_by_side,
+    windows,
+)
 from alphasmith.search.exports.onnx._graph import MICROSOFT, GraphWriter, replace
 from alphasmith.search.exports.onnx._layouts import check_scheme
 from alphasmith.search.exports.onnx._products import Codes, Products
@@ -95,9 +102,10 @@ class _Rewriting:
 
     def rewrite_product(self, node: ir.Node) -> None:
         """Replace a float product or convolution of a marked input and a marked weight."""
-        x, weight = node.inputs[0], node.inputs[1]
+        mark, turned = _weight_of(node.inputs[1])
+        padding = padding_of(node) if node.op_type == "Conv" else None
+        x = node.inputs[0] if padding is None else padding.inputs[0]
         found = self._inputs.get(x) if x is not None else None
-        mark, turned = _weight_of(weight)
         if found is None or mark is None or found[1] != _name(mark):
             return
         operator = self._operators[found[1]]
@@ -106,12 +114,15 @@ class _Rewriting:
         if node.op_type == "Conv":
             if turned or (bias is not None and bias.const_value is None):
                 return
-            if side_by_side(node, shape):
+            if padding is None and side_by_side(node, shape):
                 value = self._product_of_windows(node, found[0], shape, bias, operator)
             else:
                 groups = mark.attributes["groups"].as_int()
                 constants = self._constants(operator, shape, "convolution", groups, self._copy(operator))
-                value = self._convolutions.convolution(node, found[0], bias, operator, constants)
+                codes = found[0]
+                if padding is not None:
+                    codes = padded(self._writer, node, codes, padding, operator.name)
+                value = self._convolutions.convolution(node, codes, bias, operator, constants)
                 made = value.producer()
                 if self._layout == "qdq" and made is not None:
                     self._between.append((made, operator))
@@ -131,6 +142,8 @@ class _Rewriting:
                 self._forget(mark, operator)
                 return
         replace(node, value)
+        if padding is not None and not padding.outputs[0].uses() and not padding.outputs[0].is_graph_output():
+            padding.graph.remove(padding, safe=True)
         self._forget(mark, operator)
 
     def _product_of_windows(

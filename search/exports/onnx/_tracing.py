@@ -13,11 +13,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import floordiv
 from types import TracebackType
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import opset20
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
@@ -217,6 +219,7 @@ def _translated(
             verbose=False,
             input_names=list(inputs),
             output_names=list(outputs),
+            custom_translation_table={floordiv: _floor_division},
         )
     except torch.onnx.errors.OnnxExporterError as error:
         told = "".join(map(str, _chain(error)))
@@ -234,6 +237,11 @@ def _translated(
     for value in list(model.graph.initializers.values()):
         value.name = _plain_name(str(value.name), wrapped=wrapped)
     return model
+
+
+def _floor_division(a: Any, b: Any) -> Any:
+    """``a // b`` of sizes: torch writes ONNX's Div, which rounds towards 0, and so pads an odd size wrongly where it says ``-(-n // 2)``."""
+    return opset20.Div(opset20.Sub(a, opset20.Mod(a, b)), b)
 
 
 def _named_axes(model: ir.Model) -> dict[str, tuple[str, ...]]:

@@ -37,12 +37,25 @@ ir = pytest.importorskip("onnx_ir", reason="needs pip install 'alphasmith[onnx]'
 pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
 
 from alphasmith.search.exports.onnx._rewriting import Rewritten, rewrite
+from alphasmith.search.exports.onnx._tracing import trace
 
 LAYOUTS: tuple[OnnxLayout, ...] = ("ort-u8", "ort-s8", "qdq")
 
 
+class Same(nn.Conv2d):
+    """Puts zeros around its input itself, as many as its size asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, ceil(H / stride), ceil(W / stride))."""
+        around: list[int] = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            more = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            around += [more // 2, more - more // 2]
+        return super().forward(nn.functional.pad(x, around))
+
+
 class Sighted(nn.Module):
-    """A patch layer, a kernel of size 1, a sum that is rounded behind a ReLU and a pooling, one that is not, one before a batch norm."""
+    """A patch layer, a kernel of size 1, a sum that is rounded behind a ReLU and a pooling, one before a batch norm, computed padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +65,7 @@ class Sighted(nn.Module):
         self.pooled = nn.Conv2d(12, 16, 3, padding=1, bias=False)
         self.normed = nn.Conv2d(16, 16, 3)
         self.bn = nn.BatchNorm2d(16)
-        self.last = nn.Conv2d(16, 8, 3, padding=1, stride=2)
+        self.last = Same(16, 8, 3, stride=2)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +81,9 @@ def test_a_network_of_convolutions(layout: OnnxLayout, tmp_path: Path) -> None:
     model, batches = seeded(Sighted), vectors(48, 3, 17, 20)
     # Signed weights of 7 bits: those of 8 saturate on processors without VNNI.
     scheme = {"weights": "int7" if layout == "ort-s8" else "int8"}
-    result = launch(tmp_path / "run", model, batches, {**PLAIN, "scheme": scheme}).folder
+    # A shift behind the pooling is no rounding of the sum before it.
+    values = {"search": {**PLAIN["search"], "shift": ["none"]}, "scheme": scheme}
+    result = launch(tmp_path / "run", model, batches, values).folder
     with pytest.raises(InputError, match=r"model=\.\.\., batch="):
         export(result, "onnx", tmp_path / "out", layout=layout)
     record = export(result, "onnx", tmp_path / "out", layout=layout, model=model, batch=batches[0]).record
@@ -159,8 +174,27 @@ def deployed(
     )
 
 
-def graph_of(shape: tuple[int, ...], groups: int, bias: Tensor | None, sizes: list[Any], **attributes: Any) -> Any:
-    """A marked convolution as the exporter writes it."""
+SHAPE = (6, 4, 3, 3)
+
+
+def stored(name: str, value: Any) -> Any:
+    """A number or more as an initializer."""
+    kind = ir.TensorType(ir.DataType.from_numpy(value.dtype))
+    return ir.Value(name=name, shape=ir.Shape(value.shape), type=kind, const_value=ir.tensor(value, name=name))
+
+
+def graph_of(
+    shape: tuple[int, ...],
+    groups: int,
+    bias: Tensor | None,
+    sizes: list[Any],
+    *,
+    around: list[int] | None = None,
+    value: float | None = None,
+    mode: str = "constant",
+    **attributes: Any,
+) -> Any:
+    """A marked convolution as the exporter writes it; ``around``: numbers that its module puts around its input, in the order of Pad."""
     told = {"operator": "conv", "transposed": 0, "groups": groups}
     typed = ir.TensorType(ir.DataType.FLOAT)
     x = ir.Value(name="x", shape=ir.Shape(["batch", shape[1] * groups, *sizes]), type=typed)
@@ -168,19 +202,24 @@ def graph_of(shape: tuple[int, ...], groups: int, bias: Tensor | None, sizes: li
     mark.outputs[0].shape, mark.outputs[0].type = x.shape, typed
     weight = ir.node("Weight", [], told, domain="alphasmith", name="weight")
     weight.outputs[0].shape = ir.Shape(shape)
-    inputs, initializers = [mark.outputs[0], weight.outputs[0]], []
+    inputs, initializers, padding = [mark.outputs[0], weight.outputs[0]], [], []
+    if around is not None:
+        initializers = [stored("around", np.array(around, np.int64))]
+        initializers += [] if value is None else [stored("value", np.array(value, np.float32))]
+        padding = [ir.node("Pad", [mark.outputs[0], *initializers], {"mode": mode}, name="padding")]
+        padding[0].outputs[0].shape, padding[0].outputs[0].type = ir.Shape([None] * len(x.shape)), typed
+        inputs[0] = padding[0].outputs[0]
     if bias is not None:
-        row = ir.tensor(bias.numpy(), name="bias")
-        initializers = [ir.Value(name="bias", shape=ir.Shape(bias.shape), type=typed, const_value=row)]
-        inputs += initializers
+        initializers.append(stored("bias", bias.numpy()))
+        inputs.append(initializers[-1])
     node = ir.node("Conv", inputs, {"group": groups, **attributes}, name="convolution")
     node.outputs[0].shape, node.outputs[0].type = ir.Shape(["batch", shape[0], *[None] * len(sizes)]), typed
-    for made in (mark, weight, node):
+    for made in (mark, weight, *padding, node):
         made.outputs[0].name = f"{made.name}_value"
     graph = ir.Graph(
         [x],
         [node.outputs[0]],
-        nodes=[mark, weight, node],
+        nodes=[mark, weight, *padding, node],
         initializers=initializers,
         opset_imports={"": 20, "alphasmith": 1},
     )
@@ -194,6 +233,7 @@ def graph_of(shape: tuple[int, ...], groups: int, bias: Tensor | None, sizes: li
     kernel=st.integers(1, 3),
     stride=st.integers(1, 3),
     padding=st.integers(0, 1),
+    around=st.sampled_from((None, (0, 1), (2, 1))),
     dilation=st.integers(1, 2),
     groups=st.integers(1, 2),
     zero=st.sampled_from((None, 0, 77, 255)),
@@ -208,6 +248,7 @@ def test_convolutions_are_those_of_the_integers(
     kernel: int,
     stride: int,
     padding: int,
+    around: tuple[int, int] | None,
     dilation: int,
     groups: int,
     zero: int | None,
@@ -227,13 +268,19 @@ def test_convolutions_are_those_of_the_integers(
         codes = codes.clamp(-64, 63)
     operator = deployed(shape, codes, groups, zero=zero)
     bias = torch.randn(shape[0], generator=generator) if biased else None
-    told = {"strides": [stride] * spaces, "pads": [padding] * 2 * spaces, "dilations": [dilation] * spaces}
-    model = graph_of(shape, groups, bias, [f"s{i}" for i in range(spaces)] if free else sizes, **told)
+    told: dict[str, Any] = {
+        "strides": [stride] * spaces,
+        "pads": [padding] * 2 * spaces,
+        "dilations": [dilation] * spaces,
+    }
+    zeros = None if around is None else [0, 0, *[around[0]] * spaces, 0, 0, *[around[1]] * spaces]
+    model = graph_of(shape, groups, bias, [f"s{i}" for i in range(spaces)] if free else sizes, around=zeros, **told)
     done: Rewritten = rewrite(model, {"conv": operator}, layout)
     assert done.operators == ("conv",)
     assert not done.float_products
     least, most, middle = (-128, 127, 0) if zero is None else (0, 255, zero)
     rounded = (torch.round(x / 0.02) + middle).clamp(least, most).double() - middle
+    rounded = nn.functional.pad(rounded, list(around or (0, 0)) * spaces)
     convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[spaces - 1]
     sums = convolve(rounded, codes.double(), stride=stride, padding=padding, dilation=dilation, groups=groups)
     exact = sums * 0.02 * operator.scale.double().reshape(-1, *[1] * spaces)
@@ -242,6 +289,42 @@ def test_convolutions_are_those_of_the_integers(
     assert found.shape == expected.shape
     size = float(exact.abs().max()) + (0 if bias is None else float(bias.abs().max()))
     assert float((torch.from_numpy(np.array(found)) - expected).abs().max()) <= 2e-6 * max(size, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("integers", "padding"),
+    [
+        (True, {"around": [0, 0, 1, 1, 0, 0, 1, 1], "mode": "reflect"}),
+        (True, {"around": [0, 0, -1, 0, 0, 0, 2, 0], "value": 0.0}),
+        (True, {"around": [0, 0, 2, 1, 0, 0, 0, 1], "auto_pad": "SAME_UPPER"}),
+        (False, {"around": [0, 0, 1, 1, 0, 0, 1, 1], "value": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["ort-u8", "qdq"])
+def test_codes_are_padded_where_rounding_commutes_with_it(
+    layout: OnnxLayout, integers: bool, padding: dict[str, Any]
+) -> None:
+    generator = torch.Generator().manual_seed(7)
+    operator = deployed(SHAPE, torch.randint(-128, 128, SHAPE, generator=generator), 1)
+    told: dict[str, Any] = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1]}
+    if "auto_pad" in padding:
+        del told["pads"]
+    model = graph_of(SHAPE, 1, None, [9, 9], **padding, **told)
+    done = rewrite(model, {"conv": operator}, layout)
+    assert done.float_products == (() if integers else ("conv",))
+    assert [node.op_type for node in model.graph].count("Pad") == 1
+    x = torch.randn(2, 4, 9, 9, generator=generator)
+    around = padding["around"]
+    rounded = torch.round(x / 0.02).clamp(-128, 127).double() * 0.02
+    ends = [n for axis in (3, 2) for n in (around[axis], around[axis + 4])]
+    if padding.get("mode") == "reflect":
+        rounded = nn.functional.pad(rounded, ends, mode="reflect")
+    else:
+        rounded = nn.functional.pad(rounded, ends, value=padding.get("value", 0.0))
+    weight = operator.codes.reshape(SHAPE).double() * operator.scale.double()[:, :, None, None]
+    expected = nn.functional.conv2d(rounded, weight, padding="same" if "auto_pad" in padding else 0)
+    found = memory_session(ir.to_proto(model).SerializeToString()).run(None, {"x": x.numpy()})[0]
+    assert difference(found, expected.float()) < CLOSE
 
 
 def with_reader(
@@ -256,15 +339,7 @@ def with_reader(
         nodes = [] if between is None else [ir.node(between, [last], name=f"between_{number}")]
         constants = []
         for leaf, value in (("scale", np.array(step, np.float32)), ("zero", np.array(0, kind))):
-            name = f"reader_{number}_{leaf}"
-            constants.append(
-                ir.Value(
-                    name=name,
-                    shape=ir.Shape([]),
-                    type=ir.TensorType(ir.DataType.from_numpy(value.dtype)),
-                    const_value=ir.tensor(value, name=name),
-                )
-            )
+            constants.append(stored(f"reader_{number}_{leaf}", value))
             graph.register_initializer(constants[-1])
         codes = ir.node("QuantizeLinear", [nodes[0].outputs[0] if nodes else last, *constants], name=f"codes_{number}")
         values = ir.node("DequantizeLinear", [codes.outputs[0], *constants], name=f"values_{number}")
@@ -275,9 +350,6 @@ def with_reader(
         values.outputs[0].shape = last.shape
         graph.outputs.append(values.outputs[0])
     return model
-
-
-SHAPE = (6, 4, 3, 3)
 
 
 def rounded_graph(bias: Tensor | None, steps: list[float], **reader: Any) -> tuple[Any, Rewritten]:
@@ -326,3 +398,21 @@ def test_other_sums_stay_as_they_are(steps: list[float], reader: dict[str, Any])
     assert done.float_sums == ("conv",)
     assert "conv.output_scale" not in model.graph.initializers
     assert next(node for node in model.graph if node.op_type == "Conv").inputs[2].name == "bias"
+
+
+class Divided(nn.Module):
+    """Sizes divided downwards: a number below 0 too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, L) -> (B, C, L and more)."""
+        size = x.shape[-1]
+        whole = -(-size // 3) * 3
+        return nn.functional.pad(x, (0, whole - size + (size - 20) // 4 + 9))
+
+
+def test_sizes_are_divided_downwards() -> None:
+    made = trace(Divided(), Batch(args=(torch.ones(2, 3, 17),))).model
+    opened = memory_session(ir.to_proto(made).SerializeToString())
+    for size in range(5, 30):
+        x = torch.ones(1, 3, size)
+        assert opened.run(None, {"x": x.numpy()})[0].shape == Divided()(x).shape, size
