@@ -55,6 +55,7 @@ def until(happened: Callable[[], bool], process: subprocess.Popen[bytes], said: 
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_and_the_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / ENDLESS).touch()

@@ -141,6 +141,7 @@ def test_picking_needs_no_cache(result: CompressionResult, folder: Path, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on_by_its_id(tmp_path: Path) -> None:
     given = settings(tmp_path, study={"trials": 3})
     polls = 0

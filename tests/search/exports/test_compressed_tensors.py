@@ -315,6 +315,7 @@ def test_verify_names_a_changed_file_and_changed_codes(result_of: Results, tmp_p
         verify_export(out)
 
 
+@pytest.mark.slow
 def test_the_command_line(result_of: Results, tmp_path: Path) -> None:
     result = result_of("w8a8-channel-static")
     bad = alphasmith("export", str(result), "--format", "gguf", "--out", str(tmp_path / "o"), cwd=tmp_path)

@@ -29,7 +29,7 @@ KINDS = {
     "qdq": ["--format", "onnx", "--layout", "qdq"],
 }
 #: Those that a whole export is made of in a test: one of the two of ONNX is enough for every change.
-EXPORTS = ("compressed-tensors", "ort-u8", pytest.param("qdq", marks=pytest.mark.slow))
+EXPORTS = ("compressed-tensors", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ort-u8", "qdq")))
 SCHEME = "w8a8-channel-static"
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -67,6 +67,7 @@ def test_splits_digest_and_rows_are_those_of_one_sample_at_a_time(
 
 
 @pytest.mark.parametrize("scope", ["site", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_result_is_the_same_within_rounding(scope: str, tmp_path: Path) -> None:
     values: dict[str, Any] = {"search": {**REFINED["search"], "scope": scope}}
     found = {}

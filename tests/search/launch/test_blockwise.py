@@ -164,6 +164,7 @@ def test_workers_of_every_engine_share_the_sites_of_a_block(
     assert shared.manifest.memory.mode == "blockwise"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_next_block(
     folder: Path, tmp_path: Path, both: tuple[RunResult, RunResult]
 ) -> None:
@@ -186,6 +187,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_block(
     same_tensors(result, both[1])
 
 
+@pytest.mark.slow
 def test_states_that_are_gone_are_made_again_and_no_site_is_searched_again(
     folder: Path, tmp_path: Path, both: tuple[RunResult, RunResult]
 ) -> None:
@@ -265,6 +267,7 @@ def test_a_model_that_was_handed_over_is_resident_and_says_so(tmp_path: Path) ->
     assert "memory.mode: resident, since the model is not a plain Hugging Face folder" in told.lines
 
 
+@pytest.mark.slow
 def test_auto_goes_block_by_block_only_where_the_whole_model_is_too_large(folder: Path, tmp_path: Path) -> None:
     roomy = run(config(folder, tmp_path / "roomy", "auto"), batches=BATCHES)
     assert roomy.manifest.memory.mode == "resident"

@@ -70,6 +70,7 @@ def _chosen(result: RunResult) -> tuple[Tensor, tuple[float | None, ...]]:
     st.sampled_from(["tensor", "channel"]),
     st.dictionaries(st.sampled_from(PLACES), st.integers(-5, 9), min_size=1),
 )
+@pytest.mark.slow
 def test_the_unit_of_an_activation_changes_neither_the_choice_nor_its_loss(
     tmp_path_factory: pytest.TempPathFactory, granularity: str, powers: dict[str, int]
 ) -> None:

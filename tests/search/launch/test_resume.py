@@ -153,6 +153,7 @@ def test_results_that_are_gone_or_damaged_are_searched_again(
     assert violations(open_existing(again.storage)) == []
 
 
+@pytest.mark.slow
 def test_results_of_another_version_are_searched_again(
     undisturbed: tuple[RunResult, int], tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +368,7 @@ def test_a_run_whose_partial_folder_vanishes_publishes_nothing_and_can_be_finish
     assert there == {FILE_NAME, *(artifact.path for artifact in result.manifest.artifacts)}
 
 
+@pytest.mark.slow
 def test_a_later_run_starts_from_recorded_winners_and_says_so(tmp_path: Path, model: nn.Module) -> None:
     first = launch(tmp_path, model, tokens(), {"search": {"trials": 12}})
     notes = Notes()
@@ -414,6 +416,7 @@ def test_a_metric_that_raises_or_is_not_a_number_costs_its_candidate_only(tmp_pa
     assert violations(open_existing(result.storage)) == []
 
 
+@pytest.mark.slow
 def test_the_command_line_interrupts_and_resumes(tmp_path: Path) -> None:
     answer = alphasmith("resume", "r-none", "--storage", f"sqlite:///{tmp_path}/none.db", cwd=tmp_path)
     assert answer.returncode == 2
@@ -421,6 +424,7 @@ def test_the_command_line_interrupts_and_resumes(tmp_path: Path) -> None:
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.slow
 def test_workers_are_refused_on_sqlite_with_the_reason(tmp_path: Path, model: nn.Module) -> None:
     with pytest.raises(Interrupted):
         launch(tmp_path, model, tokens(), stop=after(10))
@@ -432,6 +436,7 @@ def test_workers_are_refused_on_sqlite_with_the_reason(tmp_path: Path, model: nn
     assert [state for state, _ in status(tmp_path)] == ["interrupted"]
 
 
+@pytest.mark.slow
 def test_two_worker_processes_find_what_one_process_finds(
     undisturbed: tuple[RunResult, int], tmp_path: Path, model: nn.Module
 ) -> None:

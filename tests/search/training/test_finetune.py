@@ -195,6 +195,7 @@ def same_result(left: TrainingResult, right: TrainingResult) -> bool:
     return weights[0] == weights[1] and told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_a_killed_training_is_found_and_deleted(run: Path) -> None:
     root = Path(__file__).parents[3]
     storage = f"sqlite:///{run / 'runs.db'}"
@@ -521,6 +522,7 @@ def test_the_float_model_can_be_learned_from(run: Path) -> None:
     assert result.manifest.training.settings["distill"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_command_line(run: Path) -> None:
     options = ["--storage", "sqlite:///runs.db", "--fraction", "0.4", "--held-out", "0.4", "--steps", "6"]
     options += ["--learning-rate", "5e-3", "--batch-size", "8", "--set", "training.evaluate_every=3"]

@@ -90,6 +90,7 @@ def _tables(database: Database) -> set[str]:
 class TestEmptyDatabase:
     """In order: each test leaves the module's database further along."""
 
+    @pytest.mark.slow
     def test_eight_processes_open_it_at_once(self, address: str) -> None:
         done = subprocess.run(
             [sys.executable, "-c", _RACE, address], capture_output=True, text=True, timeout=120, check=False

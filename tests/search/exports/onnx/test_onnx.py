@@ -122,6 +122,7 @@ def check_the_same(first: Path, second: Path, *places: Path) -> None:
     assert len(list(first.iterdir())) == len(list(second.iterdir()))
 
 
+@pytest.mark.slow
 def test_the_same_result_gives_the_same_bytes_and_none_of_the_machine(result_of: Results, tmp_path: Path) -> None:
     result = result_of("w8a8-channel-static")
     for name in ("a", "b"):
@@ -151,6 +152,7 @@ def test_processes_whose_hashes_differ_write_the_same_bytes(result_of: Results, 
     check_the_same(tmp_path / "process-1/out", tmp_path / "process-2/out", tmp_path)
 
 
+@pytest.mark.slow
 def test_many_weights_lie_beside_the_model(result_of: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from alphasmith.search.exports.onnx import models
 
@@ -185,6 +187,7 @@ def test_what_does_not_belong_to_the_format_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command_line(result_of: Results, tmp_path: Path) -> None:
     result = result_of("w8a8-channel-token")
     out = str(tmp_path / "o")

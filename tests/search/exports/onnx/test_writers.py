@@ -79,7 +79,7 @@ def renamed(told: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("whisper", "ort-u8"),
+        pytest.param("whisper", "ort-u8", marks=pytest.mark.slow),
         pytest.param("whisper", "qdq", marks=pytest.mark.slow),
         pytest.param("t5", "ort-u8", marks=pytest.mark.slow),
         pytest.param("t5", "qdq", marks=pytest.mark.slow),

@@ -192,6 +192,7 @@ def test_a_changed_result_is_refused(result_of: Results, tmp_path: Path) -> None
         recipe("torchao", result)
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_and_writes_the_script(result_of: Results, tmp_path: Path) -> None:
     result = placed(result_of(STATIC), tmp_path)
     bad = alphasmith("recipe", "torch-ao", "result", cwd=tmp_path)
