@@ -23,23 +23,23 @@ PLAIN = {"search": {"trials": 4, "refine": False, "guard": "site"}}
 
 def session(file: Path) -> Any:
     """A graph on one thread, with exact products on every processor; what was made of it is kept for :func:`kinds`."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.optimized_model_filepath = str(file.parent.parent / f"{file.stem}-optimized.onnx")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return _opened(str(file), optimized=str(file.parent.parent / f"{file.stem}-optimized.onnx"))
 
 
 def memory_session(content: bytes) -> Any:
     """As :func:`session`, of a graph that is in no file."""
+    return _opened(content, optimized="")
+
+
+def _opened(model: str | bytes, *, optimized: str) -> Any:
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    if optimized:
+        options.optimized_model_filepath = optimized
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def kinds(file: Path) -> Counter[str]:
