@@ -240,7 +240,7 @@ def with_driver(sites: Sequence[SimSite], workers: int, steps: Steps) -> Simulat
         arrived = max(link.serve(sent, steps.transfer), sent + steps.link)
         events.at(arrived, partial(told, steps.begin))
         for batch in range(1, steps.batches + 1):
-            events.at(arrived + sites[position].seconds * batch / steps.batches, partial(told, steps.batch))
+            events.at(arrived + sites[position].seconds * (batch / steps.batches), partial(told, steps.batch))
         events.at(arrived + sites[position].seconds, partial(ended, position))
         events.at(sent, submitted)
 
@@ -309,7 +309,8 @@ def autonomous(sites: Sequence[SimSite], workers: int, steps: Steps) -> Simulate
         taken = sites[position].seconds
         events.at(arrived, partial(tell, position, steps.begin))
         for batch in range(1, steps.batches + 1):
-            events.at(arrived + taken * batch / steps.batches, partial(tell, position, steps.batch))
+            # The share first, which is 1 for the last batch: it is told at the very end, never a rounding error after it.
+            events.at(arrived + taken * (batch / steps.batches), partial(tell, position, steps.batch))
         events.at(arrived + taken, partial(ended, position))
 
     def tell(position: int, seconds: float, now: float) -> None:
