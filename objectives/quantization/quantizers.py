@@ -213,11 +213,6 @@ def fake_quantize_activation(x: Tensor, scale: Tensor, fmt: ActivationFormat, ze
     return round_codes_(_checked_activation(x, scale) / scale, fmt, zero).mul_(scale)
 
 
-def fake_quantize_activation_(x: Tensor, scale: Tensor, fmt: ActivationFormat, zero: Tensor | None = None) -> Tensor:
-    """:func:`fake_quantize_activation` in place and unchecked: for callers who own ``x``, float32 and finite; not ``none``."""
-    return round_codes_(x.div_(scale), fmt, zero).mul_(scale)
-
-
 def code_grid(low: Tensor, high: Tensor, fmt: ActivationFormat) -> CodeGrid:
     """:func:`activation_grid` of float32 bounds, unchecked; NaN stays."""
     if fmt != "uint8":

@@ -105,11 +105,12 @@ def export(
         plain: Mapping[str, DeployedOperator] = {}
         chosen: OnnxLayout | None = None
         if format == "onnx":
+            chosen = next((known for known in LAYOUTS if known == layout), "ort-u8")
+        if chosen is not None:
             from alphasmith.search.exports.onnx.models import onnx_models
 
-            wanted: OnnxLayout = next((known for known in LAYOUTS if known == layout), "ort-u8")
-            chosen, given = wanted, None if batch is None else _as_batch(batch)
-            made = onnx_models(opened, wanted, model=model, batch=given, data=data, allow_code=allow_code)
+            given = None if batch is None else _as_batch(batch)
+            made = onnx_models(opened, chosen, model=model, batch=given, data=data, allow_code=allow_code)
         else:
             _ = opened.config
             explicit = explicit_operators(opened) if unsmoothed_sites else ()

@@ -32,7 +32,6 @@ from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.media.batch import Batch, call, main_output
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.sites.coverage import CoveredWeight
-from alphasmith.objectives.sites.types import Site
 from alphasmith.objectives.smoothing import Smoothing
 from alphasmith.objectives.stored_types import cast_to
 from alphasmith.search.config import RunConfig
@@ -44,7 +43,7 @@ from alphasmith.search.interruption import leave
 from alphasmith.search.launch._look_ahead import VARIANTS, LookAhead, light
 from alphasmith.search.launch._outcome import Products, SearchOutcome, decide, produce
 from alphasmith.search.launch._parts import PART_FORMAT, PartProgress, PartRecord, joined, joined_products
-from alphasmith.search.launch._rounded import RoundedModel, rounded_smoothings, with_rounded
+from alphasmith.search.launch._rounded import RoundedModel, folded, rounded_smoothings, with_rounded
 from alphasmith.search.launch._states import StatesFolder, StreamBatches
 from alphasmith.search.launch.recorder import RunRecorder, RunResult
 from alphasmith.search.launch.site_searches import (
@@ -358,7 +357,7 @@ class _BlockwiseRun:
 
     def _rounded(self, found: SearchOutcome, scores: _Scores, records: Sequence[PartRecord]) -> SearchOutcome:
         """The outcome with rounded scales, where the configuration asks for it."""
-        kept, sites = found.fallback or "ours", [site for record in records for site in _folded(record).values()]
+        kept, sites = found.fallback or "ours", [site for record in records for site in folded(record.sites).values()]
         name = f"{kept}{_ROUNDED}"
         if name not in self._streams or not {site.name for site in sites} & found.final.keys():
             return found
@@ -508,13 +507,8 @@ class _BlockwiseRun:
             elif variant != "identity":
                 of = {name: self._results[name] for name in record.order}
                 mine = {n: r.smoothing if variant == "ours" else r.best_single for n, r in of.items()}
-            found |= rounded_smoothings(mine, _folded(record)) if stream != variant else mine
+            found |= rounded_smoothings(mine, folded(record.sites)) if stream != variant else mine
         return found
-
-
-def _folded(record: PartRecord) -> dict[str, Site]:
-    """The sites of a part that are folded, by name."""
-    return {site.name: site for site in record.sites if site.mode == "fold"}
 
 
 def _stored(model: nn.Module, names: Sequence[str], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alphasmith.objectives.errors import NonFiniteError
@@ -42,7 +42,7 @@ def with_rounded_scales(
         reserve: Loss at the output on held-out batches.
         progress: Receives stages and notes.
     """
-    sites = {site.name: site for site in prepared.sites if site.mode == "fold"}
+    sites = folded(prepared.sites)
     if config.round_scales == "none" or not sites.keys() & found.final.keys():
         return found
     progress.stage("rounding scales", 2)
@@ -72,6 +72,11 @@ class RoundedModel:
     after: HeldOutScore | None
     weight: float
     metric: float | None
+
+
+def folded(sites: Iterable[Site]) -> dict[str, Site]:
+    """Of some sites, those that are folded, by name."""
+    return {site.name: site for site in sites if site.mode == "fold"}
 
 
 def rounded_smoothings(smoothings: Mapping[str, Smoothing], sites: Mapping[str, Site]) -> dict[str, Smoothing]:
