@@ -11,6 +11,8 @@ that has figures. ``--again`` measures the chosen models again, ``--anew`` also 
 Errors are relative squared errors at the main output against the float model in torch, or divergences of logits [nats] of language and speech models,
 on data that no run saw; differences are paired, with their standard error over samples. Times are of interleaved calls, of one thread of the
 process' CPU, else of the clock on the wall: a round calls every model once, and each ratio is a median over rounds.
+
+Under benchmarks/narrow_runtime.py exports are shared with other calls; figures are kept, and put into the document, apart.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from benchmarks.onnx_cases import SCHEME, Case, cases
 from benchmarks.onnx_graphs import EncoderDecoder, GraphModel, loaded
 from benchmarks.real_folders import AbsentError, home_folder
 from benchmarks.real_judges import Judged, Measure
-from benchmarks.timing import machine, median, publish, table
+from benchmarks.timing import KERNELS_VARIABLE, machine, median, publish, table
 
 Variants = Mapping[str, tuple[str, bool]]
 LAYOUTS = ("ort-u8", "ort-s8", "qdq")
@@ -115,11 +117,17 @@ def main() -> None:
     found = [
         Rows(**json.loads(_kept(case).read_text(encoding="utf-8"))) for case in known.values() if _kept(case).is_file()
     ]
-    publish("ONNX", _text(found, given.threads), given.out)
+    publish(f"ONNX{_kernels()}", _text(found, given.threads), given.out)
+
+
+def _kernels() -> str:
+    """What the libraries are kept to, as a part of names; empty: to nothing."""
+    limit = os.environ.get(KERNELS_VARIABLE)
+    return f"-{limit}" if limit else ""
 
 
 def _kept(case: Case) -> Path:
-    return case.work / "rows.json"
+    return case.work / f"rows{_kernels()}.json"
 
 
 def _measured(case: Case, given: argparse.Namespace) -> Rows:

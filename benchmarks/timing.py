@@ -19,6 +19,8 @@ from alphasmith.objectives.errors import InputError
 
 #: Where the tables are kept, from the root of the repository.
 DOCUMENT = Path("docs/performance.md")
+#: Names the instructions that libraries are kept to, see benchmarks/narrow_runtime.py; oneDNN reads it.
+KERNELS_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 
 
 def machine() -> str:
@@ -26,6 +28,8 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     busy = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     units = ", ".join((platform.machine(), *_units()))
+    if limit := os.environ.get(KERNELS_VARIABLE):
+        units += f"; kernels of {limit} alone"
     where = f"{_processor()} ({units}), {cores} cores, {torch.get_num_threads()} threads{busy}"
     return f"Machine: {where}; Python {platform.python_version()}, torch {torch.__version__}."
 
