@@ -5,7 +5,8 @@
 torch and oneDNN, which OpenVINO uses too, have variables for that. ONNX Runtime chooses its kernels when it is loaded and has none: the command gets a copy
 of it, which is made in the folder. Software may use AVX-512 where XGETBV says that the operating system keeps its registers; in the copy, the three
 bytes of that instruction are those of two others that answer as a system without it does. What is computed, saturation included, is what
-such a processor computes; times are those of its kernels on this one.
+such a processor computes; times are those of its kernels on this one. OpenVINO asks for AVX-512 itself, too, and so refuses models with more than
+products (a softmax, a pooling) when oneDNN has none.
 """
 
 from __future__ import annotations

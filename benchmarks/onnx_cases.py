@@ -34,8 +34,8 @@ _SMALL = {"trials": 8, "refine": False, "single_alphas": 5}
 #: Samples of an example.
 _TRACED = 2
 #: Lengths of models whose loops over time become as many nodes: tokens, and samples of a waveform.
-_STEPS, _WAVE = 64, 16_000
-_WARM = 32
+_STEPS, _WAVE = 32, 16_000
+_WARM = 16
 _RECURRENT = ("rwkv5_730k", "charlstm_shakespeare")
 
 

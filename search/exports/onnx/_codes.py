@@ -17,8 +17,9 @@ from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.exports.onnx._graph import GraphWriter
 from alphasmith.search.exports.source import DeployedOperator
 
-#: Form of a weight in a graph: the matrix (C, O) of a product, or a kernel as convolutions take it.
-Form = Literal["product", "convolution", "transposed convolution"]
+#: Form of a weight in a graph: the matrix (C, O) of a product, the matrices (prod(kernel), C, O) of one whose rows are windows, position
+#: by position, or a kernel as convolutions take it.
+Form = Literal["product", "windows", "convolution", "transposed convolution"]
 #: Last parts of the names of an operator's initializers.
 WEIGHT, WEIGHT_SCALE = "weight_codes", "weight_scale"
 INPUT_SCALE, INPUT_ZERO = "input_scale", "input_zero_point"
@@ -65,7 +66,11 @@ class OperatorConstants:
     def weight(self) -> ir.Value:
         """The codes: int8, or uint8 of which 128 stands for 0."""
         found, rows = self._weight, self._operator.codes
-        shape = tuple(found.shape) if found.form != "product" else (rows.shape[1], rows.shape[0])
+        shape = tuple(found.shape)
+        if found.form == "product":
+            shape = (rows.shape[1], rows.shape[0])
+        elif found.form == "windows":
+            shape = (rows.shape[1] // shape[1], shape[1], shape[0])
         dtype = ir.DataType.UINT8 if self._unsigned_weights else ir.DataType.INT8
         # Not made now: of all weights of a model, and of all graphs of it, one at a time is in memory.
         return self._writer.late_constant(f"{self._operator.name}.{WEIGHT}{self._suffix}", dtype, shape, self._stored)
@@ -77,6 +82,7 @@ class OperatorConstants:
         else:
             transposed = found.form == "transposed convolution"
             codes = from_matrix(self._operator.codes, found.shape, "conv", transposed, found.groups)
+            codes = codes.flatten(2).permute(2, 1, 0) if found.form == "windows" else codes
         stored = codes.contiguous()
         values: NDArray[Any] = (stored.view(torch.uint8) ^ BYTE_MIDDLE if self._unsigned_weights else stored).numpy()
         return values
@@ -155,7 +161,11 @@ def read_codes(
     """
     stored = torch.from_numpy(np.array(constants[f"{name}.{WEIGHT}"]))
     codes = (stored ^ BYTE_MIDDLE).view(torch.int8) if stored.dtype == torch.uint8 else stored
-    matrix = codes.t() if form == "product" else as_matrix(codes, "conv", form == "transposed convolution", groups)
+    if form == "product":
+        matrix = codes.t()
+    else:
+        kernel = codes.permute(2, 1, 0) if form == "windows" else codes
+        matrix = as_matrix(kernel, "conv", form == "transposed convolution", groups)
     scale = torch.from_numpy(np.array(constants[f"{name}.{WEIGHT_SCALE}"]))
     static = scheme.static
     zero = constants[f"{name}.{INPUT_ZERO}"] if static and scheme.asymmetric else None

@@ -100,7 +100,7 @@ class Products:
         if self._layout == "qdq":
             return self._around_float(before, x, bias, operator, constants)
         name = operator.name
-        weight, scale = constants.weight(), constants.weight_scale()
+        weight, scale = self._matrix(before, constants, name), constants.weight_scale()
         zero = constants.weight_zero(per_channel=False)
         if operator.scheme.static:
             # The scale of the operator itself, although the codes may have been made for another that reads the same tensor.
@@ -114,6 +114,15 @@ class Products:
         value = node(before, "Mul", [value, x.scale], f"{name}.steps")
         value = node(before, "Mul", [value, scale], f"{name}.product")
         return value if bias is None else node(before, "Add", [value, bias], f"{name}.sum")
+
+    def _matrix(self, before: ir.Node, constants: OperatorConstants, name: str) -> ir.Value:
+        """The weight (C, O); the matrices of windows below each other, which runtimes do once, when they load the model."""
+        weight = constants.weight()
+        shape = list(weight.shape or ())
+        if len(shape) == 2:
+            return weight
+        columns = self._writer.constant(f"{name}.matrix_shape", np.array([-1, shape[-1]], np.int64))
+        return self._writer.node(before, "Reshape", [weight, columns], f"{name}.matrix", dtype=weight.dtype)
 
     def dequantized(self, before: ir.Node, x: Codes, operator: DeployedOperator) -> ir.Value:
         """Float values of codes.

@@ -19,7 +19,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from onnxscript import opset20
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from alphasmith.objectives.errors import InputError
@@ -34,6 +38,25 @@ from alphasmith.search.exports.onnx._guards import unguarded
 DOMAIN = "alphasmith"
 #: Version of standard ONNX: the newest that ONNX Runtime loads in every layout (with 21 it mistypes signed activations).
 OPSET = 20
+#: What of ``torch.onnx``'s own rules a traced model has use for. Left out is ``slice_split_rule``, which looks for pairs: every node is compared with
+#: all others, which takes minutes where a loop over time has become thousands of them.
+_RULES = (
+    *(rules.add_0_rule, rules.sub_0_rule, rules.mul_by_1_rule, rules.div_by_1_rule),
+    *(rules.cast_cast_rule, rules.no_op_cast_rule, rules.cast_constant_of_shape_rule),
+    *(rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.no_op_expand_rule, rules.flatten_to_reshape_rule),
+    *(rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule, rules.materialize_reshape_shape_rule),
+    *(rules.one_reshape_matmul_reshape_rule, rules.two_reshapes_matmul_reshape_rule),
+    *(rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule),
+    *(rules.min_min_rule, rules.max_max_rule, rules.min_max_rule, rules.max_min_rule),
+    *(rules.successive_relu_rule, rules.successive_clip_rule, rules.successive_clip_relu_rule),
+    rules.successive_relu_clip_rule,
+    *(rules.no_op_dynamic_scatter_nd_rule, rules.no_op_static_scatter_nd_rule),
+    *(rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule),
+    *(rules.fuse_batchnorm_into_conv_rule, rules.fuse_batchnorm_into_conv_transpose_rule),
+    rules.fuse_batchnorm_into_gemm_rule,
+    *(rules.remove_optional_bias_from_conv_rule, rules.remove_optional_bias_from_conv_transpose_rule),
+    rules.remove_optional_bias_from_gemm_rule,
+)
 #: Name of the model inside the module that is traced.
 _INSIDE = "model"
 
@@ -217,6 +240,7 @@ def _translated(
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
+            optimize=False,
             input_names=list(inputs),
             output_names=list(outputs),
             custom_translation_table={floordiv: _floor_division},
@@ -233,9 +257,28 @@ def _translated(
         ) from error
     if made is None:
         raise InputError("--format", "the exporter returned nothing", "report it")
-    model = made.model
+    model = _simplified(made.model)
     for value in list(model.graph.initializers.values()):
         value.name = _plain_name(str(value.name), wrapped=wrapped)
+    return model
+
+
+def _simplified(model: ir.Model) -> ir.Model:
+    """The graph with its constants computed and without what changes nothing, as ``torch.onnx`` leaves it."""
+    passes.InlinePass()(model)
+    for _ in range(2):
+        fold_constants_ir(model, onnx_shape_inference=True)
+        model = rewrite(model, _RULES)
+    for step in (
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        model = step(model).model
     return model
 
 

@@ -26,8 +26,8 @@ from alphasmith.search.checkpoints.verification import original_config
 from alphasmith.search.exports.onnx._examples import SAMPLES, example
 from alphasmith.search.exports.onnx._layouts import check_scheme
 from alphasmith.search.exports.onnx._parts import parts
-from alphasmith.search.exports.onnx._rewriting import rewrite
 from alphasmith.search.exports.onnx._tracing import mark_operators, trace
+from alphasmith.search.exports.onnx.rewriting import rewrite
 from alphasmith.search.exports.source import ExportSource
 from alphasmith.search.inputs.permission import check_code
 from alphasmith.search.inputs.task import load_task
@@ -223,5 +223,6 @@ def _notes(layout: OnnxLayout) -> Iterator[str]:
     else:
         yield (
             "needs ONNX Runtime: products and convolutions are its own nodes, fast and exact on processors with VNNI; on other x86 "
-            "processors pairs of products of linear operators saturate in 16 bits, unless weights have 7 bits"
+            "processors pairs of products of linear operators, and of convolutions of many channels, saturate in 16 bits, unless weights "
+            "have 7 bits"
         )

@@ -72,6 +72,8 @@ def _use(codes: ir.Value) -> tuple[Form, int]:
         for use in value.uses():
             if use.node.op_type in ("Conv", "ConvInteger"):
                 return "convolution", 1
+            if use.node.op_type in ("MatMulInteger", "MatMulIntegerToFloat"):
+                return "windows", 1
             if use.node.op_type == "ConvTranspose":
                 group: Mapping[str, ir.Attr] = use.node.attributes
                 return "transposed convolution", group["group"].as_int() if "group" in group else 1

@@ -36,8 +36,9 @@ from tests.support.run_cases import launch, seeded, vectors
 ir = pytest.importorskip("onnx_ir", reason="needs pip install 'alphasmith[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
 
-from alphasmith.search.exports.onnx._rewriting import Rewritten, rewrite
 from alphasmith.search.exports.onnx._tracing import trace
+from alphasmith.search.exports.onnx.reading import OnnxOperators
+from alphasmith.search.exports.onnx.rewriting import Rewritten, rewrite
 
 LAYOUTS: tuple[OnnxLayout, ...] = ("ort-u8", "ort-s8", "qdq")
 
@@ -232,7 +233,8 @@ def graph_of(
     spaces=st.integers(1, 3),
     kernel=st.integers(1, 3),
     stride=st.integers(1, 3),
-    padding=st.integers(0, 1),
+    padding=st.tuples(st.integers(0, 1), st.integers(0, 2)),
+    channels=st.sampled_from((3, 3, 32, 256)),
     around=st.sampled_from((None, (0, 1), (2, 1))),
     dilation=st.integers(1, 2),
     groups=st.integers(1, 2),
@@ -247,7 +249,8 @@ def test_convolutions_are_those_of_the_integers(
     spaces: int,
     kernel: int,
     stride: int,
-    padding: int,
+    padding: tuple[int, int],
+    channels: int,
     around: tuple[int, int] | None,
     dilation: int,
     groups: int,
@@ -258,10 +261,12 @@ def test_convolutions_are_those_of_the_integers(
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    shape = (2 * groups, 3, *[kernel] * spaces)
+    if layout == "qdq":  # a float sum, whose rounding grows with its length
+        channels = 3
+    shape = (2 * groups, channels, *[kernel] * spaces)
     sizes = [5 + int(n) for n in torch.randint(0, 3, (spaces,), generator=generator)]
     codes = torch.randint(-128, 128, shape, generator=generator)
-    x = torch.randn(2, 3 * groups, *sizes, generator=generator) * 1.5
+    x = torch.randn(2, channels * groups, *sizes, generator=generator) * 1.5
     if extreme:  # where 16 bits are not enough for two products
         codes, x = torch.full_like(codes, 127), torch.full_like(x, 100.0)
     if layout == "ort-s8":  # weights of 7 bits, with which no processor saturates
@@ -270,7 +275,7 @@ def test_convolutions_are_those_of_the_integers(
     bias = torch.randn(shape[0], generator=generator) if biased else None
     told: dict[str, Any] = {
         "strides": [stride] * spaces,
-        "pads": [padding] * 2 * spaces,
+        "pads": [padding[0]] * spaces + [padding[1]] * spaces,
         "dilations": [dilation] * spaces,
     }
     zeros = None if around is None else [0, 0, *[around[0]] * spaces, 0, 0, *[around[1]] * spaces]
@@ -280,15 +285,35 @@ def test_convolutions_are_those_of_the_integers(
     assert not done.float_products
     least, most, middle = (-128, 127, 0) if zero is None else (0, 255, zero)
     rounded = (torch.round(x / 0.02) + middle).clamp(least, most).double() - middle
-    rounded = nn.functional.pad(rounded, list(around or (0, 0)) * spaces)
+    rounded = nn.functional.pad(nn.functional.pad(rounded, list(around or (0, 0)) * spaces), list(padding) * spaces)
     convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[spaces - 1]
-    sums = convolve(rounded, codes.double(), stride=stride, padding=padding, dilation=dilation, groups=groups)
+    sums = convolve(rounded, codes.double(), stride=stride, dilation=dilation, groups=groups)
     exact = sums * 0.02 * operator.scale.double().reshape(-1, *[1] * spaces)
     expected = exact if bias is None else exact + bias.double().reshape(-1, *[1] * spaces)
     found = memory_session(ir.to_proto(model).SerializeToString()).run(None, {"x": x.numpy()})[0]
     assert found.shape == expected.shape
     size = float(exact.abs().max()) + (0 if bias is None else float(bias.abs().max()))
     assert float((torch.from_numpy(np.array(found)) - expected).abs().max()) <= 2e-6 * max(size, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "channels", "copied"),
+    [("ort-s8", 31, False), ("ort-s8", 32, True), ("ort-u8", 32, False), ("ort-u8", 256, True), ("qdq", 256, False)],
+)
+def test_windows_are_copied_out_where_a_product_gains_more(
+    layout: OnnxLayout, channels: int, copied: bool, tmp_path: Path
+) -> None:
+    shape = (5, channels, 2, 3)
+    codes = torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(3))
+    operator = deployed(shape, codes, 1)
+    model = graph_of(shape, 1, None, ["height", "width"], strides=[1, 1], pads=[0] * 4, dilations=[1, 1])
+    rewrite(model, {"conv": operator}, layout)
+    products = [node for node in model.graph if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == copied
+    ir.save(model, tmp_path / "model.onnx")
+    (read,) = OnnxOperators([tmp_path / "model.onnx"]).read("conv", operator.scheme)
+    assert read.codes.equal(operator.codes)
+    assert read.scale.equal(operator.scale)
 
 
 @pytest.mark.parametrize(

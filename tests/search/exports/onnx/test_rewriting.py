@@ -24,7 +24,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install 'alph
 from alphasmith.search.exports.onnx._codes import OperatorConstants, Weight, read_codes
 from alphasmith.search.exports.onnx._graph import GraphWriter
 from alphasmith.search.exports.onnx._layouts import check_scheme
-from alphasmith.search.exports.onnx._rewriting import rewrite
+from alphasmith.search.exports.onnx.rewriting import rewrite
 
 NAME = "block.fc"
 LAYOUTS: tuple[OnnxLayout, ...] = ("ort-u8", "qdq")

@@ -11,19 +11,21 @@ import onnx_ir as ir
 
 from alphasmith.objectives.literals import OnnxLayout
 from alphasmith.search.exports.onnx._codes import Form, OperatorConstants, Weight
-from alphasmith.search.exports.onnx._convolutions import (
-    Convolutions,
-    channels_first,
-    padded,
-    padding_of,
-    side_by_side,
-    windows,
-)
 from alphasmith.search.exports.onnx._graph import MICROSOFT, GraphWriter, replace
 from alphasmith.search.exports.onnx._layouts import check_scheme
 from alphasmith.search.exports.onnx._products import Codes, Products
 from alphasmith.search.exports.onnx._rounded_sums import round_sum
 from alphasmith.search.exports.onnx._tracing import DOMAIN
+from alphasmith.search.exports.onnx.convolutions import (
+    Convolutions,
+    channels_first,
+    copied_windows,
+    padded,
+    padding_of,
+    side_by_side,
+    windows,
+    worth_copying,
+)
 from alphasmith.search.exports.source import DeployedOperator
 
 
@@ -117,15 +119,13 @@ class _Rewriting:
             if padding is None and side_by_side(node, shape):
                 value = self._product_of_windows(node, found[0], shape, bias, operator)
             else:
-                groups = mark.attributes["groups"].as_int()
-                constants = self._constants(operator, shape, "convolution", groups, self._copy(operator))
                 codes = found[0]
                 if padding is not None:
                     codes = padded(self._writer, node, codes, padding, operator.name)
-                value = self._convolutions.convolution(node, codes, bias, operator, constants)
-                made = value.producer()
-                if self._layout == "qdq" and made is not None:
-                    self._between.append((made, operator))
+                if worth_copying(node, shape, self._layout):
+                    value = self._product_of_copies(node, codes, shape, bias, operator)
+                else:
+                    value = self._convolution(node, codes, mark, bias, operator)
         else:
             turned ^= node.op_type == "Gemm" and bool(_integer(node, "transB"))
             # The stored matrix is (C, O): that of a float weight stored (in, out) as it is, else turned.
@@ -145,6 +145,25 @@ class _Rewriting:
         if padding is not None and not padding.outputs[0].uses() and not padding.outputs[0].is_graph_output():
             padding.graph.remove(padding, safe=True)
         self._forget(mark, operator)
+
+    def _convolution(
+        self, node: ir.Node, x: Codes, mark: ir.Node, bias: ir.Value | None, operator: DeployedOperator
+    ) -> ir.Value:
+        groups = mark.attributes["groups"].as_int()
+        constants = self._constants(operator, _shape(mark), "convolution", groups, self._copy(operator))
+        value = self._convolutions.convolution(node, x, bias, operator, constants)
+        made = value.producer()
+        if self._layout == "qdq" and made is not None:
+            self._between.append((made, operator))
+        return value
+
+    def _product_of_copies(
+        self, node: ir.Node, x: Codes, shape: tuple[int, ...], bias: ir.Value | None, operator: DeployedOperator
+    ) -> ir.Value:
+        rows = copied_windows(self._writer, node, x, shape, f"{operator.name}.windows")
+        constants = self._constants(operator, shape, "windows", 1)
+        product = self._products.product(node, rows, bias, operator, constants)
+        return channels_first(self._writer, node, product, len(shape) - 2, operator.name)
 
     def _product_of_windows(
         self, node: ir.Node, x: Codes, shape: tuple[int, ...], bias: ir.Value | None, operator: DeployedOperator
@@ -217,8 +236,9 @@ class _Rewriting:
         return OperatorConstants(
             self._writer,
             weight,
-            # Signed weights only make linear products faster: ONNX Runtime has no fast convolution for them.
-            unsigned_weights=self._layout == "ort-u8" or (self._layout == "ort-s8" and form != "product"),
+            # Signed weights only make products faster: ONNX Runtime has no fast convolution for them.
+            unsigned_weights=self._layout == "ort-u8"
+            or (self._layout == "ort-s8" and form not in ("product", "windows")),
             unsigned_inputs=self._layout != "qdq",
             copy=copy,
         )

@@ -2,11 +2,12 @@
 
 Where windows lie side by side a convolution is a linear product of a rearranged input: the patch layer of a vision transformer, and
 kernels of size 1. ONNX Runtime multiplies the integers of a product faster than those of a convolution, and finds no integers in Q/DQ around
-a convolution whose sum stays float.
+a convolution whose sum stays float. With many channels the product is so much faster that windows which overlap are copied out for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,12 @@ from alphasmith.search.exports.onnx._codes import OperatorConstants
 from alphasmith.search.exports.onnx._graph import GraphWriter
 from alphasmith.search.exports.onnx._products import Codes
 from alphasmith.search.exports.source import DeployedOperator
+
+#: Fewest channels of an input whose windows are copied out. With fewer, copying takes longer than the product saves (`benchmarks.convolutions`).
+#: Unsigned products gain less; qdq would copy float values.
+COPIED: Mapping[OnnxLayout, int] = {"ort-s8": 32, "ort-u8": 256}
+#: Of a slice: up to the end of the axis.
+_END = np.iinfo(np.int64).max
 
 
 class Convolutions:
@@ -124,15 +131,30 @@ def side_by_side(node: ir.Node, kernel: Sequence[int]) -> bool:
         kernel: Shape of its weight (O, C, *kernel).
     """
     window = list(kernel[2:])
-    attributes = node.attributes
-    padded = "auto_pad" in attributes and attributes["auto_pad"].as_string() not in ("NOTSET", "VALID")
     return (
-        not padded
+        _one_group(node)
         and not any(_integers(node, "pads", [0]))
         and _integers(node, "strides", [1] * len(window)) == window
         and set(_integers(node, "dilations", [1])) == {1}
-        and ("group" not in attributes or attributes["group"].as_int() == 1)
     )
+
+
+def worth_copying(node: ir.Node, kernel: Sequence[int], layout: OnnxLayout) -> bool:
+    """Whether windows that overlap are copied out for a product of integers.
+
+    Args:
+        node: The convolution.
+        kernel: Shape of its weight (O, C, *kernel).
+        layout: Of the export.
+    """
+    return layout in COPIED and kernel[1] >= COPIED[layout] and _one_group(node)
+
+
+def _one_group(node: ir.Node) -> bool:
+    """Whether every output channel reads every input channel, between borders that are given as numbers."""
+    attributes = node.attributes
+    computed = "auto_pad" in attributes and attributes["auto_pad"].as_string() not in ("NOTSET", "VALID")
+    return not computed and ("group" not in attributes or attributes["group"].as_int() == 1)
 
 
 def windows(writer: GraphWriter, before: ir.Node, x: ir.Value, kernel: Sequence[int], name: str) -> ir.Value:
@@ -158,6 +180,43 @@ def windows(writer: GraphWriter, before: ir.Node, x: ir.Value, kernel: Sequence[
     turned = writer.node(before, "Transpose", [split], f"{name}_turned", dtype=dtype, perm=order)
     rows = _whole_numbers(writer, f"{name}_row_sizes", [0] * (spaces + 1) + [channels * math.prod(window)])
     return writer.node(before, "Reshape", [turned, rows], f"{name}_rows", dtype=dtype)
+
+
+def copied_windows(writer: GraphWriter, before: ir.Node, x: Codes, kernel: Sequence[int], name: str) -> Codes:
+    """The codes of every window as a row, position by position, of each all channels.
+
+    Args:
+        writer: Of the graph.
+        before: The convolution, see :func:`worth_copying`.
+        x: (B, C, *space), codes of its input.
+        kernel: Shape of its weight.
+        name: Of the nodes.
+
+    Returns:
+        (B, *windows, prod(kernel) * C).
+    """
+    window, dtype = kernel[2:], x.codes.dtype
+    spaces = len(window)
+    strides, dilations = _integers(before, "strides", [1] * spaces), _integers(before, "dilations", [1] * spaces)
+    # Channels last: what is copied of a position lies together.
+    last = [0, *range(2, spaces + 2), 1]
+    codes = writer.node(before, "Transpose", [x.codes], f"{name}_channels_last", dtype=dtype, perm=last)
+    around = _integers(before, "pads", [0] * 2 * spaces)
+    if any(around):
+        sizes = _whole_numbers(writer, f"{name}_around", [0, *around[:spaces], 0, 0, *around[spaces:], 0])
+        codes = writer.node(before, "Pad", [codes, sizes, x.zero], f"{name}_padded", dtype=dtype, mode="constant")
+    axes = _whole_numbers(writer, f"{name}_axes", range(1, spaces + 1))
+    steps = _whole_numbers(writer, f"{name}_strides", strides)
+    copies = []
+    for position in itertools.product(*(range(size) for size in window)):
+        starts = [at * step for at, step in zip(position, dilations, strict=True)]
+        # From the end, whatever the size: where the last window has this position.
+        left = [(size - 1) * step - start for size, step, start in zip(window, dilations, starts, strict=True)]
+        label = "_".join(map(str, position))
+        first = _whole_numbers(writer, f"{name}_first_{label}", starts)
+        end = _whole_numbers(writer, f"{name}_end_{label}", [-more if more else _END for more in left])
+        copies.append(writer.node(before, "Slice", [codes, first, end, axes, steps], f"{name}_{label}", dtype=dtype))
+    return replace(x, codes=writer.node(before, "Concat", copies, f"{name}_rows", dtype=dtype, axis=-1))
 
 
 def _whole_windows(
