@@ -1,4 +1,4 @@
-"""What libraries compute here, and on a processor without VNNI: oneDNN and OpenVINO let themselves be held to AVX2."""
+"""What libraries compute here, and on a processor without VNNI: oneDNN and OpenVINO let themselves be held to AVX2, ONNX Runtime a copy of itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from alphasmith.objectives.quantization.saturating_pairs import SaturatingPairs
 from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.inputs import kernel_probe
 from alphasmith.search.inputs.kernel_probe import LIBRARIES, Library, kernel_warning, probe, product, serving_kernel
+from benchmarks.narrow_runtime import narrow_runtime
+from benchmarks.real_folders import AbsentError
 
 _ASKED = """
 import json, sys, torch
@@ -36,26 +40,32 @@ print(json.dumps({"kernel": found.kernel, "told": found.told, "equal": equal}))
 """
 
 
-def asked_under(limit: str, library: str) -> dict[str, Any]:
+def asked_under(environment: Mapping[str, str], library: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", _ASKED, library],
         check=False,
         capture_output=True,
         text=True,
-        env=os.environ | {"ONEDNN_MAX_CPU_ISA": limit},
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 
-@pytest.mark.parametrize("library", ["onednn", "openvino"])
-def test_held_to_avx2_a_library_computes_what_is_simulated(library: Library) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_held_to_avx2_a_library_computes_what_is_simulated(library: Library, tmp_path: Path) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("saturating pairs are an instruction of x86")
     if library == "openvino" and find_spec("openvino") is None:
         pytest.skip("openvino is not installed")
-    answer = asked_under("AVX2", library)
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    if library == "onnxruntime":
+        try:
+            environment["PYTHONPATH"] = str(narrow_runtime(tmp_path))
+        except AbsentError as error:
+            pytest.skip(str(error))
+    answer = asked_under(environment, library)
     assert answer["kernel"] == "u8s8-pairs16", answer["told"]
     assert answer["equal"] == [True] * 5
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search import export, load_quantized
 from alphasmith.search.exports.source import DeployedOperator
 from alphasmith.search.exports.verification import verify_export
+from benchmarks.narrow_runtime import narrow_runtime
+from benchmarks.real_folders import AbsentError
 from tests.support.onnx_runtime import (
     CLOSE,
     PLAIN,
@@ -314,6 +319,37 @@ def test_windows_are_copied_out_where_a_product_gains_more(
     (read,) = OnnxOperators([tmp_path / "model.onnx"]).read("conv", operator.scheme)
     assert read.codes.equal(operator.codes)
     assert read.scale.equal(operator.scale)
+
+
+_ANSWERED = """
+import sys
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+numpy.save(sys.argv[2], session.run(None, {"x": numpy.load(sys.argv[3])})[0])
+"""
+
+
+@pytest.mark.parametrize(("layout", "bits", "exact"), [("ort-u8", 8, True), ("ort-s8", 7, True), ("ort-s8", 8, False)])
+def test_without_vnni_a_product_is_what_the_layout_says(
+    layout: OnnxLayout, bits: int, exact: bool, tmp_path: Path
+) -> None:
+    try:
+        runtime = narrow_runtime(tmp_path)
+    except AbsentError as error:
+        pytest.skip(str(error))
+    shape = (5, 256, 2, 2)
+    largest = 2 ** (bits - 1) - 1
+    operator = deployed(shape, torch.full(shape, largest), 1)
+    model = graph_of(shape, 1, None, [6, 7], strides=[1, 1], pads=[0] * 4, dilations=[1, 1])
+    rewrite(model, {"conv": operator}, layout)
+    ir.save(model, tmp_path / "model.onnx")
+    np.save(tmp_path / "x.npy", np.full((1, 256, 6, 7), 100, np.float32))
+    places = [str(tmp_path / name) for name in ("model.onnx", "y.npy", "x.npy")]
+    command = [sys.executable, "-c", _ANSWERED, *places]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(runtime)})
+    expected = 127 * largest * 256 * 4 * 0.02 * operator.scale.double()[:, :, None].expand(5, 5, 6)[None]
+    found = torch.from_numpy(np.load(tmp_path / "y.npy"))
+    assert (difference(found, expected.float()) < CLOSE) == exact
 
 
 @pytest.mark.parametrize(
