@@ -243,21 +243,32 @@ class RealCase(Case):
     """A pretrained model out of a package, judged on the data of benchmarks/real_models.py.
 
     Args:
-        name: Of the package.
+        package: Its name.
         work: Where its result is kept.
         home: Where models are kept.
+        untied: With a weight of its own for the layer of the logits, which then is quantized, too.
     """
 
-    def __init__(self, name: str, work: Path, home: Path) -> None:
-        super().__init__(name, work)
-        self._home = home
-        if name in ("SmolLM2", "Whisper"):
+    def __init__(self, package: str, work: Path, home: Path, *, untied: bool = False) -> None:
+        super().__init__(f"{package}-untied" if untied else package, work)
+        self._package, self._tied_home, self._untied = package, home, untied
+        if package in ("SmolLM2", "Whisper"):
             self.sizes = (1, 4)
+
+    @cached_property
+    def _home(self) -> Path:
+        """Where the model is."""
+        if not self._untied:
+            return self._tied_home
+        home = self.work / "home"
+        if not (home / self._package / "config.json").is_file():
+            untie(model_folder(self._package, self._tied_home), home / self._package)
+        return home
 
     @cached_property
     def result(self) -> Path:
         """See :class:`Case`."""
-        request = Request(model=self.name, scheme=SCHEME, seed=0, short=True, sweep=False, home=self._home)
+        request = Request(model=self._package, scheme=SCHEME, seed=0, short=True, sweep=False, home=self._home)
         return result_of(SmallRun(request=request, unsmoothed=True, work=self.work))
 
     def _run(self, folder: Path) -> None:
@@ -266,22 +277,22 @@ class RealCase(Case):
     @property
     def traced(self) -> Batch | None:
         """Images of the size that it is judged on; of others, what the exporter makes."""
-        return self.inputs(_TRACED) if self.name == "DINOv2" else None
+        return self.inputs(_TRACED) if self._package == "DINOv2" else None
 
     def judge(self, work: Path) -> Judge:
         """See :class:`Case`."""
-        return make_judge(self.name, model_folder(self.name, self._home), SHORT, work)
+        return make_judge(self._package, model_folder(self._package, self._home), SHORT, work)
 
     def inputs(self, size: int) -> Batch:
         """Windows of a text, images, or clips with as many tokens of a transcript."""
         from transformers import AutoTokenizer, WhisperFeatureExtractor
 
-        if self.name == "DINOv2":
+        if self._package == "DINOv2":
             return Batch(kwargs={"pixel_values": image_sets()[1].pixels[:size]})
-        folder = model_folder(self.name, self._home)
+        folder = model_folder(self._package, self._home)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         ids = windows(tokenizer, "wikitext2_test.txt", limit=40_000)[:size]
-        if self.name != "Whisper":
+        if self._package != "Whisper":
             return Batch(kwargs={"input_ids": ids})
         extractor: Any = WhisperFeatureExtractor.from_pretrained(folder)
         heard = [extractor(wave, sampling_rate=16_000, return_tensors="pt") for wave in judged_waves(size)]
@@ -299,7 +310,25 @@ def cases(work: Path, home: Path) -> dict[str, Case]:
     found: list[Case] = [DemoCase(name, work) for name in ("image", "text")]
     found += [SharedCase(case.folder, work) for case in CASES]
     found += [RealCase(package.name, work, home) for package in PACKAGES]
+    found.append(RealCase("SmolLM2", work, home, untied=True))
     return {case.name: case for case in found}
+
+
+def untie(source: Path, target: Path) -> None:
+    """Save a causal language model with a weight of its own for the layer of the logits.
+
+    Args:
+        source: A folder of transformers.
+        target: Another, made.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(target)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(target)
 
 
 def _zoo() -> Any:

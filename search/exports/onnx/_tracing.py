@@ -32,7 +32,7 @@ from alphasmith.objectives.model.modules import replace_module
 from alphasmith.objectives.quantization.operator import QuantizedOperator
 from alphasmith.objectives.quantization.stack import QuantizedStack
 from alphasmith.objectives.text import error_line
-from alphasmith.search.exports.onnx._guards import unguarded
+from alphasmith.search.exports.onnx._guards import unguarded, unrolled_axes
 
 #: Of the nodes that mark an operator.
 DOMAIN = "alphasmith"
@@ -218,6 +218,11 @@ def _exported(flat: _Flat, tensors: tuple[Tensor, ...], model: nn.Module) -> tor
     for wish in wishes:
         try:
             program = torch.export.export(flat, tensors, dynamic_shapes=(tuple(wish),), strict=False)
+            if unrolled := unrolled_axes(program, tensors):
+                wish = [
+                    {axis: free for axis in axes if (place, axis) not in unrolled} for place, axes in enumerate(wish)
+                ]
+                program = torch.export.export(flat, tensors, dynamic_shapes=(tuple(wish),), strict=False)
         except Exception as error:  # noqa: BLE001  torch raises whatever the model's own code raises on symbolic sizes
             failed = failed or error
         else:

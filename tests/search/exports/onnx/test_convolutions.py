@@ -41,7 +41,6 @@ from tests.support.run_cases import launch, seeded, vectors
 ir = pytest.importorskip("onnx_ir", reason="needs pip install 'alphasmith[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'alphasmith[onnx]'")
 
-from alphasmith.search.exports.onnx._tracing import trace
 from alphasmith.search.exports.onnx.reading import OnnxOperators
 from alphasmith.search.exports.onnx.rewriting import Rewritten, rewrite
 
@@ -459,21 +458,3 @@ def test_other_sums_stay_as_they_are(steps: list[float], reader: dict[str, Any])
     assert done.float_sums == ("conv",)
     assert "conv.output_scale" not in model.graph.initializers
     assert next(node for node in model.graph if node.op_type == "Conv").inputs[2].name == "bias"
-
-
-class Divided(nn.Module):
-    """Sizes divided downwards: a number below 0 too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, L) -> (B, C, L and more)."""
-        size = x.shape[-1]
-        whole = -(-size // 3) * 3
-        return nn.functional.pad(x, (0, whole - size + (size - 20) // 4 + 9))
-
-
-def test_sizes_are_divided_downwards() -> None:
-    made = trace(Divided(), Batch(args=(torch.ones(2, 3, 17),))).model
-    opened = memory_session(ir.to_proto(made).SerializeToString())
-    for size in range(5, 30):
-        x = torch.ones(1, 3, size)
-        assert opened.run(None, {"x": x.numpy()})[0].shape == Divided()(x).shape, size
