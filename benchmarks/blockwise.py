@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from alphasmith.objectives.judge.memory import peak_bytes
 from alphasmith.search import RunConfig, run
 from alphasmith.search.large_pages import large_pages
 from alphasmith.search.progress import Silent
@@ -80,7 +81,7 @@ class StageSeconds(Silent):
         now = time.perf_counter()
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._since
         self._name, self._since = name, now
-        print(f"{now:10.1f} s {name} ({total}), peak {high_water() / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+        print(f"{now:10.1f} s {name} ({total}), peak {peak_bytes() / 2**20:.0f} MiB", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         print(f"# {text}", file=sys.stderr, flush=True)
@@ -159,12 +160,6 @@ def write_llama(folder: Path, layers: int, hidden: int = HIDDEN, intermediate: i
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def high_water() -> int:
-    """Peak resident size of this process [bytes]."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 def measure(model: Path, work: Path, mode: str) -> Pass:
     """One run in this process."""
     generator = torch.Generator().manual_seed(1)
@@ -189,7 +184,7 @@ def measure(model: Path, work: Path, mode: str) -> Pass:
         seconds=seconds,
         alike=seconds - left_out,
         cpu=time.process_time() - used,
-        peak=max(high_water(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss),
+        peak=max(peak_bytes(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss),
         predicted=manifest.memory.predicted,
         measured=manifest.memory.measured or 0,
         parameters=manifest.model.parameter_count,

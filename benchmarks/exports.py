@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from alphasmith.objectives.judge.candidate_batch import paired_difference
+from alphasmith.objectives.judge.memory import peak_bytes, resident_bytes
 from alphasmith.objectives.text import size_text
 from alphasmith.search import RunConfig, export, load_quantized, load_smoothed, run
 from benchmarks.real_folders import PACKAGES, AbsentError, home_folder, model_folder
@@ -168,14 +169,14 @@ def _measure(result: Path, out: Path, *, unsmoothed: bool) -> None:
     sizes = [size for file in files for size in _tensor_sizes(file)]
     with torch.device("meta"):
         AutoModel.from_config(AutoConfig.from_pretrained(result / "smoothed"))
-    before, wall, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
+    before, wall, cpu = resident_bytes(), time.perf_counter(), time.process_time()
     made = export(result, "compressed-tensors", out, unsmoothed_sites=unsmoothed)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     cost = Cost(
         model=sum(file.stat().st_size for file in files),
         layer=max(sizes),
         written=made.bytes,
-        peak=_memory("VmHWM") - before,
+        peak=peak_bytes() - before,
         wall=wall,
         cpu=cpu,
     )
@@ -190,12 +191,6 @@ def _tensor_sizes(file: Path) -> Iterator[int]:
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             yield end - begin
-
-
-def _memory(entry: str) -> int:
-    """What Linux says of this process [bytes]."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
 
 
 def _consumer(folder: Path) -> nn.Module:

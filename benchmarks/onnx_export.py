@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 
 from alphasmith.objectives.errors import AlphasmithError
 from alphasmith.objectives.judge.candidate_batch import paired_difference
+from alphasmith.objectives.judge.memory import peak_bytes
 from alphasmith.search import export
 from alphasmith.search.exports.onnx.models import float_models
 from alphasmith.storage.output.result_folder import ResultFolder
@@ -227,7 +227,7 @@ def _write(case: Case, layout: str, target: Path) -> None:
             export(case.result, "onnx", target, layout=layout, model=case.architecture, batch=case.traced)
     except AlphasmithError as error:
         sys.exit(str(error))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_bytes())
 
 
 def _processor(case: Case) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from alphasmith.objectives.calibration.calibrate import weight_absmax
 from alphasmith.objectives.calibration.producers import Producers
 from alphasmith.objectives.judge.answers import loss_of_answers
+from alphasmith.objectives.judge.memory import peak_bytes
 from alphasmith.objectives.judge.model_objective import ModelObjective
 from alphasmith.objectives.quantization.candidate_model import CandidateModel
 from alphasmith.objectives.quantization.scheme import Scheme
@@ -198,7 +198,7 @@ def found(request: Request, work: Path) -> Finding:
     wall, cpu = time.perf_counter(), time.process_time()
     result = run(config, batches=batches, metric=witness)
     wall, cpu = time.perf_counter() - wall - witness.wall, time.process_time() - cpu - witness.cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     output = result.manifest.output
     (metric,) = output.metrics
     known: dict[Contestant, Judged | None] = {

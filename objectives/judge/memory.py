@@ -317,7 +317,7 @@ def measured_peak(baseline: int = 0) -> int:
     Args:
         baseline: What was in use before, e.g. ``resident_bytes()`` before the run; the mark covers the whole life of the process.
     """
-    return max(0, _high_water() - baseline)
+    return max(0, peak_bytes() - baseline)
 
 
 def return_large_blocks() -> None:
@@ -336,13 +336,8 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def resident_model_bytes(model: nn.Module) -> int:
-    """Parameters and buffers that a model holds in main memory, shared ones once [bytes]."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    return sum(t.nbytes for t in tensors if t.device.type == "cpu")
-
-
-def _high_water() -> int:
+def peak_bytes() -> int:
+    """Highest resident memory of this process so far [bytes]."""
     if sys.platform == "linux":
         # ru_maxrss would survive an exec and so report the parent of a freshly started process.
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -354,6 +349,12 @@ def _high_water() -> int:
 
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
+
+
+def resident_model_bytes(model: nn.Module) -> int:
+    """Parameters and buffers that a model holds in main memory, shared ones once [bytes]."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return sum(t.nbytes for t in tensors if t.device.type == "cpu")
 
 
 class _StorageMeter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]  # torch annotates neither of the two
