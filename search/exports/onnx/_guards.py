@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Steps of a loop that a guard tells of. torch asks of every size whether it is 0 or 1, which a small example's often is.
+_LEAST = 2
+
 
 def unguarded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Without its checks of input sizes, which have no form in ONNX, and whose decomposition fails where an input is not used."""
@@ -53,12 +56,14 @@ def _held(guard: str, inputs: Sequence[_Sized]) -> Iterator[tuple[int, int]]:
     except (SyntaxError, RecursionError, MemoryError):  # deeper than Python reads: borders of paddings in a row
         return
     match told.body:
-        case ast.Compare(left=side, ops=[ast.Eq()], comparators=[ast.Constant(value=int())]):
+        case ast.Compare(left=side, ops=[ast.Eq()], comparators=[ast.Constant(value=int(number))]):
             pass
-        case ast.Compare(left=ast.Constant(value=int()), ops=[ast.Eq()], comparators=[side]):
+        case ast.Compare(left=ast.Constant(value=int(number)), ops=[ast.Eq()], comparators=[side]):
             pass
         case _:
             return
+    if number < _LEAST:
+        return
     # That a size leaves a remainder is true of many.
     if isinstance(side, ast.BinOp) and not isinstance(side.op, ast.Mod) and not _true(told, inputs):
         yield from _axes(side)
