@@ -8,10 +8,12 @@ the fewest channels that it copies windows of (search/exports/onnx/convolutions.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,11 +28,12 @@ from alphasmith.objectives.quantization.scheme import Scheme
 from alphasmith.search.exports.onnx import convolutions
 from alphasmith.search.exports.onnx.rewriting import rewrite
 from alphasmith.search.exports.source import DeployedOperator
-from benchmarks.timing import machine, median, parser, publish, table
+from benchmarks.timing import interleaved_times, machine, median, parser, publish, speedup, table
 
 _DOCUMENT = Path(__file__).resolve().parents[1] / "docs/exports.md"
 _LAYOUTS: tuple[OnnxLayout, ...] = ("ort-u8", "ort-s8")
 _SCHEME = "w8a8-channel-static"
+_OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +77,12 @@ LAYERS = (
 )
 
 
-def graph(layer: Layer, layout: OnnxLayout | None, fewest: float = 0) -> bytes:
+def graph(layer: Layer, layout: OnnxLayout | None) -> bytes:
     """An ONNX model of a layer.
 
     Args:
         layer: The convolution.
         layout: Of the export; None: in float.
-        fewest: Channels from which windows are copied.
     """
     spaces = len(layer.kernel)
     shape = (layer.outputs, layer.inputs // layer.groups, *layer.kernel)
@@ -102,14 +104,12 @@ def graph(layer: Layer, layout: OnnxLayout | None, fewest: float = 0) -> bytes:
     convolution = {"group": layer.groups, "pads": pads, "strides": [layer.stride] * spaces}
     nodes.append(ir.node("Conv", [*inputs, bias], convolution))
     nodes[-1].outputs[0].shape, nodes[-1].outputs[0].type = ir.Shape(["batch", *[None] * (spaces + 1)]), typed
-    opsets = {"": 20, "alphasmith": 1}
+    opsets = {"": _OPSET} if layout is None else {"": _OPSET, "alphasmith": 1}
     made = ir.Model(
         ir.Graph([x], [nodes[-1].outputs[0]], nodes=nodes, initializers=initializers, opset_imports=opsets),
         ir_version=10,
     )
-    if layout is None:
-        made.opset_imports.pop("alphasmith")
-    else:
+    if layout is not None:
         operator = DeployedOperator(
             name="layer",
             kind="conv",
@@ -121,8 +121,7 @@ def graph(layer: Layer, layout: OnnxLayout | None, fewest: float = 0) -> bytes:
             input_zero=None,
             explicit=False,
         )
-        with patch.dict(convolutions.COPIED, {layout: fewest}):
-            rewrite(made, {"layer": operator}, layout)
+        rewrite(made, {"layer": operator}, layout)
     return bytes(ir.to_proto(made).SerializeToString())
 
 
@@ -143,24 +142,21 @@ def row(layer: Layer, batch: int, repeats: int) -> list[str]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    copied = {name: 0 if name != "integers" else math.inf for name in ("integers", "copied")}
     graphs = {("", ""): graph(layer, None)}
-    graphs |= {(layout, way): graph(layer, layout, fewest) for layout in _LAYOUTS for way, fewest in copied.items()}
+    for layout, (way, fewest) in itertools.product(_LAYOUTS, {"integers": math.inf, "copied": 0}.items()):
+        with patch.dict(convolutions.COPIED, {layout: fewest}):
+            graphs[layout, way] = graph(layer, layout)
     sessions = {name: onnxruntime.InferenceSession(made, options) for name, made in graphs.items()}
-    x = np.random.default_rng(0).standard_normal((batch, layer.inputs, *layer.space)).astype(np.float32)
-    times: dict[tuple[str, str], list[float]] = {name: [] for name in sessions}
-    for round_ in range(repeats + 1):
-        for name, session in sessions.items():
-            start = time.process_time()
-            session.run(None, {"x": x})
-            if round_:
-                times[name].append(time.process_time() - start)
-
-    def ratio(name: tuple[str, str]) -> str:
-        return f"{median([a / b for a, b in zip(times['', ''], times[name], strict=True)]):.2f}"
-
-    chosen = {layout: layer.groups == 1 and layer.inputs >= convolutions.COPIED[layout] for layout in _LAYOUTS}
-    cells = [f"{ratio((n, 'integers'))}, {ratio((n, 'copied'))}{' (taken)' if chosen[n] else ''}" for n in _LAYOUTS]
+    x = {"x": np.random.default_rng(0).standard_normal((batch, layer.inputs, *layer.space)).astype(np.float32)}
+    calls = {name: partial(session.run, None, x) for name, session in sessions.items()}
+    times = interleaved_times(calls, repeats, time.process_time)
+    ratios = {name: speedup(times["", ""], taken) for name, taken in times.items()}
+    cells = []
+    for layout in _LAYOUTS:
+        # What the exporter makes of the layer by itself; one of several groups is the same either way.
+        taken = graph(layer, layout) != graphs[layout, "integers"]
+        shown = f"{ratios[layout, 'integers']:.2f}, {ratios[layout, 'copied']:.2f}"
+        cells.append(f"{shown} (taken)" if taken else shown)
     return [str(layer), str(batch), f"{1e3 * median(times['', '']):.3g}", *cells]
 
 

@@ -44,7 +44,7 @@ from benchmarks.onnx_cases import SCHEME, Case, cases
 from benchmarks.onnx_graphs import EncoderDecoder, GraphModel, loaded
 from benchmarks.real_folders import AbsentError, home_folder
 from benchmarks.real_judges import Judged, Measure
-from benchmarks.timing import KERNELS_VARIABLE, machine, median, publish, table
+from benchmarks.timing import KERNELS_VARIABLE, interleaved_times, machine, median, publish, speedup, table
 
 Variants = Mapping[str, tuple[str, bool]]
 LAYOUTS = ("ort-u8", "ort-s8", "qdq")
@@ -300,7 +300,8 @@ def _speed(case: Case, variants: Variants, given: argparse.Namespace, load: floa
         models = {n: loaded(_folder(case, layout), count, exact=exact) for n, (layout, exact) in runs.items()}
         for size in case.sizes:
             for part, calls in _calls(models, case, size).items():
-                times = _times(calls, time.process_time if count == 1 else time.perf_counter, given.repeats)
+                clock = time.process_time if count == 1 else time.perf_counter
+                times = interleaved_times(calls, given.repeats, clock)
                 ratios = [_ratio(times, name) for name in _VARIANTS]
                 shown = f"{1e3 * median(times['float']):.3g}; {'; '.join(ratios)}"
                 cells.setdefault((part, size), []).append(shown)
@@ -311,7 +312,7 @@ def _speed(case: Case, variants: Variants, given: argparse.Namespace, load: floa
 def _ratio(times: Mapping[str, Sequence[float]], name: str) -> str:
     if name not in times:
         return "-"
-    return f"{median([a / b for a, b in zip(times['float'], times[name], strict=True)]):.2f}"
+    return f"{speedup(times['float'], times[name]):.2f}"
 
 
 def _calls(models: Mapping[str, nn.Module], case: Case, size: int) -> dict[str, dict[str, Callable[[], object]]]:
@@ -334,20 +335,6 @@ def _calls(models: Mapping[str, nn.Module], case: Case, size: int) -> dict[str, 
 def _call(model: GraphModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
     numbers = model.numbers(args, kwargs)
     return lambda: model.session.run(None, numbers)
-
-
-def _times(
-    calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], repeats: int
-) -> Mapping[str, Sequence[float]]:
-    """Seconds of every round after the first, which warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(repeats + 1):
-        for name, work in calls.items():
-            start = clock()
-            work()
-            if round_:
-                times[name].append(clock() - start)
-    return times
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,8 @@ from alphasmith.objectives.errors import InputError
 DOCUMENT = Path("docs/performance.md")
 #: Names the instructions that libraries are kept to, see benchmarks/narrow_runtime.py; oneDNN reads it.
 KERNELS_VARIABLE = "ONEDNN_MAX_CPU_ISA"
+
+Name = TypeVar("Name")
 
 
 def machine() -> str:
@@ -85,6 +88,31 @@ def seconds_of(work: Callable[[], object], repeats: int, *, clock: Callable[[], 
         work()
         taken.append(clock() - start)
     return statistics.median(taken)
+
+
+def interleaved_times(
+    calls: Mapping[Name, Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> dict[Name, list[float]]:
+    """Seconds of every round after the first, which warms up; a round calls everything once.
+
+    Args:
+        calls: What is timed, by name.
+        repeats: Rounds that count.
+        clock: Of the process' CPU, or of the wall.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    for round_ in range(repeats + 1):
+        for name, work in calls.items():
+            start = clock()
+            work()
+            if round_:
+                times[name].append(clock() - start)
+    return times
+
+
+def speedup(base: Sequence[float], times: Sequence[float]) -> float:
+    """How many times as fast as ``base`` something is: median of the ratios of their rounds."""
+    return median([a / b for a, b in zip(base, times, strict=True)])
 
 
 def median(values: Sequence[float]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,22 +33,12 @@ def unrolled_axes(program: torch.export.ExportedProgram, inputs: Sequence[Tensor
     Returns:
         Tensor and axis, by their places.
     """
-    twice = [_Sized(tuple(2 * size for size in tensor.shape)) for tensor in inputs]
+    twice = [torch.empty([2 * size for size in tensor.shape], device="meta") for tensor in inputs]
     found = (axis for guard in getattr(program, "_guards_code", []) for axis in _held(guard, twice))
     return frozenset(found)
 
 
-@dataclass(frozen=True)
-class _Sized:
-    """What guards ask a tensor for."""
-
-    shape: tuple[int, ...]
-
-    def size(self) -> tuple[int, ...]:
-        return self.shape
-
-
-def _held(guard: str, inputs: Sequence[_Sized]) -> Iterator[tuple[int, int]]:
+def _held(guard: str, inputs: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
     """The axes of a guard that holds a computed size to a number that it has not for these inputs."""
     try:
         told = ast.parse(guard.strip(), mode="eval")
@@ -69,7 +58,7 @@ def _held(guard: str, inputs: Sequence[_Sized]) -> Iterator[tuple[int, int]]:
         yield from _axes(side)
 
 
-def _true(guard: ast.Expression, inputs: Sequence[_Sized]) -> bool:
+def _true(guard: ast.Expression, inputs: Sequence[Tensor]) -> bool:
     names = {"L": defaultdict(lambda: inputs), "max": max, "min": min, "__builtins__": {}}
     try:
         return bool(eval(compile(guard, "guard", "eval"), names))
